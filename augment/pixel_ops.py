@@ -1,0 +1,131 @@
+"""Pillow's image operations on uint8 batches [B, C, H, W], C = 1 or 3, each sample with its own strength.
+
+They repeat Pillow's integer arithmetic (truncation included), so a batch on the device gets the colours that timm's
+and torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# ---- Tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
+
+
+def apply_table(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Look every pixel up in its sample's and channel's table, uint8 [B, C or 1, 256]."""
+    table = table.expand(-1, x.shape[1], -1)
+    return table.gather(2, x.flatten(2).long()).view_as(x)
+
+
+def _levels(like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(256, device=like.device)
+
+
+def _blend(degenerate: torch.Tensor, value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Image.blend: degenerate + factor (value - degenerate), clipped and truncated to 8 bits."""
+    return (degenerate + factor * (value - degenerate)).clamp_(0, 255).to(torch.uint8)
+
+
+def _histogram(x: torch.Tensor) -> torch.Tensor:
+    """Counts of each level, int64 [B, C, 256]."""
+    flat = x.flatten(2).long()
+    return torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(
+        2, flat, torch.ones_like(flat)
+    )
+
+
+def grey(x: torch.Tensor) -> torch.Tensor:
+    """Luma of Image.convert('L'): int64 [B, 1, H, W], 0..255 (ITU-R 601-2 in 16-bit fixed point)."""
+    if x.shape[1] == 1:
+        return x.long()
+    r, g, b = x.int().unbind(1)
+    return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).unsqueeze(1).long()
+
+
+def brightness_table(factor: torch.Tensor) -> torch.Tensor:
+    """Levels times factor [B]."""
+    return _blend(torch.zeros((), device=factor.device), _levels(factor).float(), factor.view(-1, 1, 1))
+
+
+def contrast_table(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Distance from the image's mean grey times factor [B]."""
+    mean = (grey(x).flatten(1).double().mean(1) + 0.5).floor().float()
+    return _blend(mean.view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1))
+
+
+def autocontrast_table(x: torch.Tensor) -> torch.Tensor:
+    """Stretch each channel from its darkest and brightest level to 0..255; a flat channel stays."""
+    low, high = (extreme(x.flatten(2), 2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
+    scale = 255.0 / (high - low).clamp(min=1.0)
+    table = (_levels(x) * scale - low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, table, _levels(x).to(torch.uint8))
+
+
+def equalize_table(x: torch.Tensor) -> torch.Tensor:
+    """ImageOps.equalize's table: the cumulative histogram in steps of (pixels - pixels of the top level) // 255."""
+    histogram = _histogram(x)
+    top = x.flatten(2).amax(2, keepdim=True).long()
+    step = (x.shape[2] * x.shape[3] - histogram.gather(2, top)) // 255  # [B, C, 1]
+    below = histogram.cumsum(2) - histogram
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, table, _levels(x)).to(torch.uint8)
+
+
+def invert_table(like: torch.Tensor) -> torch.Tensor:
+    return (255 - _levels(like)).to(torch.uint8).expand(len(like), 1, 256)
+
+
+def posterize_table(bits: torch.Tensor) -> torch.Tensor:
+    """Keep the upper 0..8 bits, int64 [B]."""
+    return (_levels(bits) & ~((1 << (8 - bits.view(-1, 1, 1))) - 1)).to(torch.uint8)
+
+
+def solarize_table(threshold: torch.Tensor) -> torch.Tensor:
+    """Invert the levels from threshold [B] (0..256) up."""
+    levels = _levels(threshold)
+    return torch.where(levels < threshold.view(-1, 1, 1), levels, 255 - levels).to(torch.uint8)
+
+
+def solarize_add_table(add: torch.Tensor) -> torch.Tensor:
+    """Add [B] to the levels below 128."""
+    levels = _levels(add)
+    return torch.where(levels < 128, (levels + add.view(-1, 1, 1)).clamp(max=255), levels).to(torch.uint8)
+
+
+# ---- Operations that see more than one channel or pixel
+
+
+def color(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Saturation: distance from the pixel's own grey times factor [B]. The identity on grey images."""
+    if x.shape[1] == 1:
+        return x
+    return _blend(grey(x).float(), x.float(), factor.view(-1, 1, 1, 1))
+
+
+def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Distance from the 3x3 smoothed image times factor [B]. The border is not smoothed, so it stays."""
+    if min(x.shape[2:]) < 3:
+        return x
+    value = x.float()
+    smooth = value.clone()
+    total = 9.0 * F.avg_pool2d(value, 3, stride=1) + 4.0 * value[..., 1:-1, 1:-1]  # weights 1, centre 5, sum 13
+    smooth[..., 1:-1, 1:-1] = (total.round_() / 13.0 + 0.5).floor_()
+    return _blend(smooth, value, factor.view(-1, 1, 1, 1))
+
+
+def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tensor:
+    """Image.transform(AFFINE) with bilinear interpolation: output pixel (x, y) shows input matrix @ (x, y, 1).
+
+    matrix: float64 [B, 2, 3] in pixels, pixel centres at .5. fill: a level per channel for what lies outside.
+    """
+    C, H, W = x.shape[1:]
+    xs = torch.arange(W, device=x.device, dtype=torch.float64) + 0.5
+    ys = (torch.arange(H, device=x.device, dtype=torch.float64) + 0.5)[:, None]
+    m = matrix[..., None, None]  # [B, 2, 3, 1, 1]
+    u = m[:, 0, 0] * xs + m[:, 0, 1] * ys + m[:, 0, 2]  # [B, H, W]
+    v = m[:, 1, 0] * xs + m[:, 1, 1] * ys + m[:, 1, 2]
+    outside = (u < 0) | (u >= W) | (v < 0) | (v >= H)
+    grid = torch.stack([2.0 * u / W - 1.0, 2.0 * v / H - 1.0], dim=-1).float()
+    y = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Pillow truncates; the small step keeps flat areas from losing a level to float32's rounding.
+    y = (y + 1e-3).clamp_(0, 255).to(torch.uint8)
+    return torch.where(outside[:, None], torch.tensor(fill, dtype=torch.uint8, device=x.device).view(1, C, 1, 1), y)

@@ -1,0 +1,204 @@
+"""RandAugment and colour jitter on whole uint8 batches, for sets that live in memory.
+
+timm's policies and magnitudes (Cubuk et al., RandAugment, CVPR Workshops 2020), with counted random numbers.
+Geometric operations interpolate bilinearly (timm draws bilinear or bicubic unless told), one resampling per layer.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from augment import pixel_ops as ops
+from util.seed import counted_normal, counted_uniform
+
+OPS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)  # fmt: skip
+TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+_STREAM = 16  # layer i draws uniforms from stream 16 + 2 i and normals from 17 + 2 i
+_JITTER_STREAM = 3
+
+
+@dataclass(frozen=True)
+class RandAugmentPolicy:
+    """`layers` operations per image, drawn with replacement, each applied with probability `prob`.
+
+    Magnitude ~ N(magnitude, std), or U(0, magnitude) if std is infinite, clipped to 0..maximum.
+    `increasing`: posterize, solarize and the enhancing operations grow stronger with the magnitude.
+    """
+
+    magnitude: float = 10.0
+    layers: int = 2
+    prob: float = 0.5
+    std: float = 0.0
+    maximum: float = 10.0
+    increasing: bool = False
+
+
+def parse_rand_augment(config: str) -> RandAugmentPolicy:
+    """timm's string, such as rand-m9-mstd0.5-inc1: m, n, p, mstd (above 100: uniform), mmax and inc, in any order."""
+    head, *parts = config.split("-")
+    known = {"m": "magnitude", "n": "layers", "p": "prob", "mstd": "std", "mmax": "maximum", "inc": "increasing"}
+    values = {}
+    for part in parts:
+        found = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?|inf)", part)
+        if found is None or found[1] not in known:
+            raise ValueError(f"aa {config!r}: {part!r} is not one of m, n, p, mstd, mmax, inc and a number")
+        values[known[found[1]]] = float(found[2])
+    if head != "rand":
+        raise ValueError(f"aa {config!r}: must start with rand, as in rand-m9-mstd0.5-inc1")
+    if values.get("std", 0.0) > 100:
+        values["std"] = math.inf
+    values["layers"] = int(values.get("layers", 2))
+    values["increasing"] = bool(values.get("increasing", 0))
+    return RandAugmentPolicy(**values)
+
+
+def rand_augment(
+    x: torch.Tensor, policy: str | RandAugmentPolicy, *, seed: int, epoch: int, index: torch.Tensor, fill: list[int]
+) -> torch.Tensor:
+    """RandAugment of uint8 [B, C, H, W], C = 1 or 3; returns a new tensor.
+
+    fill: the level per channel, 0..255, of what geometric operations uncover. Decisions are made on index's device.
+    """
+    if isinstance(policy, str):
+        policy = parse_rand_augment(policy)
+    if x.shape[1] not in (1, 3):
+        raise ValueError(f"RandAugment: images have {x.shape[1]} channels; needs 1 or 3")
+    x = x.clone(memory_format=torch.contiguous_format)
+    for layer in range(policy.layers):
+        op, level, sign = draw_layer(policy, seed, epoch, index, layer)
+        apply_layer(x, op, level, sign, policy.increasing, fill)
+    return x
+
+
+def draw_layer(policy: RandAugmentPolicy, seed: int, epoch: int, index: torch.Tensor, layer: int):
+    """One layer's decisions: (op int64 [B] into OPS or -1 for none, magnitude float32 [B], sign -1 or 1 [B])."""
+    u = counted_uniform(seed, epoch, index, 4, _STREAM + 2 * layer)
+    op = torch.where(u[:, 0] < policy.prob, (u[:, 1] * len(OPS)).long(), -1)
+    if policy.std == math.inf:
+        level = policy.magnitude * u[:, 2]
+    else:
+        level = torch.full_like(u[:, 2], policy.magnitude)
+        if policy.std > 0:
+            level += policy.std * counted_normal(seed, epoch, index, 1, _STREAM + 2 * layer + 1)[:, 0]
+    return op, level.clamp(0.0, policy.maximum), torch.where(u[:, 3] < 0.5, -1.0, 1.0)
+
+
+def op_argument(name: str, level: torch.Tensor, sign: torch.Tensor, increasing: bool) -> torch.Tensor:
+    """The operation's own argument from magnitude [B] and sign [B]: degrees, factors, levels, bits, image widths."""
+    fraction = level.double() / 10.0
+    if name == "Rotate":
+        return sign * 30.0 * fraction
+    if name in ("ShearX", "ShearY"):
+        return sign * 0.3 * fraction
+    if name in ("TranslateX", "TranslateY"):
+        return sign * 0.45 * fraction
+    if name == "Posterize":
+        bits = (4.0 * fraction).long()
+        return 4 - bits if increasing else bits
+    if name == "Solarize":
+        threshold = (256.0 * fraction).long().clamp(max=256)
+        return 256 - threshold if increasing else threshold
+    if name == "SolarizeAdd":
+        return (110.0 * fraction).long().clamp(max=128)
+    factor = (1.0 + sign * 0.9 * fraction).clamp(min=0.1) if increasing else 0.1 + 1.8 * fraction
+    return factor.float()
+
+
+def affine_matrix(name: str, argument: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Output-to-input matrices of a geometric operation, float64 [B, 2, 3], as Pillow's rotate and transform set them."""
+    matrix = torch.eye(2, 3, dtype=torch.float64, device=argument.device).repeat(len(argument), 1, 1)
+    if name == "Rotate":
+        angle = -torch.deg2rad(argument.double())
+        cos, sin = angle.cos(), angle.sin()
+        x, y = width / 2.0, height / 2.0
+        first = torch.stack([cos, sin, x - cos * x - sin * y], dim=1)
+        return torch.stack([first, torch.stack([-sin, cos, y + sin * x - cos * y], dim=1)], dim=1)
+    row, column, unit = {
+        "ShearX": (0, 1, 1.0),
+        "ShearY": (1, 0, 1.0),
+        "TranslateX": (0, 2, width),
+        "TranslateY": (1, 2, height),
+    }[name]
+    matrix[:, row, column] = argument.double() * unit
+    return matrix
+
+
+def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor | None) -> torch.Tensor:
+    """uint8 [B, C or 1, 256] for one of TABLES."""
+    if name == "AutoContrast":
+        return ops.autocontrast_table(x)
+    if name == "Equalize":
+        return ops.equalize_table(x)
+    if name == "Invert":
+        return ops.invert_table(x)
+    if name == "Contrast":
+        return ops.contrast_table(x, argument)
+    by_argument = {
+        "Posterize": ops.posterize_table,
+        "Solarize": ops.solarize_table,
+        "SolarizeAdd": ops.solarize_add_table,
+        "Brightness": ops.brightness_table,
+    }
+    return by_argument[name](argument)
+
+
+def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[int]) -> None:
+    """Apply operation op[b] of OPS to x[b], in place; the three arguments are draw_layer's."""
+    height, width = x.shape[-2:]
+    matrices, moved, tables, mapped = [], [], [], []
+    for number, name in enumerate(OPS):
+        rows = (op == number).nonzero().flatten()
+        if len(rows) == 0:
+            continue
+        argument = op_argument(name, level[rows], sign[rows], increasing)
+        if name in GEOMETRIC:
+            matrices.append(affine_matrix(name, argument, height, width))
+            moved.append(rows)
+            continue
+        rows, argument = rows.to(x.device, non_blocking=True), argument.to(x.device, non_blocking=True)
+        part = x.index_select(0, rows)
+        if name in TABLES:
+            tables.append(lookup_table(name, part, argument).expand(-1, x.shape[1], -1))
+            mapped.append(rows)
+        else:
+            x.index_copy_(0, rows, (ops.color if name == "Color" else ops.sharpness)(part, argument))
+    if moved:
+        rows = torch.cat(moved).to(x.device, non_blocking=True)
+        matrix = torch.cat(matrices).to(x.device, non_blocking=True)
+        x.index_copy_(0, rows, ops.affine(x.index_select(0, rows), matrix, fill))
+    if mapped:
+        rows = torch.cat(mapped)
+        x.index_copy_(0, rows, ops.apply_table(x.index_select(0, rows), torch.cat(tables)))
+
+
+ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+
+
+def color_jitter(x: torch.Tensor, strength: float, *, seed: int, epoch: int, index: torch.Tensor) -> torch.Tensor:
+    """torchvision's ColorJitter(strength, strength, strength) of uint8 [B, C, H, W], C = 1 or 3.
+
+    Brightness, contrast and saturation, each by a factor ~ U(max(0, 1 - strength), 1 + strength), in random order.
+    """
+    if strength < 0:
+        raise ValueError(f"color_jitter {strength}: must be 0 or more")
+    u = counted_uniform(seed, epoch, index, 4, _JITTER_STREAM)
+    low = max(0.0, 1.0 - strength)
+    factor = (low + (1.0 + strength - low) * u[:, :3]).to(x.device, non_blocking=True)  # [B, 3]
+    order = torch.tensor(ORDERS, device=u.device)[(u[:, 3] * len(ORDERS)).long()]  # [B, 3]
+    x = x.clone(memory_format=torch.contiguous_format)
+    for step in range(3):
+        for number in range(3):
+            rows = (order[:, step] == number).nonzero().flatten().to(x.device, non_blocking=True)
+            part, f = x.index_select(0, rows), factor[rows, number]
+            if number == 2:
+                part = ops.color(part, f)
+            else:
+                part = ops.apply_table(part, ops.contrast_table(part, f) if number else ops.brightness_table(f))
+            x.index_copy_(0, rows, part)
+    return x
