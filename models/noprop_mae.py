@@ -1,0 +1,312 @@
+"""NoProp-MAE: a masked encoder and T decoders, each a denoiser for one noise level and for no other.
+
+The encoder is MAE's (He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022), its parameters named as in
+timm's VisionTransformer. No decoder feeds another in training (Li, Teh, Pascanu, NoProp, arXiv 2503.24322): given the
+latent, the T losses are independent problems, preconditioned as in EDM (models/edm.py).
+
+B images, C channels, patches of p x p pixels, N patches of which V are visible and M masked, P = p p C values each.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from torch import nn
+
+from models.edm import karras_sigmas, loss_weight, precondition, sample_euler, sample_heun, sample_stochastic
+from models.tokens import Decoder, lookup, patch_statistics, run_blocks, sincos_pos_embed, take, transformer
+from models.vit import check_patch
+from util.errors import UserError
+
+TARGETS = ("pixel", "norm_pixel")
+PROPAGATE = ("latent", "none")
+LOSS_WEIGHTINGS = ("none", "edm")
+SAMPLERS = ("stochastic", "heun", "euler")
+
+
+SIZES = (
+    "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth",
+    "decoder_num_heads", "T",
+)  # fmt: skip
+
+
+class NoPropMAE(nn.Module):
+    """Masked encoder and decoders for the levels sigma_0 > ... > sigma_{T-1} of `karras_sigmas(T, ...)`.
+
+    Images are float [B, C, H, W], normalised. loss_i = weight_i mean over masked patches of |D_i(x + sigma_i eps) - x|^2.
+
+    img_size: pixels, H and W or one number for both; patch_size divides both.
+    sigma_data: standard deviation of the target's values, about 1 for normalised data and for norm_pixel.
+    target: `pixel`, or `norm_pixel`: every patch brought to zero mean and unit variance (MAE, section 4).
+    propagate: `latent`: the T losses reach the encoder through the latent. `none`: they stop at it, and the encoder
+        learns from a blind one-block decoder of its own (`encoder_head`).
+    loss_weighting: `none`, or `edm`: 1 / c_out^2, without which the low levels hardly learn.
+    use_checkpoint: recompute blocks in the backward pass; less memory, about a third more time.
+    Raises UserError, one line, for values out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        decoder_embed_dim: int = 96,
+        decoder_depth: int = 4,
+        decoder_num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        T: int = 4,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 1.0,
+        target: str = "pixel",
+        propagate: str = "latent",
+        loss_weighting: str = "none",
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        img_size = [img_size, img_size] if isinstance(img_size, int) else [int(s) for s in img_size]
+        self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        check_config(self._config)
+        self.in_chans, self.patch_size, self.T = in_chans, patch_size, T
+        self.target, self.propagate, self.use_checkpoint = target, propagate, use_checkpoint
+        # Plain floats: sigmas are constants of the equations, not state of the network.
+        self.sigmas = karras_sigmas(T, sigma_min, sigma_max, rho, dtype=torch.float64).tolist()  # T + 1, the last 0
+        self.sigma_data = sigma_data
+        self.weights = [loss_weight(s, sigma_data) if loss_weighting == "edm" else 1.0 for s in self.sigmas[:-1]]
+
+        self.patch_embed = PatchEmbed(tuple(img_size), patch_size, in_chans, embed_dim)
+        self.grid_size = self.patch_embed.grid_size  # rows, columns
+        self.num_patches = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
+        self.blocks = transformer(embed_dim, depth, num_heads, mlp_ratio)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        patch_dim = patch_size**2 * in_chans
+        decoder = partial(
+            Decoder, patch_dim, embed_dim, decoder_embed_dim, num_heads=decoder_num_heads, mlp_ratio=mlp_ratio,
+            use_checkpoint=use_checkpoint,
+        )  # fmt: skip
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid_size), requires_grad=False)
+        self.decoders = nn.ModuleList([decoder(depth=decoder_depth) for _ in range(T)])
+        self.encoder_head = decoder(depth=1, blind=True) if propagate == "none" else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """MAE's: xavier_uniform for linear layers, the patch convolution among them; tokens N(0, 0.02^2); biases 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) or name == "patch_embed.proj":
+                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+                nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if name.endswith(("cls_token", "mask_token")):
+                nn.init.normal_(p, std=0.02)
+
+    def config(self) -> dict:
+        """Keywords that rebuild this model, plain values: NoPropMAE(**model.config())."""
+        return dict(self._config)
+
+    # patches and masks
+
+    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, N, P]: patches row by row, the values of one ordered (row, column, channel) as MAE's."""
+        (rows, cols), p, C = self.grid_size, self.patch_size, self.in_chans
+        if imgs.shape[1:] != (C, rows * p, cols * p):
+            raise UserError(f"images {list(imgs.shape)}: should be [B, {C}, {rows * p}, {cols * p}]")
+        x = imgs.reshape(-1, C, rows, p, cols, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * cols, p * p * C)
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """Inverse of `patchify`: [B, N, P] -> [B, C, H, W]."""
+        (rows, cols), p, C = self.grid_size, self.patch_size, self.in_chans
+        x = patches.reshape(-1, rows, cols, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, rows * p, cols * p)
+
+    def random_masking(
+        self, batch: int, mask_ratio: float, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids_keep [B, V], ids_mask [B, M]): patch numbers, drawn anew for each sample.
+
+        M = round(N mask_ratio), at least 1 so that there is a loss; V = 0 at ratio 1. Raises UserError outside (0, 1].
+        """
+        if not 0.0 < mask_ratio <= 1.0:
+            raise UserError(f"--mask_ratio {mask_ratio}: should be in (0, 1]")
+        keep = self.num_patches - max(1, round(self.num_patches * mask_ratio))
+        noise = torch.rand(batch, self.num_patches, generator=generator, device=self.pos_embed.device)
+        ids = noise.argsort(dim=1)
+        return ids[:, :keep], ids[:, keep:]
+
+    def targets(self, imgs: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """What the decoders predict, at patches `ids` (default: all of them): [B, M, P]."""
+        patches = self.patchify(imgs)
+        patches = patches if ids is None else take(patches, ids)
+        if self.target == "norm_pixel":
+            mean, std = patch_statistics(patches)
+            patches = (patches - mean) / std
+        return patches
+
+    # the three calls of a forward pass: encoder, decoders, losses
+
+    def encode(self, imgs: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        """Latent of the class token and the visible patches, [B, 1+V, D]; masked patches are never touched."""
+        proj = self.patch_embed.proj
+        x = take(self.patchify(imgs), ids_keep)  # [B, V, P]
+        # The convolution as a matrix product over the gathered patches; its kernel in patchify's order.
+        x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [B, V, D]
+        x = x + lookup(self.pos_embed, 1 + ids_keep)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls, x], dim=1)  # [B, 1+V, D]
+        return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
+
+    def decoder_positions(self, ids_keep: torch.Tensor, ids_mask: torch.Tensor) -> torch.Tensor:
+        """Position embeddings [B, 1+V+M, D'] of the decoders' tokens (class, visible, masked), the same for all levels."""
+        ids = torch.cat([ids_keep.new_zeros(len(ids_keep), 1), 1 + ids_keep, 1 + ids_mask], dim=1)
+        return lookup(self.decoder_pos_embed, ids)
+
+    def denoise(self, i: int, y: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """D_i(y) = c_skip y + c_out F_i(c_in y, latent) on the masked patches, [B, M, P] -> same (EDM eq. 7).
+
+        y is at level sigmas[i]. Computed in y's own float32, whatever autocast does inside F_i: at sigma 0.002, bf16
+        would round y by more than the noise in it.
+        """
+        c_skip, c_out, c_in = precondition(self.sigmas[i], self.sigma_data)
+        return c_skip * y + c_out * self.decoders[i](c_in * y, latent, pos).to(y.dtype)
+
+    def decoder_loss(
+        self, i: int, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Level i's loss (0-d) at the masked targets x [B, M, P], with noise of its own."""
+        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        D = self.denoise(i, x + self.sigmas[i] * eps, latent, pos)
+        return self.weights[i] * F.mse_loss(D, x)
+
+    def encoder_loss(self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """propagate='none': MAE's loss (0-d), the encoder's own."""
+        return F.mse_loss(self.encoder_head(None, latent, pos).to(x.dtype), x)
+
+    def forward(
+        self, imgs: torch.Tensor, mask_ratio: float = 0.75, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, per-level losses [T]): their sum, plus the encoder's own loss where propagate is 'none'.
+
+        Holds the activations of all T decoders until the backward pass. Training runs `local_backward` of
+        engine_pretrain.py instead: the same gradients with the activations of one.
+        """
+        ids_keep, ids_mask = self.random_masking(len(imgs), mask_ratio, generator)
+        latent = self.encode(imgs, ids_keep)
+        x, pos = self.targets(imgs, ids_mask), self.decoder_positions(ids_keep, ids_mask)
+        given = latent if self.propagate == "latent" else latent.detach()
+        losses = torch.stack([self.decoder_loss(i, x, given, pos, generator) for i in range(self.T)])
+        loss = losses.sum()
+        return loss if self.encoder_head is None else loss + self.encoder_loss(x, latent, pos), losses
+
+    # pictures
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        ids: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sampler: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> dict:
+        """Mask images and sample what was there. ids: (ids_keep, ids_mask), instead of random ones.
+
+        -> masked [B, C, H, W], the masked patches at 0, which is the mean colour; steps, a list of T images [B, C, H, W],
+        the estimate D_i of each step; final [B, C, H, W]; mask [B, N], 1 = removed. Only masked patches are sampled, so
+        the visible ones are in place at every step and in every picture.
+
+        target='norm_pixel': a masked patch's own mean and deviation are not known. They are taken from the visible
+        patches, weighted exp(-d^2 / 2) by the distance d in patches; 0 and 1 if there is no visible patch.
+        """
+        if sampler not in SAMPLERS:
+            raise UserError(f"--vis_type {sampler}: should be one of {', '.join(SAMPLERS)}")
+        ids_keep, ids_mask = ids if ids is not None else self.random_masking(len(imgs), mask_ratio, generator)
+        latent, pos = self.encode(imgs, ids_keep), self.decoder_positions(ids_keep, ids_mask)
+        patches = self.patchify(imgs)
+        mean, std = 0.0, 1.0
+        if self.target == "norm_pixel" and ids_keep.shape[1]:
+            mean, std = self.guess_statistics(take(patches, ids_keep), ids_keep, ids_mask)
+        index = ids_mask[..., None].expand(-1, -1, patches.shape[-1])
+
+        def picture(x: torch.Tensor) -> torch.Tensor:
+            return self.unpatchify(patches.scatter(1, index, x * std + mean))
+
+        steps = []
+        sample = {
+            "stochastic": partial(sample_stochastic, generator=generator),
+            "heun": sample_heun,
+            "euler": sample_euler,
+        }[sampler]
+        noise = torch.randn(index.shape, generator=generator, device=imgs.device, dtype=imgs.dtype)
+        final = sample(
+            lambda y, i: self.denoise(i, y, latent, pos),
+            self.sigmas[0] * noise,
+            self.sigmas,
+            callback=lambda i, y, D: steps.append(picture(D)),
+        )
+        mask = torch.zeros(patches.shape[:2], device=imgs.device).scatter(1, ids_mask, 1.0)
+        masked = self.unpatchify(patches * (1.0 - mask)[..., None])
+        return {"masked": masked, "steps": steps, "final": picture(final), "mask": mask}
+
+    def generate(self, n: int, *, sampler: str = "stochastic", generator: torch.Generator | None = None) -> dict:
+        """n images from nothing: `reconstruct` with every patch masked. For models that saw mask ratio 1 in training."""
+        rows, cols = self.grid_size
+        shape = (n, self.in_chans, rows * self.patch_size, cols * self.patch_size)
+        imgs = torch.zeros(shape, device=self.pos_embed.device)
+        return self.reconstruct(imgs, 1.0, sampler=sampler, generator=generator)
+
+    def guess_statistics(
+        self, visible: torch.Tensor, ids_keep: torch.Tensor, ids_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation [B, M, 1] of masked patches from visible [B, V, P]; see `reconstruct`."""
+        cols = self.grid_size[1]
+        at = [torch.stack([ids // cols, ids % cols], dim=-1).float() for ids in (ids_mask, ids_keep)]
+        weights = (-0.5 * torch.cdist(*at).square()).softmax(dim=-1)  # [B, M, V]
+        mean, std = patch_statistics(visible)
+        return weights @ mean, weights @ std
+
+    @torch.no_grad()
+    def attention_maps(self, imgs: torch.Tensor) -> torch.Tensor:
+        """softmax(q k^T / sqrt(d)) of every encoder block on whole images: [depth, B, heads, 1+N, 1+N], token 0 the class's."""
+        maps = []
+
+        def compute(attn: nn.Module, inputs: tuple) -> None:
+            B, L, _ = inputs[0].shape
+            q, k, _ = attn.qkv(inputs[0]).reshape(B, L, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).float()
+            maps.append((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1))
+
+        hooks = [block.attn.register_forward_pre_hook(compute) for block in self.blocks]
+        try:
+            self.encode(imgs, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(maps)
+
+
+def check_config(config: dict) -> None:
+    """UserError for what no network can be built of; the noise levels are checked by `karras_sigmas`."""
+    for name in SIZES:
+        if config[name] < 1:
+            raise UserError(f"--{name} {config[name]}: should be 1 or more")
+    check_patch(config["img_size"], config["patch_size"])
+    for prefix in ("", "decoder_"):
+        dim, heads = config[f"{prefix}embed_dim"], config[f"{prefix}num_heads"]
+        if dim % heads:
+            raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of --{prefix}num_heads {heads}")
+        if dim % 4:
+            raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of 4, for the position embeddings")
+    if not 0.0 < config["sigma_data"] < float("inf"):
+        raise UserError(f"--sigma_data {config['sigma_data']}: should be positive")
+    for name, known in (("target", TARGETS), ("propagate", PROPAGATE), ("loss_weighting", LOSS_WEIGHTINGS)):
+        if config[name] not in known:
+            raise UserError(f"--{name} {config[name]}: should be one of {', '.join(known)}")
