@@ -55,6 +55,7 @@ def crop_flip(
     The result may be a strided view of a fresh buffer.
     """
     B, C, H, W = x.shape
+    x = x.contiguous()
     if padding:
         x = F.pad(x, (padding, padding, padding, padding))
     Hp, Wp = H + 2 * padding, W + 2 * padding
@@ -101,15 +102,15 @@ def resample_matrix(start: torch.Tensor, length: torch.Tensor, size: int, out_si
     Pillow's filter: cubic convolution with a = -0.5 (Keys 1981), stretched by the scale when shrinking, cut at the
     box's border and normalised to sum 1.
     """
-    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / out_size
-    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale  # [B, out_size, 1]
-    pixel = torch.arange(size, device=start.device)  # [size]
-    d = ((pixel + 0.5 - centre) / scale.clamp(min=1.0)).abs()
-    near, far = (1.5 * d - 2.5) * d * d + 1.0, ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
-    weight = torch.where(d < 1.0, near, torch.where(d < 2.0, far, 0.0))
-    weight = weight * ((pixel >= start) & (pixel < start + length))
-    return (weight / weight.sum(-1, keepdim=True)).float()
+    centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale - 0.5  # [B, out_size, 1]
+    pixel = torch.arange(size, device=start.device, dtype=torch.float32)  # [size]
+    d = (pixel - centre).div_(scale.clamp(min=1.0)).abs_().clamp_(max=2.0)  # the far branch is 0 at 2
+    near, far = (1.5 * d - 2.5).mul_(d).mul_(d).add_(1.0), (-0.5 * d + 2.5).mul_(d).sub_(4.0).mul_(d).add_(2.0)
+    weight = torch.where(d < 1.0, near, far)
+    weight *= (pixel >= start) & (pixel < start + length)
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def resized_crop(
@@ -181,23 +182,28 @@ def random_erase(
     _, C, H, W = x.shape
     u = counted_uniform(seed, epoch, index, 2 + (2 * ATTEMPTS + 2) * recount, _ERASE)
     boxes = erase_boxes(u, H, W, prob=prob, recount=recount, area=area, aspect=aspect)
-    hit = (boxes[..., 2] > 0).any(1).nonzero().flatten()  # on the CPU index's side: no wait for the GPU
-    if len(hit) == 0:
-        return x
-    boxes, index, hit = (t.to(x.device, non_blocking=True) for t in (boxes[hit], index[hit], hit))
-    part = x[hit]  # [S, C, H, W]
-    if mode == "pixel":  # where boxes overlap, one draw per pixel has timm's distribution too
-        fills = [counted_normal(seed, epoch, index, C * H * W, _ERASE_NOISE).view_as(part)] * recount
-    elif mode == "rand":
-        fills = counted_normal(seed, epoch, index, recount * C, _ERASE_NOISE).view(-1, recount, C, 1, 1).unbind(1)
-    else:
-        fills = [torch.zeros((), device=x.device)] * recount
-    rows, columns = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
-    for k, fill in enumerate(fills):
-        top, left, h, w = boxes[:, k, :, None, None, None].unbind(1)  # each [S, 1, 1, 1]
-        inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)  # [S, 1, H, W]
-        part = torch.where(inside, fill.to(x.dtype), part)
-    return x.index_copy_(0, hit, part)
+    for k in range(recount):  # in turn: where boxes overlap, the later one shows
+        hit = boxes[:, k, 2].nonzero().flatten()
+        if len(hit) == 0:
+            continue
+        sizes = boxes[hit, k, 2] * boxes[hit, k, 3]
+        pixels = int(sizes.sum())  # known where the boxes were drawn: with index on the CPU, nothing waits for the GPU
+        sample, number, sizes, box = (
+            t.to(x.device, non_blocking=True) for t in (hit, index[hit], sizes, boxes[hit, k])
+        )
+        # Only the erased pixels are visited: [pixels] entries each.
+        owner = torch.repeat_interleave(torch.arange(len(hit), device=x.device), sizes, output_size=pixels)
+        offset = torch.arange(pixels, device=x.device) - (sizes.cumsum(0) - sizes)[owner]
+        top, left, _, w = box[owner].unbind(1)
+        row, column = top + offset // w, left + offset % w
+        if mode == "pixel":
+            fill = counted_normal(seed, epoch, number[owner] * (H * W) + row * W + column, C, _ERASE_NOISE)
+        elif mode == "rand":
+            fill = counted_normal(seed, epoch, number * recount + k, C, _ERASE_NOISE)[owner]
+        else:
+            fill = torch.zeros(pixels, C, device=x.device)
+        x[sample[owner], :, row, column] = fill.to(x.dtype)  # [pixels, C]
+    return x
 
 
 class BatchTransform:

@@ -107,8 +107,9 @@ def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         return x
     value = x.float()
     smooth = value.clone()
-    total = 9.0 * F.avg_pool2d(value, 3, stride=1) + 4.0 * value[..., 1:-1, 1:-1]  # weights 1, centre 5, sum 13
-    smooth[..., 1:-1, 1:-1] = (total.round_() / 13.0 + 0.5).floor_()
+    rows = value[..., :-2, :] + value[..., 1:-1, :] + value[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4.0 * value[..., 1:-1, 1:-1]  # centre 5, others 1
+    smooth[..., 1:-1, 1:-1] = total.div_(13.0).add_(0.5).floor_()
     return _blend(smooth, value, factor.view(-1, 1, 1, 1))
 
 
@@ -117,15 +118,16 @@ def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tens
 
     matrix: float64 [B, 2, 3] in pixels, pixel centres at .5. fill: a level per channel for what lies outside.
     """
-    C, H, W = x.shape[1:]
+    H, W = x.shape[-2:]
     xs = torch.arange(W, device=x.device, dtype=torch.float64) + 0.5
-    ys = (torch.arange(H, device=x.device, dtype=torch.float64) + 0.5)[:, None]
+    ys = torch.arange(H, device=x.device, dtype=torch.float64)[:, None] + 0.5
     m = matrix[..., None, None]  # [B, 2, 3, 1, 1]
-    u = m[:, 0, 0] * xs + m[:, 0, 1] * ys + m[:, 0, 2]  # [B, H, W]
-    v = m[:, 1, 0] * xs + m[:, 1, 1] * ys + m[:, 1, 2]
-    outside = (u < 0) | (u >= W) | (v < 0) | (v >= H)
-    grid = torch.stack([2.0 * u / W - 1.0, 2.0 * v / H - 1.0], dim=-1).float()
+    # Input coordinates in grid_sample's units, -1..1 from edge to edge; small terms in float64, then one sum per pixel.
+    u = (m[:, 0, 0] * xs * (2 / W)).float() + ((m[:, 0, 1] * ys + m[:, 0, 2]) * (2 / W) - 1).float()  # [B, H, W]
+    v = (m[:, 1, 0] * xs * (2 / H)).float() + ((m[:, 1, 1] * ys + m[:, 1, 2]) * (2 / H) - 1).float()
+    grid = torch.stack([u, v], dim=-1)
     y = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    outside = (torch.maximum(u.abs_(), v.abs_()) > 1.0).unsqueeze(1)  # [B, 1, H, W]
+    y = torch.where(outside, torch.tensor(fill, dtype=torch.float32, device=x.device).view(1, -1, 1, 1), y)
     # Pillow truncates; the small step keeps flat areas from losing a level to float32's rounding.
-    y = (y + 1e-3).clamp_(0, 255).to(torch.uint8)
-    return torch.where(outside[:, None], torch.tensor(fill, dtype=torch.uint8, device=x.device).view(1, C, 1, 1), y)
+    return y.add_(1e-3).to(torch.uint8)

@@ -13,12 +13,10 @@ import torch
 from augment import pixel_ops as ops
 from util.seed import counted_normal, counted_uniform
 
-OPS = (
-    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
-    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
-)  # fmt: skip
+# Lookups in a table, then affine maps, then the rest: batches are sorted by operation, and each kind is one slice.
 TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+OPS = (*TABLES, *GEOMETRIC, "Color", "Sharpness")
 _STREAM = 16  # layer i draws uniforms from stream 16 + 2 i and normals from 17 + 2 i
 _JITTER_STREAM = 3
 
@@ -61,7 +59,7 @@ def parse_rand_augment(config: str) -> RandAugmentPolicy:
 def rand_augment(
     x: torch.Tensor, policy: str | RandAugmentPolicy, *, seed: int, epoch: int, index: torch.Tensor, fill: list[int]
 ) -> torch.Tensor:
-    """RandAugment of uint8 [B, C, H, W], C = 1 or 3; returns a new tensor.
+    """RandAugment of uint8 [B, C, H, W], C = 1 or 3, into a new tensor.
 
     fill: the level per channel, 0..255, of what geometric operations uncover. Decisions are made on index's device.
     """
@@ -69,10 +67,9 @@ def rand_augment(
         policy = parse_rand_augment(policy)
     if x.shape[1] not in (1, 3):
         raise ValueError(f"RandAugment: images have {x.shape[1]} channels; needs 1 or 3")
-    x = x.clone(memory_format=torch.contiguous_format)
     for layer in range(policy.layers):
         op, level, sign = draw_layer(policy, seed, epoch, index, layer)
-        apply_layer(x, op, level, sign, policy.increasing, fill)
+        x = apply_layer(x, op, level, sign, policy.increasing, fill)
     return x
 
 
@@ -148,33 +145,39 @@ def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor | None) -> t
     return by_argument[name](argument)
 
 
-def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[int]) -> None:
-    """Apply operation op[b] of OPS to x[b], in place; the three arguments are draw_layer's."""
+def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[int]) -> torch.Tensor:
+    """Operation op[b] of OPS (-1: none) on each x[b]; op, level and sign are draw_layer's, with len(x) entries each."""
     height, width = x.shape[-2:]
-    matrices, moved, tables, mapped = [], [], [], []
-    for number, name in enumerate(OPS):
-        rows = (op == number).nonzero().flatten()
-        if len(rows) == 0:
+    # Sorted by operation, each works on a slice: two gathers of whole images instead of many gathers and scatters.
+    order = op.argsort()
+    counts = torch.bincount(op + 1, minlength=len(OPS) + 1).tolist()
+    level, sign = level[order], sign[order]
+    x = x.index_select(0, order.to(x.device, non_blocking=True))
+    first = stop = counts[0]
+    tables, matrices = [], []
+    for name, count in zip(OPS, counts[1:]):
+        if count == 0:
             continue
-        argument = op_argument(name, level[rows], sign[rows], increasing)
+        start, stop = stop, stop + count
+        argument = op_argument(name, level[start:stop], sign[start:stop], increasing)
         if name in GEOMETRIC:
             matrices.append(affine_matrix(name, argument, height, width))
-            moved.append(rows)
             continue
-        rows, argument = rows.to(x.device, non_blocking=True), argument.to(x.device, non_blocking=True)
-        part = x.index_select(0, rows)
+        part, argument = x[start:stop], argument.to(x.device, non_blocking=True)
         if name in TABLES:
             tables.append(lookup_table(name, part, argument).expand(-1, x.shape[1], -1))
-            mapped.append(rows)
         else:
-            x.index_copy_(0, rows, (ops.color if name == "Color" else ops.sharpness)(part, argument))
-    if moved:
-        rows = torch.cat(moved).to(x.device, non_blocking=True)
+            part.copy_(ops.color(part, argument) if name == "Color" else ops.sharpness(part, argument))
+    if tables:
+        table = torch.cat(tables)
+        part = x[first : first + len(table)]
+        part.copy_(ops.apply_table(part, table))
+        first += len(table)
+    if matrices:
         matrix = torch.cat(matrices).to(x.device, non_blocking=True)
-        x.index_copy_(0, rows, ops.affine(x.index_select(0, rows), matrix, fill))
-    if mapped:
-        rows = torch.cat(mapped)
-        x.index_copy_(0, rows, ops.apply_table(x.index_select(0, rows), torch.cat(tables)))
+        part = x[first : first + len(matrix)]
+        part.copy_(ops.affine(part, matrix, fill))
+    return x.index_select(0, order.argsort().to(x.device, non_blocking=True))
 
 
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

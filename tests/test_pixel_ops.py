@@ -1,0 +1,114 @@
+"""Batched pixel operations against Pillow's own, through the functions that timm applies to PIL images."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment as timm_aa
+
+from augment import pixel_ops as ops
+
+
+def pictures(channels: int, height: int = 24, width: int = 32) -> torch.Tensor:
+    """A smooth picture, noise, a dim low-contrast one, a flat one, and one with two levels: uint8 [5, C, H, W]."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    smooth = np.stack([127 + 120 * np.sin(x / 5 + c) * np.cos(y / 7 - c) for c in range(channels)])
+    noise = rng.integers(0, 256, smooth.shape)
+    dim = rng.normal(40, 6, smooth.shape)
+    flat = np.full(smooth.shape, 77)
+    two = np.where(noise > 200, 250, 3)
+    return torch.from_numpy(np.stack([smooth, noise, dim, flat, two]).clip(0, 255).astype(np.uint8))
+
+
+def to_pil(x: torch.Tensor) -> Image.Image:
+    return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    array = np.asarray(image)
+    return torch.from_numpy(array[None].copy() if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def each(x: torch.Tensor, function, arguments) -> torch.Tensor:
+    """`function(PIL image, argument)` on every picture by itself."""
+    return torch.stack([to_tensor(function(to_pil(i), a)) for i, a in zip(x, arguments)])
+
+
+FACTORS = torch.tensor([0.1, 0.55, 1.0, 1.37, 1.9])
+TABLES = {
+    "auto_contrast": (lambda x, a: ops.autocontrast_table(x), lambda i, a: timm_aa.auto_contrast(i), torch.zeros(5)),
+    "equalize": (lambda x, a: ops.equalize_table(x), lambda i, a: timm_aa.equalize(i), torch.zeros(5)),
+    "invert": (lambda x, a: ops.invert_table(x), lambda i, a: timm_aa.invert(i), torch.zeros(5)),
+    "brightness": (lambda x, a: ops.brightness_table(a), timm_aa.brightness, FACTORS),
+    "contrast": (ops.contrast_table, timm_aa.contrast, FACTORS),
+    "posterize": (lambda x, a: ops.posterize_table(a), timm_aa.posterize, torch.tensor([0, 1, 3, 4, 8])),
+    "solarize": (lambda x, a: ops.solarize_table(a), timm_aa.solarize, torch.tensor([0, 26, 128, 255, 256])),
+    "solarize_add": (lambda x, a: ops.solarize_add_table(a), timm_aa.solarize_add, torch.tensor([0, 1, 55, 99, 128])),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", TABLES)
+def test_table_operations_equal_pillow(name, channels):
+    table, reference, arguments = TABLES[name]
+    x = pictures(channels)
+    for shift in range(5):  # every picture with every argument
+        a = arguments.roll(shift)
+        assert torch.equal(ops.apply_table(x, table(x, a)), each(x, reference, a.tolist())), f"shift {shift}"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["color", "sharpness"])
+def test_color_and_sharpness_equal_pillow(name, channels):
+    x = pictures(channels)
+    for shift in range(5):
+        a = FACTORS.roll(shift)
+        assert torch.equal(getattr(ops, name)(x, a), each(x, getattr(timm_aa, name), a.tolist()))
+
+
+def test_grey_is_pillows_luma():
+    x = pictures(3)
+    assert torch.equal(ops.grey(x).to(torch.uint8), torch.stack([to_tensor(to_pil(i).convert("L")) for i in x]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_affine_equals_pillow_bilinear(channels):
+    x = pictures(channels)
+    fill = [10, 130, 250][:channels]
+    rng = random.Random(0)
+    for _ in range(4):
+        matrix = torch.tensor(
+            [
+                [[1 + rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.4), rng.uniform(-9, 9)],
+                 [rng.uniform(-0.4, 0.4), 1 + rng.uniform(-0.3, 0.3), rng.uniform(-9, 9)]]
+                for _ in range(5)
+            ],
+            dtype=torch.float64,
+        )  # fmt: skip
+        expected = each(
+            x,
+            lambda i, m: i.transform(i.size, Image.AFFINE, m, resample=Image.BILINEAR, fillcolor=tuple(fill)),
+            [m.flatten().tolist() for m in matrix],
+        )
+        difference = (ops.affine(x, matrix, fill).int() - expected.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.01
+
+
+def test_affine_identity_and_whole_pixel_shift_are_exact():
+    x = pictures(3)
+    matrix = torch.eye(2, 3, dtype=torch.float64).repeat(5, 1, 1)
+    assert torch.equal(ops.affine(x, matrix, [0, 0, 0]), x)
+    matrix[:, 0, 2], matrix[:, 1, 2] = 3.0, -2.0  # output (x, y) shows input (x + 3, y - 2)
+    y = ops.affine(x, matrix, [7, 8, 9])
+    assert torch.equal(y[:, :, 2:, :-3], x[:, :, :-2, 3:])
+    assert (y[:, :, :2] == torch.tensor([7, 8, 9]).view(3, 1, 1)).all()
+
+
+def test_sharpness_leaves_images_without_interior():
+    x = torch.randint(0, 256, (1, 3, 2, 9), dtype=torch.uint8)
+    assert torch.equal(ops.sharpness(x, torch.tensor([0.3])), x)
+    assert math.prod(ops.sharpness(x[..., :1, :], torch.tensor([0.3])).shape) == 27

@@ -1,0 +1,179 @@
+"""Batched RandAugment and colour jitter against timm's and torchvision's per-image ones."""
+
+import math
+import random
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from test_pixel_ops import pictures, to_pil, to_tensor
+from timm.data import auto_augment as timm_aa
+from torchvision.transforms import functional as TF
+
+from augment.rand_augment import (
+    GEOMETRIC,
+    OPS,
+    ORDERS,
+    affine_matrix,
+    apply_layer,
+    color_jitter,
+    draw_layer,
+    op_argument,
+    parse_rand_augment,
+    rand_augment,
+)
+from util.seed import counted_uniform
+
+POLICY = "rand-m9-mstd0.5-inc1"
+
+
+def timm_name(name: str, increasing: bool) -> str:
+    if name.startswith("Translate"):
+        return name + "Rel"
+    enhanced = name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+    return name + "Increasing" if increasing and enhanced else name
+
+
+@pytest.mark.parametrize("config", [POLICY, "rand-m5-n3-p0.7-mstd101-mmax8", "rand", "rand-n1-inc0", "rand-m12-mmax15"])
+def test_config_string_means_what_it_means_in_timm(config):
+    ours, theirs = parse_rand_augment(config), timm_aa.rand_augment_transform(config, {})
+    op = theirs.ops[0]
+    assert (ours.layers, ours.prob, ours.magnitude) == (theirs.num_layers, op.prob, op.magnitude)
+    assert ours.std == op.magnitude_std and ours.maximum == (op.magnitude_max or 10)
+    assert {timm_name(n, ours.increasing) for n in OPS} == {o.name for o in theirs.ops}
+
+
+@pytest.mark.parametrize("config", ["m9", "rand-x3", "rand-tweights", "rand-m", "augmix-m3", "rand-m9--inc1"])
+def test_unknown_config_is_an_error(config):
+    with pytest.raises(ValueError, match="aa "):
+        parse_rand_augment(config)
+
+
+@pytest.mark.parametrize("increasing", [False, True])
+@pytest.mark.parametrize("name", [n for n in OPS if n not in ("AutoContrast", "Equalize", "Invert")])
+def test_arguments_equal_timms(name, increasing, monkeypatch):
+    level = torch.tensor([0.0, 0.37, 3.3, 5.0, 8.99, 9.0, 10.0])
+    for sign, coin in ((1.0, 0.0), (-1.0, 1.0)):
+        monkeypatch.setattr(random, "random", lambda coin=coin: coin)  # timm negates above one half
+        ours = op_argument(name, level, torch.full_like(level, sign), increasing)
+        theirs = [timm_aa.LEVEL_TO_ARG[timm_name(name, increasing)](v, {})[0] for v in level.tolist()]
+        assert ours.tolist() == pytest.approx(theirs, rel=1e-6)
+
+
+def test_drawn_operations_are_uniform_and_applied_with_prob():
+    index = torch.arange(30_000)
+    op, level, sign = draw_layer(parse_rand_augment(POLICY), 0, 3, index, 0)
+    assert abs((op >= 0).float().mean() - 0.5) < 0.015
+    counts = torch.bincount(op[op >= 0], minlength=len(OPS))
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-4
+    assert abs(sign.mean()) < 0.03 and set(sign.tolist()) == {-1.0, 1.0}
+    # N(9, 0.5) clipped at 10: below the clip, the normal's distribution; at it, the rest of its mass.
+    assert abs((level == 10).float().mean() - stats.norm.sf(10, 9, 0.5)) < 0.004
+    inner = level[level < 10].double().numpy()
+    assert stats.kstest(inner, lambda v: stats.norm.cdf(v, 9, 0.5) / stats.norm.cdf(10, 9, 0.5)).pvalue > 1e-4
+    second, _, _ = draw_layer(parse_rand_augment(POLICY), 0, 3, index, 1)
+    both = (op >= 0) & (second >= 0)
+    assert abs((op[both] == second[both]).float().mean() - 1 / 15) < 0.01  # with replacement, layers independent
+
+
+def test_magnitude_without_noise_and_with_uniform_noise():
+    index = torch.arange(5000)
+    _, level, _ = draw_layer(parse_rand_augment("rand-m7"), 0, 0, index, 0)
+    assert (level == 7).all()
+    _, level, _ = draw_layer(parse_rand_augment("rand-m8-mstd101"), 0, 0, index, 0)
+    assert stats.kstest(level.double().numpy() / 8, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("increasing", [False, True])
+def test_layer_equals_timms_operations_on_pil_images(increasing, channels):
+    """All 15 operations and `none` in one shuffled batch, each image against timm's function on it alone."""
+    x = pictures(channels, 28, 28)[:3].repeat(16, 1, 1, 1)  # 48 images
+    op = torch.arange(-1, 15).repeat_interleave(3)
+    shuffle = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    x, op = x[shuffle], op[shuffle]
+    level = torch.linspace(2.0, 10.0, 48)
+    sign = torch.where(torch.arange(48) % 2 == 0, 1.0, -1.0)
+    fill = [124, 116, 104][:channels]
+    before = x.clone()
+    y = apply_layer(x, op, level, sign, increasing, fill)
+    assert torch.equal(x, before)
+    for i, number in enumerate(op.tolist()):
+        if number < 0:
+            assert torch.equal(y[i], x[i])
+            continue
+        name = OPS[number]
+        arguments = ()
+        if name not in ("AutoContrast", "Equalize", "Invert"):
+            arguments = (op_argument(name, level[i : i + 1], sign[i : i + 1], increasing).item(),)
+        function = timm_aa.NAME_TO_OP[timm_name(name, increasing)]
+        image = function(to_pil(x[i]), *arguments, fillcolor=tuple(fill), resample=Image.BILINEAR)
+        difference = (y[i].int() - to_tensor(image).int()).abs()
+        if name in GEOMETRIC:
+            # One level from rounding, or a border pixel on the other side of the edge.
+            assert difference.float().mean() < 0.05 and (difference > 1).float().mean() < 0.002, name
+        else:
+            assert difference.max() == 0, name
+
+
+def test_rotation_matrix_turns_about_the_centre():
+    m = affine_matrix("Rotate", torch.tensor([90.0]), 10, 20)[0]
+    assert torch.allclose(m @ torch.tensor([10.0, 5.0, 1.0], dtype=torch.float64), torch.tensor([10.0, 5.0]).double())
+    # Counter-clockwise on the screen: what is right of the centre moves above it, so (10, 3) shows (12, 5).
+    assert torch.allclose(m @ torch.tensor([10.0, 3.0, 1.0], dtype=torch.float64), torch.tensor([12.0, 5.0]).double())
+
+
+def test_result_depends_on_the_sample_only_and_input_stays():
+    x = pictures(3, 28, 28).repeat(8, 1, 1, 1)
+    index = torch.arange(100, 140)
+    before = x.clone()
+    args = dict(seed=1, epoch=2, fill=[1, 2, 3])
+    whole = rand_augment(x, POLICY, index=index, **args)
+    assert torch.equal(x, before) and whole.dtype == torch.uint8
+    order = torch.randperm(40)
+    assert torch.equal(rand_augment(x[order], POLICY, index=index[order], **args), whole[order])
+    assert torch.equal(rand_augment(x[7:8], POLICY, index=index[7:8], **args), whole[7:8])
+    args["epoch"] = 3
+    assert not torch.equal(rand_augment(x, POLICY, index=index, **args), whole)
+
+
+def test_channels_last_and_strided_batches_give_the_same():
+    x = pictures(3, 28, 28)
+    index = torch.arange(5)
+    args = dict(seed=0, epoch=0, index=index, fill=[0, 0, 0])
+    expected = rand_augment(x, "rand-p1.0-n4", **args)
+    assert torch.equal(rand_augment(x.contiguous(memory_format=torch.channels_last), "rand-p1.0-n4", **args), expected)
+    padded = torch.nn.functional.pad(x, (2, 2))[..., 2:-2]
+    assert torch.equal(rand_augment(padded, "rand-p1.0-n4", **args), expected)
+
+
+def test_other_channel_counts_are_an_error():
+    with pytest.raises(ValueError, match="2 channels"):
+        rand_augment(
+            torch.zeros(1, 2, 8, 8, dtype=torch.uint8), POLICY, seed=0, epoch=0, index=torch.arange(1), fill=[0, 0]
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_jitter_is_torchvisions_in_the_drawn_order(channels):
+    x = pictures(channels).repeat(8, 1, 1, 1)
+    index = torch.arange(40)
+    y = color_jitter(x, 0.4, seed=5, epoch=6, index=index)
+    u = counted_uniform(5, 6, index, 4, 3)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+    for i in range(40):
+        image = to_pil(x[i])
+        for number in ORDERS[math.floor(u[i, 3] * 6)]:
+            image = adjust[number](image, 0.6 + 0.8 * float(u[i, number]))
+        # A factor one float32 step away may move a pixel that lies on a level's border.
+        difference = (y[i].int() - to_tensor(image).int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.01
+    assert len({math.floor(v * 6) for v in u[:, 3].tolist()}) == 6
+
+
+def test_color_jitter_of_strength_zero_changes_nothing_and_negative_is_an_error():
+    x = pictures(3)
+    assert torch.equal(color_jitter(x, 0.0, seed=0, epoch=0, index=torch.arange(5)), x)
+    with pytest.raises(ValueError, match=r"color_jitter -0\.1"):
+        color_jitter(x, -0.1, seed=0, epoch=0, index=torch.arange(5))
