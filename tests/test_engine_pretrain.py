@@ -1,0 +1,290 @@
+"""The pretraining engine against the plain summed loss: gradients, accumulation, two ranks, memory, resuming."""
+
+import copy
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from engine_pretrain import EncoderFirst, draw_mask_ratio, local_backward, train_one_epoch
+from models.noprop_mae import NoPropMAE
+from util.data import Batch
+from util.dist import Precision, World
+from util.log import RunLog
+from util.optim import build_adamw, param_groups
+from util.run import Run
+from util.seed import seed_all
+
+SMALL = dict(
+    img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=2,
+    decoder_num_heads=2, mlp_ratio=2.0, T=3,
+)  # fmt: skip
+
+
+def build(**kwargs):
+    torch.manual_seed(0)
+    return NoPropMAE(**{**SMALL, **kwargs})
+
+
+def images(n=6, seed=1):
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+# local_backward
+
+
+@pytest.mark.parametrize("propagate", ["latent", "none"])
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize("ratio", [0.75, 1.0])
+def test_decoder_by_decoder_gradients_equal_those_of_the_summed_loss(propagate, use_checkpoint, ratio):
+    net = build(propagate=propagate, use_checkpoint=use_checkpoint).double()
+    imgs = images().double()
+    total, levels = net(imgs, ratio, torch.Generator().manual_seed(3))
+    want = torch.autograd.grad(total, trained(net))
+    generator = torch.Generator().manual_seed(3)
+    ids = net.random_masking(len(imgs), ratio, generator)
+    losses = local_backward(net, net.encode, imgs, *ids, generator=generator)
+    torch.testing.assert_close(losses[:3], levels.detach())
+    torch.testing.assert_close(losses.sum(), total.detach())
+    for p, g in zip(trained(net), want):
+        torch.testing.assert_close(p.grad, g, rtol=1e-8, atol=1e-12)
+
+
+def test_gradients_accumulate_over_calls_and_follow_the_scale():
+    net = build().double()
+    grads = []
+    for calls in ([1.0], [0.25, 0.75]):
+        net.zero_grad()
+        for factor in calls:
+            generator = torch.Generator().manual_seed(0)
+            ids = net.random_masking(6, 0.75, generator)
+            local_backward(
+                net, net.encode, images().double(), *ids, generator=generator, scale=lambda x, f=factor: x * f
+            )
+        grads.append([p.grad.clone() for p in trained(net)])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def peak_saved_bytes(step) -> int:
+    """Most bytes that autograd held at one time for backward passes; each storage counted once."""
+    live, peak = {}, 0
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        nonlocal peak
+        storage = tensor.untyped_storage()
+        held, key = Held(tensor), storage.data_ptr()
+        count, size = live.get(key, (0, storage.nbytes()))
+        live[key] = (count + 1, size)
+        weakref.finalize(held, release, key)
+        peak = max(peak, sum(size for _, size in live.values()))
+        return held
+
+    def release(key):
+        count, size = live.pop(key)
+        if count > 1:
+            live[key] = (count - 1, size)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        step()
+    return peak
+
+
+def test_activations_held_do_not_grow_with_the_number_of_levels():
+    imgs = images(32)
+
+    def local(T):
+        net = build(T=T)
+        ids = net.random_masking(32, 0.75)
+        return peak_saved_bytes(lambda: local_backward(net, net.encode, imgs, *ids))
+
+    def summed(T):
+        return peak_saved_bytes(lambda: build(T=T)(imgs)[0].backward())
+
+    assert local(8) < 1.02 * local(1)
+    assert summed(8) > 3 * summed(1)  # what the measurement sees without it
+
+
+# two ranks
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from contextlib import nullcontext
+from engine_pretrain import EncoderFirst, local_backward
+from models.noprop_mae import NoPropMAE
+
+small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
+             decoder_depth=2, decoder_num_heads=2, mlp_ratio=2.0, T=3)
+
+def call(net, encode, step, rank, scale):
+    # Ratio 1 in one step: a rank without visible patches must not leave the others waiting.
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    imgs = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    ids = net.random_masking(4, 1.0 if (step, rank) == (1, 0) else 0.75, generator)
+    local_backward(net, encode, imgs, *ids, generator=generator, scale=lambda loss: loss * scale)
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for propagate, use_checkpoint in (("latent", False), ("none", True)):
+    torch.manual_seed(0)
+    net = NoPropMAE(**small, propagate=propagate, use_checkpoint=use_checkpoint).double()
+    twin = NoPropMAE(**net.config()).double()
+    twin.load_state_dict(net.state_dict())
+    # Buckets of a few parameters: gradients are sent off between the backward passes.
+    model = DistributedDataParallel(EncoderFirst(net), bucket_cap_mb=0.005, gradient_as_bucket_view=True)
+    for group in range(3):  # buckets are rebuilt after the first
+        for micro in range(2):
+            with model.no_sync() if micro == 0 else nullcontext():
+                call(net, model, 2 * group + micro, rank, 0.5)
+            for r in range(2):
+                call(twin, twin.encode, 2 * group + micro, r, 0.25)
+        for (name, p), q in zip(net.named_parameters(), twin.parameters()):
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m: name + ": " + m)
+                with torch.no_grad():
+                    p -= 0.1 * p.grad
+                    q -= 0.1 * q.grad
+        net.zero_grad(set_to_none=True)
+        twin.zero_grad(set_to_none=True)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(run, tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    run(script, nproc=2, env={"PYTHONPATH": str(ROOT)})
+
+
+# train_one_epoch
+
+
+class Batches:
+    """Five batches of six images; `poison` makes one of them infinite."""
+
+    def __init__(self, poison=None):
+        self.poison = poison
+
+    def __len__(self):
+        return 5
+
+    def epoch(self, epoch, start_step=0):
+        for step in range(start_step, 5):
+            imgs = images(6, seed=10 * epoch + step)
+            if step == self.poison:
+                imgs[0, 0, 0, 0] = float("inf")
+            yield Batch(imgs, torch.zeros(6, dtype=torch.long), torch.arange(6))
+
+
+def new_run():
+    return Run(World(), RunLog(None), kind="pretrain", options={}, meta={}, save_freq=0, keep=0)
+
+
+QUIET = SimpleNamespace(poll=lambda: (False, False))
+
+
+def train(net, run, interrupts=QUIET, batches=None, optimizer=None, lr=1e-3, **kwargs):
+    optimizer = optimizer or build_adamw(param_groups(net, weight_decay=0.05), lr=0.0, betas=(0.9, 0.95))
+    kwargs = {"lr_at_epoch": lambda e: lr * (1 + e), "mask_ratio": 0.75, "accum_iter": 2, "seed": 7, **kwargs}
+    stats = train_one_epoch(
+        EncoderFirst(net),
+        batches or Batches(),
+        optimizer,
+        Precision("off", torch.device("cpu")),
+        run,
+        interrupts,
+        **kwargs,
+    )
+    return stats, optimizer
+
+
+@pytest.mark.parametrize("propagate", ["latent", "none"])
+def test_an_epoch_equals_a_plain_loop_over_the_summed_loss(propagate):
+    """Five micro-steps in groups of two: the last group has one, and counts in full."""
+    net, plain = build(propagate=propagate), build(propagate=propagate)
+    # SGD: Adam would magnify the rounding of gradients that are zero, those of the keys' biases.
+    stats, optimizer = train(
+        net, new_run(), optimizer=torch.optim.SGD(param_groups(net, weight_decay=0.05), fused=True), lr=0.1
+    )
+    other = torch.optim.SGD(param_groups(plain, weight_decay=0.05))
+    batches, total, levels = list(Batches().epoch(0)), 0.0, torch.zeros(3)
+    for group in ([0, 1], [2, 3], [4]):
+        for g in other.param_groups:
+            g["lr"] = 0.1 * (1 + group[0] / 5)
+        for step in group:
+            seed_all(7, 0, step, 0)
+            loss, losses = plain(batches[step].images, 0.75)
+            (loss / len(group)).backward()
+            total, levels = total + loss.item() / 5, levels + losses.detach() / 5
+        other.step()
+        other.zero_grad()
+    for p, q in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert stats["loss"] == pytest.approx(total, rel=1e-5)
+    assert [stats[f"loss_{i}"] for i in range(3)] == pytest.approx(levels.tolist(), rel=1e-5)
+    assert ("loss_encoder" in stats) == (propagate == "none")
+    assert stats["lr"] == pytest.approx(0.18) and {g["lr"] for g in optimizer.param_groups} == {stats["lr"]}
+
+
+def test_an_epoch_stopped_and_resumed_equals_an_uninterrupted_one():
+    whole, halves = build(), build()
+    want, _ = train(whole, new_run())
+    run, kept = new_run(), []
+    run.save = lambda state: kept.append(copy.deepcopy(state))
+    stats, _ = train(halves, run, SimpleNamespace(poll=lambda: (True, False)))
+    assert stats is None and len(kept) == 1 and kept[0]["step"] == 2
+    again = new_run()
+    torch.manual_seed(99)
+    fresh = NoPropMAE(**SMALL)  # other weights, all of which come from the checkpoint
+    optimizer = build_adamw(param_groups(fresh, weight_decay=0.05), lr=0.0, betas=(0.9, 0.95))
+    again.restore(kept[0], fresh, optimizer)
+    got, _ = train(fresh, again, optimizer=optimizer)
+    assert got == pytest.approx(want, rel=1e-6)
+    for p, q in zip(fresh.parameters(), whole.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_a_non_finite_step_is_skipped_and_counted():
+    net = build()
+    before = [p.clone() for p in net.parameters()]
+    run = new_run()
+    # With groups of five, the bad micro-step spoils the only update.
+    stats, _ = train(net, run, batches=Batches(poison=3), accum_iter=5)
+    assert run.position.bad_total == 1 and stats["loss"] == 0.0
+    for p, q in zip(net.parameters(), before):
+        assert torch.equal(p, q)
+
+
+def test_non_finite_steps_in_a_row_end_the_run_in_one_line():
+    with pytest.raises(ValueError, match="--max_bad_steps 1") as error:
+        train(build(), new_run(), batches=Batches(poison=4), max_bad_steps=1)
+    assert "\n" not in str(error.value)
+
+
+def test_mask_ratio_is_uniform_between_its_bounds_and_counted():
+    ratios = [draw_mask_ratio(0.5, 1.0, 0, 3, step) for step in range(4000)]
+    assert 0.5 <= min(ratios) < 0.505 and 0.995 < max(ratios) <= 1.0
+    assert sum(ratios) / 4000 == pytest.approx(0.75, abs=0.01)
+    assert ratios == [draw_mask_ratio(0.5, 1.0, 0, 3, step) for step in range(4000)]
+    assert draw_mask_ratio(0.75, None, 0, 3, 1) == draw_mask_ratio(0.75, 0.75, 0, 3, 1) == 0.75
+
+
+def test_ratio_one_trains_with_a_drawn_ratio(monkeypatch):
+    """mask_ratio_max 1: some steps have no visible patch at all, and every parameter still gets its update."""
+    seen = []
+    net = build()
+    original = net.random_masking
+    monkeypatch.setattr(net, "random_masking", lambda n, ratio: seen.append(ratio) or original(n, ratio))
+    stats, _ = train(net, new_run(), mask_ratio=0.9, mask_ratio_max=1.0)
+    assert len(set(seen)) == 5 and all(0.9 <= r <= 1.0 for r in seen) and stats["loss"] > 0
