@@ -1,0 +1,146 @@
+"""The 12 saccadic test-time views: what an eye would look at in turn. Deterministic, decoded and resized once.
+
+With side S and the whole image resized (bicubic, antialiased, aspect ratio kept) so that it covers S + 32, or
+L = round(1.15 S), the views are, in the order of VIEW_NAMES:
+
+    centre, its mirror               centre crop of the S + 32 resize
+    large, its mirror                centre crop of L
+    rotated +10, -10 degrees         counter-clockwise first, about the middle of L: its margin fills the corners
+    bright                           `centre` with brightness x 1.2, then contrast x 1.2 (Pillow's enhancers)
+    top/bottom left/right            the four corners of the L resize, which for an oblong image lie far apart
+    blur                             `centre` under a Gaussian 3x3 kernel, sigma 0.5
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TVF
+
+from augment.pixel_ops import grey
+
+VIEW_NAMES = (
+    "centre", "centre_mirror", "large", "large_mirror", "rotate_left", "rotate_right", "bright",
+    "top_left", "top_right", "bottom_left", "bottom_right", "blur",
+)  # fmt: skip
+MARGIN = 32  # pixels that the small resize is larger than S
+ENLARGE = 1.15  # L / S
+DEGREES = 10.0
+GAIN = 1.2  # of brightness and of contrast
+BLUR_SIGMA = 0.5
+
+
+def saccadic_views(
+    image: Image.Image | torch.Tensor, size: int | tuple[int, int], views: Iterable[int] = range(12)
+) -> torch.Tensor:
+    """Views of one image: uint8 [len(views), C, h, w], 0..255, on the image's device.
+
+    uint8, so that each member of an ensemble normalises with its own statistics (augment.batch.normalize).
+
+    image: PIL `L` or `RGB` (augment.image.to_channels makes any file one of them), or uint8 [C, H, W], C = 1 or 3.
+    size: S, or (h, w): then S + 32 and L hold for each side. views: numbers 0..11 into VIEW_NAMES, any order.
+    """
+    views = list(views)
+    if not views or any(v not in range(len(VIEW_NAMES)) for v in views):
+        raise ValueError(f"views {views}: must be numbers from 0 to {len(VIEW_NAMES) - 1}")
+    if isinstance(image, Image.Image):
+        if image.mode not in ("L", "RGB"):
+            raise ValueError(f"image mode {image.mode}: must be L or RGB")
+        image = TVF.pil_to_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {image.dtype} {list(image.shape)}")
+    h, w = (size, size) if isinstance(size, int) else size
+    small = large = None
+    if not set(views).isdisjoint((0, 1, 6, 11)):
+        small = center_crop(resize_to_cover(image, h + MARGIN, w + MARGIN), h, w).contiguous()
+    if not set(views).isdisjoint((2, 3, 4, 5, 7, 8, 9, 10)):
+        # Pillow's pixels are interleaved and the resize keeps that; by channel, all that follows is twice as fast.
+        large = resize_to_cover(image, round(ENLARGE * h), round(ENLARGE * w)).contiguous()
+    out = torch.empty(len(views), image.shape[0], h, w, dtype=torch.uint8, device=image.device)
+    for slot, view in zip(out, views):
+        slot.copy_(_view(view, small, large, h, w))
+    return out
+
+
+def _view(view: int, small: torch.Tensor | None, large: torch.Tensor | None, h: int, w: int) -> torch.Tensor:
+    """View number `view` as uint8 [C, h, w] from the centre crop `small` or the whole resize `large`."""
+    match VIEW_NAMES[view]:
+        case "centre":
+            return small
+        case "centre_mirror":
+            return small.flip(-1)
+        case "large":
+            return center_crop(large, h, w)
+        case "large_mirror":
+            return center_crop(large, h, w).flip(-1)
+        case "rotate_left":
+            return rotated_crop(large, DEGREES, h, w)
+        case "rotate_right":
+            return rotated_crop(large, -DEGREES, h, w)
+        case "bright":
+            return brighten(small)
+        case "top_left":
+            return large[:, :h, :w]
+        case "top_right":
+            return large[:, :h, -w:]
+        case "bottom_left":
+            return large[:, -h:, :w]
+        case "bottom_right":
+            return large[:, -h:, -w:]
+        case "blur":
+            return blur(small)
+
+
+def resize_to_cover(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """uint8 [C, H, W] resized to the smallest size of its aspect ratio that covers h x w, bicubic with antialias.
+
+    The other side's fraction of a pixel is cut off, as torchvision's Resize does for the longer side.
+    """
+    H, W = x.shape[-2:]
+    if h * W >= w * H:  # the height decides
+        w = max(w, int(h * W / H))
+    else:
+        h = max(h, int(w * H / W))
+    return TVF.resize(x, [h, w], InterpolationMode.BICUBIC, antialias=True)
+
+
+def center_crop(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    top, left = round((x.shape[-2] - h) / 2), round((x.shape[-1] - w) / 2)
+    return x[..., top : top + h, left : left + w]
+
+
+def rotated_crop(x: torch.Tensor, degrees: float, h: int, w: int) -> torch.Tensor:
+    """The centre crop of uint8 [C, H, W] turned counter-clockwise about its middle, bilinear.
+
+    Only the crop's pixels are computed. What lies beyond the image repeats its border: at 10 degrees and 1.15 times
+    the size, a wedge of less than 1 % of the side at the crop's corners.
+    """
+    H, W = x.shape[-2:]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # Output pixels from the middle of the image, then where each lies in the unturned one (y points down).
+    dx = torch.arange(w, device=x.device) + (round((W - w) / 2) + 0.5 - W / 2)
+    dy = (torch.arange(h, device=x.device) + (round((H - h) / 2) + 0.5 - H / 2))[:, None]
+    u, v = dx * (cos * 2 / W) - dy * (sin * 2 / W), dx * (sin * 2 / H) + dy * (cos * 2 / H)  # -1..1 over the image
+    grid = torch.stack([u, v], dim=-1)[None]
+    y = F.grid_sample(x[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return y[0].round_().to(torch.uint8)
+
+
+def brighten(x: torch.Tensor) -> torch.Tensor:
+    """uint8 [C, H, W] with brightness and then contrast x 1.2, each cut to 8 bits as Pillow's ImageEnhance does."""
+    y = x.float().mul_(GAIN).clamp_(max=255).to(torch.uint8)
+    mean = (grey(y[None]).double().mean() + 0.5).floor().float()
+    return y.float().sub_(mean).mul_(GAIN).add_(mean).clamp_(0, 255).to(torch.uint8)
+
+
+def blur(x: torch.Tensor) -> torch.Tensor:
+    """uint8 [C, H, W] under the 3x3 Gaussian of torchvision's gaussian_blur: sampled weights, reflected border."""
+    side = math.exp(-0.5 / BLUR_SIGMA**2)
+    side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
+    y = F.pad(x[None].float(), (1, 1, 1, 1), mode="reflect")
+    y = (y[..., :-2] + y[..., 2:]).mul_(side).add_(y[..., 1:-1], alpha=middle)
+    y = (y[..., :-2, :] + y[..., 2:, :]).mul_(side).add_(y[..., 1:-1, :], alpha=middle)
+    return y[0].round_().to(torch.uint8)
