@@ -1,0 +1,274 @@
+"""Fine-tune an image classifier with alpha-blended diffusion noise (DiffNoise), mixup, cutmix and layer-wise lr decay.
+
+    python main_finetune.py --dataset digits --model vit_tiny_patch4 --epochs 20 --output_dir out
+    torchrun --nproc_per_node=8 main_finetune.py --finetune checkpoint-400.pth --model vit_large_patch16 \\
+        --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
+"""
+
+import copy
+import os
+import time
+
+import torch
+from timm.data import Mixup
+
+from augment.batch import BatchTransform
+from augment.image import build_eval_transform, build_train_transform
+from engine_finetune import Criterion, evaluate, train_one_epoch
+from models import load_pretrained
+from models.rebuild import create_from_meta, require_complete
+from util import folds, options
+from util.checkpoint import peek_meta
+from util.data import Loader, load_data
+from util.datasets import DATASETS, ArrayDataset
+from util.dist import Precision, World, init_world, set_attention_backend
+from util.dry_run import describe
+from util.ema import build_ema
+from util.errors import UserError
+from util.log import RunLog, write_args
+from util.lr_sched import lr_at
+from util.optim import build_adamw, param_groups
+from util.plots import plot_confusion
+from util.report import write_finetune_report
+from util.resolve import resolve_meta
+from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
+from util.seed import seed_all
+
+
+def get_args_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    options.add_run_options(parser, batch_size=64, epochs=50)
+    options.add_optimizer_options(parser, blr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05)
+    options.add_data_options(parser, dataset="folder")
+    options.add_noise_options(parser)
+    options.add_finetune_options(parser)
+    return parser
+
+
+def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, Loader]:
+    size, aug = tuple(meta["img_size"]), args.aug
+    in_memory = isinstance(train, ArrayDataset)
+    hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
+    batch_transform = BatchTransform(
+        meta["mean"],
+        meta["std"],
+        size=size,
+        # Files were cropped and flipped in the workers; in-memory sets are augmented here, by the batch.
+        crop={"none": "none", "photo": "rrc"}.get(aug, "pad") if in_memory else "none",
+        hflip=hflip if in_memory and aug != "none" else 0.0,
+        aa=args.aa if in_memory else None,
+        color_jitter=args.color_jitter if in_memory and not args.aa else None,
+        padding=min(4, max(1, size[0] // 8)),
+        scale=(0.7, 1.0),  # of --aug photo
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        re_area=(0.02, 0.15) if aug == "photo" else (0.02, 1 / 3),
+        seed=args.seed,
+    )
+    common = dict(
+        batch_transform=batch_transform, seed=args.seed, in_chans=meta["in_chans"],
+        num_workers=args.num_workers, pin_memory=args.pin_mem, on_bad_image=args.on_bad_image,
+    )  # fmt: skip
+    train_transform = build_train_transform(
+        size, aug, aa=args.aa, color_jitter=args.color_jitter, hflip=hflip, mean=meta["mean"]
+    )
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    train_loader = Loader(
+        train, transform=train_transform, batch_size=args.batch_size, train=True, even=mixing, world=world, **common
+    )
+    val_loader = Loader(
+        val, transform=build_eval_transform(size), batch_size=args.batch_size, train=False,
+        world=world if args.dist_eval else World(device=world.device), **common,
+    )  # fmt: skip
+    return train_loader, val_loader
+
+
+def build_mixup(args, num_classes: int) -> Mixup | None:
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes,
+    )  # fmt: skip
+
+
+def freeze_backbone(model) -> None:
+    """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on."""
+    model.eval()
+    model.get_classifier().train()
+    if hasattr(model, "alpha_blend"):
+        model.alpha_blend.train()
+
+
+def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
+    """(model to call, optimizer) of a phase: the head on a frozen backbone, then all weights with layer decay."""
+    head = {id(p) for p in net.get_classifier().parameters()}
+    for p in net.parameters():
+        p.requires_grad_(not in_head_phase or id(p) in head)
+    groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=1.0 if in_head_phase else args.layer_decay)
+    return wrap_ddp(net, world), build_adamw(groups, lr=lr)
+
+
+def train_and_evaluate(args, world: World, output_dir: str, fold: int) -> int:
+    """One run: data, model, optimizer, loop, report. Returns the exit code."""
+    started = time.time()
+    source = peek_meta(args.finetune or (args.resume if args.eval else ""))
+    train, val = load_data(
+        args.dataset, args.data_path, world, in_chans=args.in_chans or (source or {}).get("in_chans"),
+        val_split=args.val_split, kfold=args.kfold, fold=fold, seed=args.split_seed,
+    )  # fmt: skip
+    meta = resolve_meta(args, train.classes, source)
+    num_classes = meta["num_classes"]
+    seed_all(args.seed, 0)  # initial weights are the same on every rank
+    precision = Precision(args.amp, world.device)
+    set_attention_backend(world.device, precision.dtype)
+    noise = options.noise_from_options(args)
+    meta_for_model = {
+        **meta,
+        "model_kwargs": {**meta["model_kwargs"], **({"pretrained": True} if args.pretrained else {})},
+    }
+    net = create_from_meta(meta_for_model, drop_path=args.drop_path, alpha_blend=noise)
+    log = RunLog(None if args.eval or args.dry_run else output_dir, args.log_dir, is_main=world.is_main)
+    if args.finetune:
+        log.say(f"finetune: {args.finetune}: {load_pretrained(net, args.finetune)}")
+    net.to(world.device)
+    if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
+        net.to(memory_format=torch.channels_last)
+    if args.grad_checkpointing:
+        net.set_grad_checkpointing()
+    train_loader, val_loader = build_loaders(args, meta, train, val, world)
+    global_batch = train_loader.order.batch_size * args.accum_iter * world.size
+    lr = args.blr * global_batch / 256 if args.lr is None else args.lr
+    log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
+            f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
+
+    if args.eval:
+        if args.resume:
+            require_complete(load_pretrained(net, args.resume), args.resume)
+        if source and source.get("classes") and source["classes"] != meta["classes"]:
+            raise UserError(f"--data_path {args.data_path}: its classes differ from those of {args.resume}")
+        result = evaluate(net, val_loader, precision, num_classes)
+        log.say("  ".join(f"{k}: {v:.4f}" for k, v in result.scores().items()))
+        log.say(f"Accuracy of the network on the {result.confusion.sum()} test images: {result.acc1:.2f}%")
+        return 0
+    if args.dry_run:
+        groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+        log.say(describe(args, meta, net, groups, train_loader, precision, global_batch, lr))
+        return 0
+
+    run = Run(world, log, kind="finetune", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
+    run.names = lambda index: [train.name(int(i)) for i in index]
+    ema = build_ema(net, args.ema_decay)
+    mixup = build_mixup(args, num_classes)
+    criterion = Criterion(args.smoothing, class_weights(args, train, num_classes)).to(world.device)
+    content = run.find(args.resume) if args.resume else folds.refuse_overwrite(output_dir, args.overwrite, world)
+    epoch = content["epoch"] if content else args.start_epoch
+    total_epochs = args.head_epochs + args.epochs
+    in_head_phase = epoch < args.head_epochs
+    model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
+    if content:
+        # Saved at the end of the head phase: its optimizer knows the head only, and the next phase starts its own.
+        at_boundary = args.head_epochs and content["epoch"] == args.head_epochs and content["step"] == 0
+        run.restore(content, net, None if at_boundary else optimizer, precision.scaler, ema)
+    else:
+        run.position = Position(epoch=args.start_epoch)
+    position = run.position
+    # A finished run goes on when the line is run again with more epochs.
+    position.finished = position.epoch >= total_epochs or (position.finished and position.planned == total_epochs)
+    position.planned = total_epochs
+    log.start(epoch + position.step / len(train_loader))
+    if world.is_main and output_dir:
+        write_args(os.path.join(output_dir, "args.json"), {**vars(args), "resolved": meta, "lr": lr})
+    interrupts = Interrupts(args.save_every_minutes)
+    while not position.finished:
+        epoch, tic = position.epoch, time.time()
+        if (epoch < args.head_epochs) != in_head_phase:
+            in_head_phase = False
+            model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
+        if noise is not None:
+            noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
+        schedule = phase_schedule(args, lr, in_head_phase)
+        stats = train_one_epoch(
+            model, train_loader, optimizer, criterion, precision, run, interrupts, lr_at_epoch=schedule,
+            accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup=None if in_head_phase else mixup, ema=ema,
+            freeze=freeze_backbone if in_head_phase else None, seed=args.seed, print_freq=args.print_freq,
+            max_bad_steps=args.max_bad_steps,
+        )  # fmt: skip
+        if stats is None:
+            return exit_code_after_stop(log, position)
+        train_seconds = time.time() - tic
+        best_net = ema.module if ema is not None else net
+        evaluated = evaluate(
+            best_net,
+            val_loader,
+            precision,
+            num_classes,
+            collect=args.kfold > 0,
+            poll=lambda: interrupts.poll()[0],
+        )
+        if evaluated is None:
+            run.save(run.state(net, optimizer, precision.scaler, ema))
+            return exit_code_after_stop(log, position)
+        scores = evaluated.scores()
+        value = -scores["loss"] if args.eval_metric == "loss" else scores[args.eval_metric]
+        is_best = position.best is None or value > position.best
+        if is_best:
+            position.best, position.best_epoch = value, epoch
+            if world.is_main and output_dir:
+                plot_confusion(evaluated.confusion, train.classes, os.path.join(output_dir, "confusion.png"))
+                if args.kfold:
+                    folds.write_oof(output_dir, fold, val, evaluated)
+        line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
+                "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
+                "bad_steps": position.bad_total, "seconds": round(train_seconds, 2)}  # fmt: skip
+        log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
+        log.epoch(line)
+        log.say(f"epoch {epoch}: train loss {stats['loss']:.4f}  " + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
+                + f"  ({train_seconds:.1f} s){'  *' if is_best else ''}")  # fmt: skip
+        position.next_epoch()
+        waited = 0 if in_head_phase else epoch - max(position.best_epoch, args.head_epochs)
+        early = bool(args.patience) and waited >= args.patience
+        position.finished = early or position.epoch >= total_epochs
+        run.save(run.state(net, optimizer, precision.scaler, ema), finished_epoch=epoch, is_best=is_best)
+        if early:
+            log.say(f"--patience {args.patience}: no gain since epoch {position.best_epoch}, stopped")
+    if world.is_main and output_dir:
+        write_finetune_report(output_dir, args, meta, position, time.time() - started)
+    interrupts.close()
+    log.close()
+    return 0
+
+
+def phase_schedule(args, lr: float, in_head_phase: bool):
+    """lr as a function of the fractional epoch: constant --head_lr for the head, then MAE's curve from its own start."""
+    if in_head_phase:
+        return lambda epoch: args.head_lr
+    return lambda epoch: lr_at(
+        epoch - args.head_epochs, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
+    )
+
+
+def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
+    """`balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1."""
+    if args.class_weights == "none":
+        return None
+    counts = torch.bincount(train.targets, minlength=num_classes).clamp(min=1)
+    return len(train) / (len(train.classes) * counts.float())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_args_parser().parse_args(argv)
+    options.check_finetune_options(args)
+    world = init_world(args.device, args.dist_url)
+    if args.kfold and args.fold == "all":
+        return folds.run_all(args, world, train_and_evaluate)
+    output_dir = args.output_dir
+    fold = int(args.fold)
+    if args.kfold and output_dir:
+        output_dir = folds.folder(output_dir, fold)
+    return train_and_evaluate(copy.copy(args), world, output_dir, fold)
+
+
+if __name__ == "__main__":
+    options.run_main(main)

@@ -1,0 +1,49 @@
+"""Shared fixtures: small images in the formats users have, and a way to run a script as they do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory) -> Path:
+    """{train,val}/{blue,red}/*.png: two classes that a small model tells apart, 40 x 32 pixels."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 16), ("val", 6)):
+        for label, name in enumerate(("blue", "red")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 120, (32, 40, 3), dtype=np.uint8)
+                pixels[..., 2 - 2 * label] += 120
+                Image.fromarray(pixels).save(folder / f"{name}_{i:02d}.png")
+    return root
+
+
+def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240, env: dict | None = None):
+    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in the repository; returns the result."""
+    command = [sys.executable]
+    if nproc:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    result = subprocess.run(
+        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+    )
+    if check is not None:
+        assert result.returncode == check, f"exit {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_script

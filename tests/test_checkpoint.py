@@ -1,0 +1,122 @@
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from util.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    CheckpointWriter,
+    damage,
+    find_resume,
+    numbered_checkpoints,
+    peek_meta,
+    read_checkpoint,
+    rng_state,
+    set_rng_state,
+)  # fmt: skip
+from util.errors import UserError
+
+
+def state(epoch: int, step: int = 0) -> dict:
+    return {
+        "format": 1, "kind": "finetune", "epoch": epoch, "step": step, "meta": {"model": "x", "classes": ["a"]},
+        "model": {"w": torch.full((1000,), float(epoch))}, "optimizer": {"state": {}}, "scaler": {}, "rng": [rng_state()],
+    }  # fmt: skip
+
+
+def flip_byte(path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_checkpoint_round_trip_and_its_neighbours(tmp_path):
+    writer = CheckpointWriter(str(tmp_path), keep=2)
+    for epoch in range(1, 5):
+        assert writer.save_last(state(epoch)) and writer.save_epoch(state(epoch), epoch)
+    writer.save_best(state(2))
+    assert read_checkpoint(str(tmp_path / LAST))["epoch"] == 4
+    assert read_checkpoint(str(tmp_path / PREVIOUS))["epoch"] == 3
+    assert [n for n, _ in numbered_checkpoints(str(tmp_path))] == [3, 4]
+    best = read_checkpoint(str(tmp_path / BEST))
+    assert "optimizer" not in best and torch.equal(best["model"]["w"], torch.full((1000,), 2.0))
+    assert peek_meta(str(tmp_path / LAST)) == {"model": "x", "classes": ["a"]}
+    assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
+
+
+def test_failed_write_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatch):
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save_last(state(1))
+    real = torch.save
+
+    def full_disk(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert writer.save_last(state(2)) is False
+    assert "No space left" in capsys.readouterr().err
+    assert read_checkpoint(str(tmp_path / LAST))["epoch"] == 1 and sorted(os.listdir(tmp_path)) == [LAST]
+    monkeypatch.setattr(torch, "save", real)
+    assert writer.save_last(state(2)) and read_checkpoint(str(tmp_path / LAST))["epoch"] == 2
+
+
+@pytest.mark.parametrize("fault", ["flip", "truncate", "empty"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, fault):
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save_last(state(1)), writer.save_last(state(2))
+    last = tmp_path / LAST
+    if fault == "flip":
+        flip_byte(last, 0.5)
+    else:
+        last.write_bytes(last.read_bytes()[: 0 if fault == "empty" else -200])
+    said = []
+    assert find_resume(str(tmp_path), said.append) == str(tmp_path / PREVIOUS)
+    assert len(said) == 1 and LAST in said[0]
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(str(last))
+
+
+def test_every_flipped_tensor_byte_is_seen(tmp_path):
+    CheckpointWriter(str(tmp_path)).save_last(state(7))
+    path = tmp_path / LAST
+    whole = path.read_bytes()
+    payload = whole.find(torch.full((1000,), 7.0).numpy().tobytes())
+    for offset in (0, 1999, 3999):
+        broken = bytearray(whole)
+        broken[payload + offset] ^= 1
+        path.write_bytes(broken)
+        assert damage(str(path))
+    path.write_bytes(whole)
+    assert damage(str(path)) is None
+
+
+def test_newest_by_position_wins_whatever_the_file_times(tmp_path):
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save_last(state(3, 5)), writer.save_last(state(3, 9))
+    os.utime(tmp_path / LAST, (1, 1))
+    assert find_resume(str(tmp_path)) == str(tmp_path / LAST)
+    os.unlink(tmp_path / LAST)
+    assert find_resume(str(tmp_path)) == str(tmp_path / PREVIOUS)
+    assert find_resume(str(tmp_path / "nowhere")) is None
+
+
+def test_kill_between_the_two_renames_loses_nothing(tmp_path):
+    writer = CheckpointWriter(str(tmp_path))
+    writer.save_last(state(1)), writer.save_last(state(2))
+    os.replace(tmp_path / LAST, tmp_path / "checkpoint-next.pth")  # as if killed before the last rename
+    assert find_resume(str(tmp_path)).endswith("checkpoint-next.pth")
+
+
+def test_generators_go_on_where_they_were():
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    np.random.randn(), random.gauss(0, 1)  # leave a cached normal behind
+    saved = rng_state()
+    first = torch.rand(3), np.random.randn(3), random.gauss(0, 1), random.random()
+    set_rng_state(saved)
+    second = torch.rand(3), np.random.randn(3), random.gauss(0, 1), random.random()
+    assert torch.equal(first[0], second[0]) and (first[1] == second[1]).all() and first[2:] == second[2:]

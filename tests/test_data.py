@@ -1,0 +1,289 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets as tv
+
+from augment.batch import BatchTransform
+from augment.image import build_eval_transform, build_train_transform
+from util.data import EpochOrder, Loader, kfold_split, load_data, stratified_split
+from util.datasets import DATASETS, ArrayDataset, read_class_folder, read_split, to_channels
+from util.dist import World
+from util.errors import UserError
+
+
+def write_image(path, color=(200, 30, 40), size=(12, 9), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path)
+
+
+# --- data sets ---------------------------------------------------------------------------------------------------
+
+
+def test_folder_reads_both_splits_with_one_class_order(photo_folder):
+    train, val = read_split("folder", str(photo_folder), "train"), read_split("folder", str(photo_folder), "val")
+    assert train.classes == val.classes == ["blue", "red"]
+    assert (len(train), len(val)) == (32, 12)
+    assert train.targets.tolist() == [0] * 16 + [1] * 16
+    assert train.name(16) == os.path.join("red", "red_00.png")
+
+
+def test_errors_name_the_folder(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"):
+        write_image(tmp_path / name)
+    with pytest.raises(UserError, match=r"val: its class folders differ.*missing dog"):
+        read_split("folder", str(tmp_path), "val")
+    (tmp_path / "val" / "dog").mkdir()
+    with pytest.raises(UserError, match=r"val/dog: class folder without images"):
+        read_split("folder", str(tmp_path), "val")
+    write_image(tmp_path / "val" / "dog" / "1.png")
+    write_image(tmp_path / "val" / "cow" / "1.png")
+    with pytest.raises(UserError, match=r"unknown cow"):
+        read_split("folder", str(tmp_path), "val")
+    with pytest.raises(UserError, match="no such folder"):
+        read_split("folder", str(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="no class folders"):
+        read_split("folder", str(tmp_path / "empty"), "train")
+    write_image(tmp_path / "only" / "train" / "a" / "1.png")
+    with pytest.raises(UserError, match="one class"):
+        load_data("folder", str(tmp_path / "only"), World())
+    write_image(tmp_path / "only" / "train" / "b" / "1.png")
+    with pytest.raises(UserError, match="val_split"):
+        load_data("folder", str(tmp_path / "only"), World())
+    os.rename(tmp_path / "train", tmp_path / "treino")
+    with pytest.raises(UserError, match="has no train/ folder"):
+        read_split("folder", str(tmp_path), "train")
+
+
+def test_one_folder_of_classes_without_splits_is_training_data(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/sub/2.jpg"):
+        write_image(tmp_path / name)
+    train = read_split("folder", str(tmp_path), "train")
+    assert train.classes == ["a", "b"] and len(train) == 3
+    assert read_split("folder", str(tmp_path), "val") is None
+
+
+def test_symlink_loops_and_undecodable_names_are_survived(tmp_path):
+    write_image(tmp_path / "a" / "1.png")
+    write_image(tmp_path / "b" / "1.png")
+    os.symlink(tmp_path / "a", tmp_path / "a" / "loop")
+    os.rename(tmp_path / "b" / "1.png", os.fsencode(tmp_path / "b") + b"/\xff\xfe.png")
+    assert len(read_class_folder(str(tmp_path))) == 2
+
+
+def test_tiny_imagenet_reads_its_own_val_layout(tmp_path):
+    base = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n02", "n01"):
+        write_image(base / "train" / wnid / "images" / f"{wnid}_0.JPEG")
+    for i in range(3):
+        write_image(base / "val" / "images" / f"val_{i}.JPEG")
+    (base / "wnids.txt").write_text("n02\nn01\n")
+    (base / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t9\t9\n" for i in range(3))
+    )
+    val = read_split("tiny-imagenet", str(tmp_path), "val")
+    assert val.classes == ["n01", "n02"] and val.targets.tolist() == [0, 1, 0]
+    assert val.paths[1].endswith("val/images/val_1.JPEG")
+
+
+def test_imagenet_100_picks_its_list_out_of_the_whole(tmp_path):
+    wnids = [f"n{i:03d}" for i in range(102)]
+    for split in ("train", "val"):
+        for w in wnids:
+            write_image(tmp_path / split / w / "1.png", size=(2, 2))
+    with pytest.raises(UserError, match="102 classes"):
+        read_split("imagenet-100", str(tmp_path), "train")
+    (tmp_path / "imagenet100.txt").write_text("\n".join(reversed(wnids[2:])))
+    train = read_split("imagenet-100", str(tmp_path), "train")
+    assert train.classes == wnids[2:] and train.targets.tolist() == list(range(100))
+    with pytest.raises(UserError, match="put the images at"):
+        read_split("imagenet", str(tmp_path / "nowhere"), "train")
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """CIFAR-10's own file format with 4 images a batch; digests of the real files do not apply to these."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        content = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    monkeypatch.setattr(tv.CIFAR10, "train_list", [[n, None] for n in names[:5]])
+    monkeypatch.setattr(tv.CIFAR10, "test_list", [[names[5], None]])
+    monkeypatch.setattr(tv.CIFAR10, "meta", {**tv.CIFAR10.meta, "md5": None})
+    return tmp_path
+
+
+def test_cifar10_files_become_one_uint8_tensor(cifar_root):
+    train, val = (read_split("cifar10", str(cifar_root), s) for s in ("train", "val"))
+    assert (
+        train.images.shape == (20, 3, 32, 32)
+        and val.images.shape == (4, 3, 32, 32)
+        and train.images.dtype == torch.uint8
+    )
+    raw = pickle.loads((cifar_root / "cifar-10-batches-py" / "data_batch_2").read_bytes())["data"][1]
+    assert torch.equal(train.images[5], torch.from_numpy(raw).view(3, 32, 32))
+    assert train.classes[0] == "class0" and train.targets[:5].tolist() == [0, 1, 2, 3, 0]
+
+
+def test_offline_download_says_what_to_put_where(tmp_path, monkeypatch):
+    import urllib.error
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    for name, where in (
+        ("cifar10", "cifar-10-batches-py"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+        ("tiny-imagenet", "unpack http"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_split(name, str(tmp_path), "train")
+        assert where in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_digits_are_scikit_learns_and_its_statistics_are_in_the_table():
+    from sklearn.datasets import load_digits
+
+    train, val = read_split("digits", ".", "train"), read_split("digits", ".", "val")
+    assert len(train) + len(val) == 1797 and len(val) == 360
+    assert torch.equal(
+        torch.cat([train.images, val.images]).long().sum(),
+        torch.tensor(np.round(load_digits().images * 255 / 16).sum()).long(),
+    )
+    pixels = train.images.double() / 255
+    assert DATASETS["digits"].mean[0] == pytest.approx(pixels.mean().item(), abs=2e-3)
+    assert DATASETS["digits"].std[0] == pytest.approx(pixels.std().item(), abs=2e-3)
+
+
+def test_channel_conversion_equals_pil():
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    grey = to_channels(ArrayDataset(images, torch.zeros(2), ["a"]), 1).images
+    pil = np.asarray(Image.fromarray(images[0].permute(1, 2, 0).numpy()).convert("L"))
+    assert (grey[0, 0].numpy().astype(int) - pil.astype(int)).__abs__().max() <= 1
+    back = to_channels(ArrayDataset(grey, torch.zeros(2), ["a"]), 3).images
+    assert back.shape == (2, 3, 5, 4) and torch.equal(back[:, 0], back[:, 2])
+
+
+# --- splits ------------------------------------------------------------------------------------------------------
+
+
+def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
+    targets = torch.tensor([0] * 40 + [1] * 20)
+    train, val = stratified_split(targets, 0.25, seed=3)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(60))
+    assert torch.bincount(targets[val]).tolist() == [10, 5]
+    assert (
+        stratified_split(targets, 0.25, seed=3)[1].tolist()
+        == val.tolist()
+        != stratified_split(targets, 0.25, seed=4)[1].tolist()
+    )
+    folds = [kfold_split(targets, 5, k, seed=0)[1] for k in range(5)]
+    assert sorted(torch.cat(folds).tolist()) == list(range(60))
+    assert all(torch.bincount(targets[f]).tolist() == [8, 4] for f in folds)
+    with pytest.raises(UserError, match="needs at least 30"):
+        kfold_split(targets, 30, 0, seed=0)
+
+
+# --- order and loaders -------------------------------------------------------------------------------------------
+
+
+def order(n, batch, *, rank=0, size=1, epoch=0, step=0, train=True, even=False):
+    o = EpochOrder(n, batch, world=World(rank, size), seed=1, train=train, even=even)
+    o.start(epoch, step)
+    return [[i for _, i in keys] for keys in o], len(o)
+
+
+def test_two_ranks_see_the_global_batches_of_one():
+    one, n = order(37, 8)
+    assert n == 4
+    halves = [order(37, 4, rank=r, size=2)[0] for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == one
+    assert order(37, 8, step=2)[0] == one[2:], "a start in mid-epoch goes on with the same samples"
+    assert order(37, 8, epoch=1)[0] != one
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_sees_every_sample_once(size):
+    seen = [i for r in range(size) for b in order(31, 4, rank=r, size=size, train=False)[0] for i in b]
+    assert sorted(seen) == list(range(31))
+
+
+def test_small_sets_fill_one_batch_and_mixing_keeps_it_even():
+    assert [len(b) for b in order(7, 16)[0]] == [7]
+    assert [len(b) for b in order(7, 16, even=True)[0]] == [6]
+    with pytest.raises(UserError, match="cannot fill"):
+        order(1, 4, size=2)
+
+
+def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
+    return Loader(
+        read_split("folder", str(root), split), transform=build_train_transform((16, 16), "mae", aa="rand-m9") if train else build_eval_transform((16, 16)),
+        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, reprob=0.5, seed=5), batch_size=4, train=train, world=World(),
+        seed=5, num_workers=workers, on_bad_image=on_bad,
+    )  # fmt: skip
+
+
+def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
+    plain = list(file_loader(photo_folder).epoch(2))
+    workers = list(file_loader(photo_folder, workers=2).epoch(2))
+    late = list(file_loader(photo_folder).epoch(2, 5))
+    assert len(plain) == 8
+    for a, b in zip(plain, workers):
+        assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.index, b.index)
+    assert torch.equal(plain[5].images, late[0].images)
+    assert not torch.equal(plain[0].images, next(iter(file_loader(photo_folder).epoch(3))).images)
+
+
+def test_unmixed_evaluation_batches_hold_the_right_targets(photo_folder):
+    for batch in file_loader(photo_folder, train=False, split="val").epoch():
+        redder = batch.images[:, 0].mean((1, 2)) > batch.images[:, 2].mean((1, 2))
+        assert torch.equal(redder.long(), batch.targets)
+
+
+def test_broken_image_ends_the_run_or_is_skipped_by_path(photo_folder, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(photo_folder, tmp_path / "p")
+    (tmp_path / "p" / "train" / "red" / "red_03.png").write_bytes(b"no image")
+    whole = (tmp_path / "p" / "val" / "blue" / "blue_01.png").read_bytes()
+    (tmp_path / "p" / "val" / "blue" / "blue_01.png").write_bytes(whole[: len(whole) // 2])
+    for workers in (0, 2):
+        with pytest.raises(UserError, match=r"red_03.png: cannot be read.*--on_bad_image skip"):
+            list(file_loader(tmp_path / "p", workers=workers).epoch())
+    batches = list(file_loader(tmp_path / "p", on_bad="skip").epoch())
+    assert [len(b.index) for b in batches] == [4] * 8, "training batches keep their size"
+    seen = [
+        i
+        for b in file_loader(tmp_path / "p", train=False, split="val", on_bad="skip").epoch()
+        for i in b.index.tolist()
+    ]
+    assert sorted(seen) == [i for i in range(12) if i != 1]
+    warnings = capsys.readouterr().err
+    assert warnings.count("red_03.png") == 1 and warnings.count("blue_01.png") == 1
+
+
+def test_every_image_mode_loads(tmp_path):
+    arrays = {
+        "grey.png": Image.new("L", (9, 9), 128), "alpha.png": Image.new("RGBA", (9, 9), (128, 128, 128, 255)),
+        "palette.png": Image.new("RGB", (9, 9), (128,) * 3).convert("P"), "cmyk.jpg": Image.new("RGB", (9, 9), (128,) * 3).convert("CMYK"),
+        "deep.png": Image.fromarray(np.full((9, 9), 128 * 257, np.uint16)), "bit.png": Image.new("1", (9, 9), 1), "one.png": Image.new("RGB", (1, 1), (128,) * 3),
+    }  # fmt: skip
+    for name, image in arrays.items():
+        path = tmp_path / "train" / "a" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    write_image(tmp_path / "train" / "b" / "x.png", (128,) * 3)
+    for batch in file_loader(tmp_path, train=False).epoch():
+        level = (batch.images.mean((1, 2, 3)) * 0.5 + 0.5) * 255
+        names = [sorted(arrays)[i] if i < len(arrays) else "x.png" for i in batch.index]
+        for name, value in zip(names, level.tolist()):
+            assert value == pytest.approx(255 if name == "bit.png" else 128, abs=2), name

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from augment.batch import BatchTransform
+from engine_finetune import Criterion, evaluate, scores_from_confusion, train_one_epoch
+from util.data import Loader
+from util.datasets import ArrayDataset
+from util.dist import Precision, World
+from util.errors import UserError
+from util.log import RunLog
+from util.lr_sched import lr_at
+from util.optim import build_adamw
+from util.run import Interrupts, Run
+
+CPU = torch.device("cpu")
+
+
+def toy_data(n=22, classes=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=g)
+    return ArrayDataset(images, torch.randint(0, classes, (n,), generator=g), [str(c) for c in range(classes)])
+
+
+def toy_loader(data, batch_size=4, train=True):
+    transform = BatchTransform((0.5,), (0.25,), seed=1)
+    return Loader(data, batch_transform=transform, batch_size=batch_size, train=train, world=World(), seed=1)
+
+
+def toy_net(classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, classes))
+
+
+def fit(net, data, *, epochs=1, accum_iter=1, criterion=None, max_bad_steps=10, batch_size=4, **kwargs):
+    loader = toy_loader(data, batch_size)
+    groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.05}]
+    optimizer = build_adamw(groups, lr=1e-2)
+    run = Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    for _ in range(epochs):
+        stats = train_one_epoch(
+            net, loader, optimizer, criterion or Criterion(0.1), Precision("off", CPU), run, Interrupts(), print_freq=100,
+            lr_at_epoch=lambda e: lr_at(e, lr=1e-2, min_lr=1e-4, warmup_epochs=1, epochs=4), accum_iter=accum_iter,
+            max_bad_steps=max_bad_steps, **kwargs,
+        )  # fmt: skip
+        run.position.next_epoch()
+    return stats, run, optimizer
+
+
+def plain_fit(net, data, *, accum_iter, epochs=1, batch_size=4):
+    """The same training written out with torch.optim and no engine: mean gradients over each group of micro-batches."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.05)
+    for epoch in range(epochs):
+        batches = list(toy_loader(data, batch_size).epoch(epoch))
+        for first in range(0, len(batches), accum_iter):
+            group = batches[first : first + accum_iter]
+            e = epoch + first / len(batches)
+            optimizer.param_groups[0]["lr"] = (
+                1e-2 * e if e < 1 else 1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + np.cos(np.pi * (e - 1) / 3))
+            )
+            loss = sum(F.cross_entropy(net(b.images), b.targets, label_smoothing=0.1) for b in group) / len(group)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2, 3, 16])
+def test_training_equals_torch_optim_with_accumulation_and_its_tail(accum_iter):
+    data = toy_data()  # 5 micro-batches: groups of 2 + 2 + 1, 3 + 2, and one of all 5
+    ours, plain = toy_net(), toy_net()
+    _, run, _ = fit(ours, data, accum_iter=accum_iter, epochs=2)
+    plain_fit(plain, data, accum_iter=accum_iter, epochs=2)
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        assert torch.allclose(a, b, atol=2e-6)
+    assert run.position.updates == 2 * -(-5 // accum_iter)
+
+
+def test_reported_train_loss_is_the_mean_over_micro_batches():
+    data, net = toy_data(), toy_net()
+    batches = list(toy_loader(data).epoch(0))
+    with torch.no_grad():
+        expected = np.mean([F.cross_entropy(net(b.images), b.targets, label_smoothing=0.1).item() for b in batches])
+    stats, *_ = fit(net, data, accum_iter=16)
+    assert stats["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_criterion_equals_timms_losses(smoothing):
+    torch.manual_seed(0)
+    logits, hard = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    soft = torch.rand(6, 5).softmax(1)
+    reference = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    assert Criterion(smoothing)(logits, hard).item() == pytest.approx(reference(logits, hard).item(), rel=1e-6)
+    assert Criterion(smoothing)(logits, soft).item() == pytest.approx(
+        SoftTargetCrossEntropy()(logits, soft).item(), rel=1e-6
+    )
+
+
+def test_class_weights_scale_each_targets_share():
+    logits, targets, weight = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0.5, 1.0, 3.0])
+    nll = -logits.log_softmax(1)[torch.arange(6), targets]
+    assert Criterion(0.0, weight)(logits, targets).item() == pytest.approx(
+        (weight[targets] * nll).mean().item(), rel=1e-6
+    )
+
+
+class Explodes(nn.Module):
+    """Cross entropy that is NaN on chosen calls."""
+
+    def __init__(self, bad_calls):
+        super().__init__()
+        self.bad_calls, self.calls = bad_calls, 0
+
+    def forward(self, logits, targets):
+        self.calls += 1
+        return F.cross_entropy(logits, targets) * (float("nan") if self.calls in self.bad_calls else 1.0)
+
+
+def test_non_finite_step_is_skipped_counted_and_named(capsys):
+    net, data = toy_net(), toy_data()
+    _, run, _ = fit(net, data, criterion=Explodes({2}))
+    assert run.position.bad_total == 1 and run.position.bad_in_a_row == 0
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    batch = list(toy_loader(data).epoch(0))[1]
+    said = capsys.readouterr().out
+    assert "non-finite" in said and ", ".join(str(int(i)) for i in batch.index) in said
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run():
+    with pytest.raises(UserError, match="--max_bad_steps 3"):
+        fit(toy_net(), toy_data(), criterion=Explodes(set(range(2, 99))), max_bad_steps=3)
+
+
+def test_evaluation_equals_scikit_learn():
+    data, net = toy_data(n=57, classes=7), toy_net(7)
+    result = evaluate(net, toy_loader(data, 8, train=False), Precision("off", CPU), 7, collect=True)
+    with torch.no_grad():
+        p = net(BatchTransform((0.5,), (0.25,))(data.images, None, 0, False)).double().softmax(1).numpy()
+    y = data.targets.numpy()
+    assert result.acc1 == pytest.approx(100 * accuracy_score(y, p.argmax(1)))
+    assert result.acc5 == pytest.approx(100 * np.mean([t in np.argsort(-q)[:5] for t, q in zip(y, p)]))
+    assert result.balanced_acc == pytest.approx(100 * balanced_accuracy_score(y, p.argmax(1)))
+    assert result.macro_f1 == pytest.approx(100 * f1_score(y, p.argmax(1), average="macro"))
+    assert result.loss == pytest.approx(log_loss(y, p, labels=range(7)), rel=1e-5)
+    assert result.index.tolist() == list(range(57)) and np.allclose(result.probabilities, p, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_scores_with_absent_and_never_predicted_classes_equal_scikit_learn():
+    y, p = [0, 0, 0, 2, 2, 4], [0, 0, 1, 2, 0, 2]
+    confusion = np.zeros((5, 5), int)
+    np.add.at(confusion, (y, p), 1)
+    balanced, f1 = scores_from_confusion(confusion)
+    assert balanced == pytest.approx(100 * balanced_accuracy_score(y, p))
+    assert f1 == pytest.approx(100 * f1_score(y, p, average="macro"))
+
+
+def test_fp16_scales_its_loss_and_skips_an_overflow_without_counting_it_bad():
+    net, data = toy_net(), toy_data()
+    groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.0}]
+    optimizer, precision = build_adamw(groups, lr=1e-2), Precision("fp16", CPU)
+    precision.scaler._init_scale = 2.0**40  # fp16 gradients overflow until the scale has come down
+    run = Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    before = [p.detach().clone() for p in net.parameters()]
+    train_one_epoch(
+        net, toy_loader(data), optimizer, Criterion(), precision, run, Interrupts(), lr_at_epoch=lambda e: 1e-2
+    )
+    assert precision.scaler.get_scale() < 2.0**40 and run.position.bad_total == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters())), "every step of this epoch overflows"
+    precision.scaler.update(1024.0)
+    run.position.next_epoch()
+    train_one_epoch(
+        net, toy_loader(data), optimizer, Criterion(), precision, run, Interrupts(), lr_at_epoch=lambda e: 1e-2
+    )
+    assert not torch.equal(before[0], next(net.parameters())) and all(torch.isfinite(p).all() for p in net.parameters())

@@ -1,0 +1,259 @@
+"""main_finetune.py as users run it: processes, torchrun, resumes, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import main_finetune
+from models import create_model
+from util.checkpoint import read_checkpoint
+from util.errors import UserError
+from util.log import read_log
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# A net that trains in a second on digits, with everything random switched on.
+TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--drop_path", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--save_freq", "1", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+
+
+def finetune(*argv) -> int:
+    """main_finetune in this process; the arguments later in the line win."""
+    return main_finetune.main([*map(str, argv)])
+
+
+def assert_same_state(a: dict, b: dict, path: str = "") -> None:
+    """Bit for bit, through nested containers."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            assert_same_state(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same_state(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b or (a != a and b != b), f"{path}: {a} {b}"
+
+
+def comparable(path) -> dict:
+    content = read_checkpoint(str(path))
+    return {k: v for k, v in content.items() if k not in ("args",)}
+
+
+def log_without_times(folder) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(str(folder / "log.txt"))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert finetune(*TINY, "--output_dir", out) == 0
+    return out
+
+
+def test_run_leaves_the_files_of_the_contract(uninterrupted):
+    names = set(os.listdir(uninterrupted))
+    assert {"args.json", "log.txt", "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-0.pth", "curves.png",
+            "confusion.png", "report.md", "result.json"} <= names  # fmt: skip
+    assert any(n.startswith("events.out.tfevents") for n in names) and not any(n.endswith(".tmp") for n in names)
+    lines = read_log(str(uninterrupted / "log.txt"))
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert {"train_loss", "train_lr", "val_acc1", "val_loss", "n_parameters", "seconds"} <= set(lines[0])
+    args = json.loads((uninterrupted / "args.json").read_text())
+    assert args["options"]["lr"] == 2e-3 and args["versions"]["torch"] == torch.__version__
+    meta = read_checkpoint(str(uninterrupted / "checkpoint-best.pth"))["meta"]
+    assert meta["model"] == "vit_custom_patch2" and meta["classes"] == [str(i) for i in range(10)]
+    assert meta["img_size"] == [8, 8] and meta["in_chans"] == 1 and len(meta["mean"]) == 1
+
+
+def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
+    for name in ("checkpoint-0.pth", "log.txt"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+def test_same_line_with_resume_auto_after_the_end_changes_nothing(uninterrupted):
+    before = (uninterrupted / "checkpoint-last.pth").read_bytes()
+    assert finetune(*TINY, "--output_dir", uninterrupted, "--resume", "auto") == 0
+    assert (uninterrupted / "checkpoint-last.pth").read_bytes() == before
+
+
+def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
+    lines = read_log(str(uninterrupted / "log.txt"))
+    best = max(line["val_acc1"] for line in lines)
+    capsys.readouterr()
+    assert (
+        finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--dataset", "digits", "--device", "cpu")
+        == 0
+    )
+    assert f"360 test images: {best:.2f}%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, run, nproc):
+    line = f"main_finetune.py --eval --resume {uninterrupted / 'checkpoint-best.pth'} --dataset digits --device cpu --batch_size 50".split()
+    best = max(line["val_acc1"] for line in read_log(str(uninterrupted / "log.txt")))
+    assert f"360 test images: {best:.2f}%" in run(*line, nproc=nproc).stdout
+
+
+PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu"]  # fmt: skip
+
+
+def test_two_ranks_train_as_one_with_twice_the_batch(run, tmp_path):
+    finetune(*PLAIN, "--batch_size", 64, "--accum_iter", 2, "--output_dir", tmp_path / "one")
+    run("main_finetune.py", *PLAIN, "--batch_size", 32, "--accum_iter", 2, "--output_dir", tmp_path / "two", nproc=2)
+    one, two = (read_checkpoint(str(tmp_path / n / "checkpoint-last.pth")) for n in ("one", "two"))
+    assert one["progress"]["updates"] == two["progress"]["updates"] and len(two["rng"]) == 2
+    for k, v in one["model"].items():
+        assert torch.allclose(v, two["model"][k], atol=3e-5), k
+    a, b = (read_log(str(tmp_path / n / "log.txt"))[-1] for n in ("one", "two"))
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_in_mid_epoch_saves_and_the_same_line_goes_on_bit_for_bit(uninterrupted, tmp_path, number):
+    """A marker in the log tells when training has begun; the signal then comes at some step of it."""
+    command = [
+        sys.executable,
+        "main_finetune.py",
+        *TINY,
+        "--output_dir",
+        str(tmp_path),
+        "--resume",
+        "auto",
+        "--print_freq",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for line in process.stdout:
+        if "Epoch: [0]" in line:
+            break
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "stopped by a signal" in rest, rest
+    assert read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["epoch"] < 3
+    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+def test_killed_run_loses_no_more_than_its_last_epoch(uninterrupted, tmp_path):
+    command = [sys.executable, "main_finetune.py", *TINY, "--output_dir", str(tmp_path), "--resume", "auto"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not (tmp_path / "checkpoint-0.pth").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
+
+
+def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_path):
+    (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
+    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto", "--layer_decay", 0.5) == 0
+    groups = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["optimizer"]["param_groups"]
+    assert sorted({g["lr_scale"] for g in groups}) == [0.125, 0.25, 0.5, 1.0]
+
+
+def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
+    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
+            "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0]  # fmt: skip
+    assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
+    head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
+    torch.manual_seed(0)
+    main_finetune.seed_all(0, 0)
+    start = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1).state_dict()
+    for k, v in start.items():
+        if not k.startswith("fc"):
+            assert torch.equal(v, head_only["model"][k]), f"{k} moved in the head phase"
+    assert not torch.equal(start["fc.weight"], head_only["model"]["fc.weight"])
+    assert not torch.equal(head_only["model"]["conv1.0.weight"], end["model"]["conv1.0.weight"])
+    for epoch in (0, 1):
+        part = tmp_path / f"from{epoch}"
+        part.mkdir()
+        (part / "checkpoint-last.pth").write_bytes((tmp_path / "whole" / f"checkpoint-{epoch}.pth").read_bytes())
+        assert finetune(*line, "--output_dir", part, "--resume", "auto") == 0
+        assert_same_state(
+            comparable(part / "checkpoint-last.pth"), comparable(tmp_path / "whole" / "checkpoint-last.pth")
+        )
+
+
+def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_path):
+    save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
+    assert finetune("--data_path", photo_folder, "--model", "convnext_atto", "--finetune", tmp_path / "w.safetensors", "--input_size", 32, "--epochs", 2,
+                    "--head_epochs", 1, "--lr", "1e-3", "--warmup_epochs", 0, "--batch_size", 8, "--aug", "photo", "--num_workers", 1, "--device", "cpu",
+                    "--output_dir", tmp_path / "out") == 0  # fmt: skip
+    assert read_log(str(tmp_path / "out" / "log.txt"))[-1]["val_acc1"] == 100.0
+
+
+def test_kfold_writes_out_of_fold_probabilities_and_repeats_nothing(tmp_path, capsys):
+    line = [*PLAIN, "--epochs", 1, "--kfold", 3, "--output_dir", tmp_path]
+    assert finetune(*line) == 0
+    header, *rows = [r.split(",") for r in (tmp_path / "oof.csv").read_text().splitlines()]
+    assert header == ["ID", "fold", "True", *[str(i) for i in range(10)]]
+    assert len(rows) == len({r[0] for r in rows}) == 1437
+    assert np.allclose([sum(map(float, r[3:])) for r in rows], 1, atol=1e-4)
+    summary = json.loads((tmp_path / "summary.json").read_text())["val_acc1"]
+    correct = np.mean([header[3 + int(np.argmax([float(p) for p in r[3:]]))] == r[2] for r in rows])
+    assert summary["mean"] == pytest.approx(100 * correct, abs=0.3) and len(summary["folds"]) == 3
+    capsys.readouterr()
+    assert finetune(*line) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    with pytest.raises(UserError, match=r"--lr 0.5"):
+        finetune(*line, "--lr", "0.5")
+
+
+def test_dry_run_prints_groups_and_memory_and_writes_nothing(tmp_path, capsys):
+    assert finetune(*TINY, "--output_dir", tmp_path / "none", "--dry_run") == 0
+    said = capsys.readouterr().out
+    for word in (
+        "lr_scale 0.75",
+        "effective batch: 128",
+        "steps per epoch: 22 (11 updates)",
+        "estimated memory",
+        '"embed_dim": 24',
+    ):
+        assert word in said, word
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--model", "vit_tiny_patch3"], ["--input_size 8 8", "patch size 3"]),
+        (["--noise_layer", "7"], ["--noise_layer 7", "0 to 1"]),
+        (["--nb_classes", "3"], ["--nb_classes 3", "10 classes"]),
+        (["--dataset", "folder", "--data_path", "/nowhere"], ["--data_path /nowhere", "no such folder"]),
+        (["--mean", "1", "2"], ["--mean 1.0 2.0"]),
+        (["--device", "tpu9"], ["--device tpu9"]),
+    ],
+)
+def test_wrong_values_are_one_line(argv, words, tmp_path):
+    with pytest.raises(UserError) as caught:
+        finetune(*TINY, "--output_dir", tmp_path, *argv)
+    assert all(w in str(caught.value) for w in words), str(caught.value)
+
+
+def test_error_is_one_line_exit_two_and_keeps_what_was_there(uninterrupted, run):
+    before = {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}
+    result = run("main_finetune.py", *TINY, "--output_dir", uninterrupted, check=2)
+    assert result.stderr.count("\n") == 1 and "--resume auto" in result.stderr and "Traceback" not in result.stderr
+    result = run("main_finetune.py", *TINY, "--output_dir", uninterrupted, "--lr", "fast", check=2)
+    assert result.stderr.count("\n") == 1 and "--lr" in result.stderr
+    assert before == {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}

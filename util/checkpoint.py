@@ -1,0 +1,210 @@
+"""Checkpoints: plain dicts of tensors and primitives, written atomically, checked when read, never executed.
+
+Keys: format, kind ("finetune" or "pretrain"), model, ema, optimizer, scaler, epoch and step (where to go on: the epoch
+in progress and the steps of it that are done), progress (best metric, patience, running sums), rng (a list, one entry
+per rank), args (the options as a dict), and meta: model name and keywords, img_size, in_chans, classes, mean, std.
+"""
+
+import argparse
+import os
+import random
+import re
+import sys
+import zipfile
+
+import numpy as np
+import torch
+
+from util.errors import UserError
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-previous.pth", "checkpoint-best.pth"
+
+
+def read_file(path: str | os.PathLike) -> dict:
+    """The dict in a .pth or .safetensors file; never executes pickled code. UserError names the file.
+
+    argparse.Namespace is let through because MAE's own checkpoints hold one; it only carries attributes.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # a file from anywhere can fail in any way; the user needs its name and the kind of fault
+        if "global" in str(error).lower() and "weights only" in str(error).lower():
+            raise UserError(
+                f"{path}: holds pickled Python objects, which are never executed; save tensors only"
+            ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint of this project, its checksums verified."""
+    fault = damage(path)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    content = read_file(path)
+    if content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
+        raise UserError(f"{path}: not a checkpoint of this project (format {content.get('format')}, expected {FORMAT})")
+    return content
+
+
+def damage(path: str) -> str | None:
+    """None if every record of the file has its CRC-32; else what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"damaged, checksum of {broken} is wrong" if broken else None
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, NotImplementedError) as error:
+        return f"damaged or truncated ({error})"
+
+
+def write_atomic(path: str, write) -> None:
+    """`write(file)` to a temporary neighbour, fsync, rename: the old file stays whole until the new one is."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints. A failed write warns and leaves the previous file; the run goes on."""
+
+    def __init__(self, output_dir: str, keep: int = 0):
+        self.output_dir, self.keep = output_dir, keep
+        self.failures = 0
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.output_dir, name)
+
+    def _write(self, name: str, state: dict) -> bool:
+        try:
+            write_atomic(self.path(name), lambda file: torch.save(state, file))
+            return True
+        except (OSError, RuntimeError) as error:
+            self.failures += 1
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(
+                f"warning: {self.path(name)}: not written ({reason}); will try again at the next save", file=sys.stderr
+            )
+            return False
+
+    def save_last(self, state: dict) -> bool:
+        """checkpoint-last.pth; the one before it stays as checkpoint-previous.pth."""
+        last, previous = self.path(LAST), self.path(PREVIOUS)
+        if not self._write("checkpoint-next.pth", state):
+            return False
+        if os.path.exists(last):
+            os.replace(last, previous)
+        os.replace(self.path("checkpoint-next.pth"), last)
+        return True
+
+    def save_epoch(self, state: dict, epoch: int) -> bool:
+        """checkpoint-{epoch}.pth, hard-linked from the last one where the file system can; prunes to `keep`."""
+        path = self.path(f"checkpoint-{epoch}.pth")
+        try:
+            if os.path.exists(path):
+                os.unlink(path)
+            os.link(self.path(LAST), path)
+        except OSError:
+            if not self._write(os.path.basename(path), state):
+                return False
+        if self.keep:
+            for _, old in numbered_checkpoints(self.output_dir)[: -self.keep]:
+                os.unlink(old)
+        return True
+
+    def save_best(self, state: dict) -> bool:
+        """checkpoint-best.pth: weights and meta only, what evaluation and prediction need."""
+        slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
+        return self._write(BEST, slim)
+
+
+def numbered_checkpoints(output_dir: str) -> list[tuple[int, str]]:
+    found = [(re.fullmatch(r"checkpoint-(\d+)\.pth", n), n) for n in os.listdir(output_dir)]
+    return sorted((int(m.group(1)), os.path.join(output_dir, n)) for m, n in found if m)
+
+
+def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr)) -> str | None:
+    """The newest undamaged checkpoint that can be resumed, or None. Damaged ones are reported."""
+    if not os.path.isdir(output_dir):
+        return None
+    names = [LAST, "checkpoint-next.pth", PREVIOUS]
+    paths = [os.path.join(output_dir, n) for n in names] + [p for _, p in reversed(numbered_checkpoints(output_dir))]
+    usable = []
+    for path in paths:
+        if not os.path.isfile(path):
+            continue
+        fault = damage(path)
+        if fault:
+            warn(f"warning: {path}: {fault}; trying the one before")
+            continue
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                head = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if head.get("format") == FORMAT and "optimizer" in head:
+                usable.append(((head["epoch"], head["step"]), path))
+        except Exception as error:
+            warn(f"warning: {path}: cannot be read ({str(error).splitlines()[0][:100]}); trying the one before")
+    return max(usable, key=lambda item: item[0])[1] if usable else None
+
+
+def rng_state() -> dict:
+    """This process's generators, as tensors and primitives (weights_only can read them)."""
+    name, keys, pos, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
+        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Inverse of `rng_state`. Generator states are CPU tensors whatever device the checkpoint was mapped to."""
+    torch.set_rng_state(state["torch"].cpu())
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def peek_meta(path: str) -> dict | None:
+    """meta of this project's checkpoint without reading its tensors; None for any other file."""
+    if path.endswith(".safetensors") or not os.path.isfile(path):
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
+        return None
+    known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("meta"), dict)
+    return content["meta"] if known else None

@@ -1,0 +1,250 @@
+"""From a data set to batches on the device: splits, the order of samples, loaders.
+
+The order of an epoch is one permutation of the whole set by (seed, epoch); step s of a run on R ranks with batch B
+takes entries [s R B, (s + 1) R B) of it. So a run can start in the middle of an epoch, and worker count, world size
+and resumes do not change which samples a step sees. Augmentation is counted by (seed, epoch, index) as well.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from augment.image import open_image
+from util.datasets import ArrayDataset, FileDataset, read_split, to_channels
+from util.dist import World, barrier
+from util.errors import UserError
+from util.seed import mix, sample_rng
+
+
+@dataclass
+class Batch:
+    """images float32 [B, C, H, W] normalised, targets int64 [B], on the device; index int64 [B] into the data set (CPU)."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    index: torch.Tensor
+
+
+def stratified_split(targets: torch.Tensor, val_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (train, val), each class divided alike. UserError where a class is too small to be in both."""
+    from sklearn.model_selection import train_test_split
+
+    check_class_sizes(targets, 2, f"--val_split {val_split}")
+    try:
+        train, val = train_test_split(np.arange(len(targets)), test_size=val_split, stratify=targets, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"--val_split {val_split}: {error}") from None
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def kfold_split(targets: torch.Tensor, kfold: int, fold: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (train, val) of fold 0..kfold-1 of scikit-learn's StratifiedKFold, shuffled by seed."""
+    from sklearn.model_selection import StratifiedKFold
+
+    check_class_sizes(targets, kfold, f"--kfold {kfold}")
+    folds = StratifiedKFold(kfold, shuffle=True, random_state=seed).split(np.zeros(len(targets)), targets)
+    train, val = list(folds)[fold]
+    return torch.from_numpy(train), torch.from_numpy(val)
+
+
+def check_class_sizes(targets: torch.Tensor, needed: int, flag: str) -> None:
+    counts = torch.bincount(targets)
+    if counts.min() < needed:
+        raise UserError(
+            f"{flag}: class number {int(counts.argmin())} has {int(counts.min())} images; needs at least {needed}"
+        )
+
+
+def load_data(
+    name: str,
+    root: str,
+    world: World,
+    *,
+    in_chans: int | None = None,
+    val_split: float = 0.0,
+    kfold: int = 0,
+    fold: int = 0,
+    seed: int = 0,
+):
+    """(train, val) data sets with labels. Rank 0 reads first, so that a download happens once."""
+    if world.is_main:
+        train, val = read_split(name, root, "train"), read_split(name, root, "val")
+    barrier()
+    if not world.is_main:
+        train, val = read_split(name, root, "train"), read_split(name, root, "val")
+    if len(train.classes) < 2:
+        raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
+    if kfold:
+        train_index, val_index = kfold_split(train.targets, kfold, fold, seed)
+        train, val = train.subset(train_index), train.subset(val_index)
+    elif val_split:
+        train_index, val_index = stratified_split(train.targets, val_split, seed)
+        train, val = train.subset(train_index), train.subset(val_index)
+    elif val is None:
+        raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
+    if in_chans and isinstance(train, ArrayDataset):
+        train, val = to_channels(train, in_chans), to_channels(val, in_chans)
+    return train, val
+
+
+class EpochOrder:
+    """Batches of (epoch, index) for one rank; see the module's docstring. Training drops the incomplete last batch."""
+
+    def __init__(self, n: int, batch_size: int, *, world: World, seed: int = 0, train: bool = True, even: bool = False):
+        self.n, self.rank, self.size, self.seed, self.train = n, world.rank, world.size, seed, train
+        self.batch_size = batch_size
+        if train:
+            # A set smaller than one global batch still trains: with all of it as the batch.
+            self.batch_size = min(batch_size, n // world.size)
+            if even:  # mixup pairs each sample with its mirror in the batch
+                self.batch_size -= self.batch_size % 2
+            if self.batch_size < 1:
+                raise UserError(f"--data_path: {n} training images cannot fill a batch on {world.size} ranks")
+        self.epoch = self.start_step = 0
+
+    def start(self, epoch: int, step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, step
+
+    def __len__(self) -> int:
+        if self.train:
+            return self.n // (self.batch_size * self.size)
+        # The longest rank's count: ranks agree on it, and short ranks have an empty last batch.
+        return -(-len(range(0, self.n, self.size)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        B = self.batch_size
+        if not self.train:
+            mine = range(self.rank, self.n, self.size)
+            for s in range(self.start_step, -(-len(mine) // B)):
+                yield [(self.epoch, i) for i in mine[s * B : (s + 1) * B]]
+            return
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch, 1))
+        order = torch.randperm(self.n, generator=generator)
+        for s in range(self.start_step, len(self)):
+            first = (s * self.size + self.rank) * B
+            yield [(self.epoch, i) for i in order[first : first + B].tolist()]
+
+
+class SampleReader:
+    """Decode and augment one file: (epoch, index) -> (uint8 [C, H, W], target, index, bad), in a loader worker.
+
+    bad lists (path, reason) of images that could not be read. In training the next readable image takes the place,
+    so that batches keep their size on every rank; in evaluation the image is None and drops out.
+    """
+
+    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool):
+        self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, index = key
+        bad = []
+        for attempt in range(16 if self.train else 1):
+            i = (index + attempt) % len(self.data)
+            path = self.data.paths[i]
+            try:
+                image = open_image(path, self.in_chans)
+                with sample_rng(self.seed, epoch, index):
+                    return self.transform(image), int(self.data.targets[i]), i, bad
+            except Exception as error:  # PIL and its plugins raise anything on a broken file
+                reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
+                bad.append((path, reason[0].strip()[:160]))
+        return None, -1, index, bad
+
+
+def collate(samples: list) -> tuple:
+    good = [s for s in samples if s[0] is not None]
+    bad = [b for s in samples for b in s[3]]
+    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
+    return images, torch.tensor([s[1] for s in good]), torch.tensor([s[2] for s in good], dtype=torch.long), bad
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class Loader:
+    """Batches of one split, on the device. `batch_transform(images uint8, index, epoch, train)` makes them float.
+
+    An ArrayDataset is gathered and augmented as whole batches on the device; files go through `transform` in workers.
+    """
+
+    def __init__(
+        self,
+        data: ArrayDataset | FileDataset,
+        *,
+        batch_transform,
+        transform=None,
+        batch_size: int,
+        train: bool,
+        world: World,
+        seed: int = 0,
+        in_chans: int = 3,
+        even: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = True,
+        on_bad_image: str = "error",
+    ):
+        self.data, self.batch_transform, self.world, self.train = data, batch_transform, world, train
+        self.order = EpochOrder(len(data), batch_size, world=world, seed=seed, train=train, even=even)
+        self.on_bad_image, self.bad_images = on_bad_image, {}
+        self.files = None
+        if isinstance(data, ArrayDataset):
+            self.images, self.targets = data.images.to(world.device), data.targets.to(world.device)
+        else:
+            workers = min(
+                num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            )
+            self.files = DataLoader(
+                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train),
+                batch_sampler=self.order,
+                collate_fn=collate,
+                num_workers=workers,
+                pin_memory=pin_memory and world.device.type == "cuda",
+                persistent_workers=workers > 0,
+                prefetch_factor=4 if workers else None,
+                worker_init_fn=_one_thread,
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return len(self.order)
+
+    def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from step `start_step` on."""
+        self.order.start(epoch, start_step)
+        device = self.world.device
+        if self.files is None:
+            for keys in self.order:
+                index = torch.tensor([i for _, i in keys])
+                where = index.to(device)
+                images = self.batch_transform(self.images.index_select(0, where), where, epoch, self.train)
+                yield Batch(images, self.targets[where], index)
+            return
+        for images, targets, index, bad in self.files:
+            self._report(bad)
+            if self.train and len(index) < self.order.batch_size:
+                raise UserError(f"{printable(bad[-1][0])}: the last of 16 images in a row that cannot be read")
+            if len(index) == 0:
+                continue
+            images = images.to(device, non_blocking=True)
+            images = self.batch_transform(images, index.to(device, non_blocking=True), epoch, self.train)
+            yield Batch(images, targets.to(device, non_blocking=True), index)
+
+    def _report(self, bad: list[tuple[str, str]]) -> None:
+        for path, reason in bad:
+            name = printable(path)
+            if self.on_bad_image == "error":
+                raise UserError(f"{name}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
+            if path not in self.bad_images:
+                self.bad_images[path] = reason
+                print(f"warning: {name}: skipped, cannot be read as an image ({reason})", file=sys.stderr)
+
+
+def printable(path: str) -> str:
+    """A file name as text: names that are no UTF-8 keep their bytes as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

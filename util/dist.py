@@ -1,0 +1,162 @@
+"""Process group, device and precision: decided once at start-up, the same line on CPU, one GPU or many."""
+
+import ctypes
+import datetime
+import os
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process runs. `rank` 0 writes the files."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu. A device that is not there is an error, not a fallback."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device is visible here; use --device cpu or auto")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {name}: rank {local_rank} needs GPU {index}, but {torch.cuda.device_count()} visible"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here; use --device cpu or auto")
+    return device
+
+
+def keep_freed_memory() -> None:
+    """glibc: serve large tensors from the heap and keep it, instead of mapping and zeroing pages at every step.
+
+    Page faults took a third of a CPU training step (bench/BENCH.md). Elsewhere than on glibc nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def init_world(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10.0) -> World:
+    """Join torchrun's process group (gloo on CPU, nccl on CUDA) if there is one.
+
+    A rank that hangs or dies ends the others' collectives after `timeout_minutes` with a message.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    dev = pick_device(device, local_rank)
+    if dev.type == "cpu":
+        keep_freed_memory()
+    if dev.type == "cuda":
+        torch.cuda.set_device(dev)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and size > 1:
+        # gloo beside nccl: objects, flags and barriers travel on the CPU and never wait for a kernel.
+        backend = "cpu:gloo,cuda:nccl" if dev.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=timeout_minutes))
+    else:
+        size, rank = 1, 0
+    return World(rank, size, local_rank, dev)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        all_reduce(torch.zeros(1))
+
+
+def all_reduce(x: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Reduce in place over ranks (`sum`, `max`, `min`); the identity in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return x
+
+
+def gather_objects(obj) -> list:
+    """One picklable object per rank, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [obj]
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, obj)
+    return out
+
+
+def broadcast_object(obj):
+    """Rank 0's object, on every rank."""
+    if not dist.is_initialized():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """True where bf16 matmuls run in hardware; elsewhere they are emulated and slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+class Precision:
+    """Autocast and loss scaling for one device: `off`, `bf16`, `fp16`, or None for the device's best.
+
+    Only fp16 needs a GradScaler: its gradients underflow, bf16's exponent is fp32's.
+    """
+
+    def __init__(self, amp: str | None, device: torch.device):
+        self.name = amp or ("bf16" if computes_bf16(device) else "off")
+        self.device = device
+        self.dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mps without fp16 support warns here and says so again at the first step
+            self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self):
+        if self.name == "off":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def set_attention_backend(device: torch.device, dtype: torch.dtype) -> bool:
+    """Choose fused or plain attention for models built from here on; returns True for fused.
+
+    On CPU, the fused kernel's backward is slow in bf16 (bench/BENCH.md): plain softmax(q k^T) v wins there.
+    """
+    from timm.layers import set_fused_attn
+
+    fused = not (device.type == "cpu" and dtype != torch.float32)
+    set_fused_attn(fused)
+    return fused

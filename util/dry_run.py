@@ -1,0 +1,51 @@
+"""--dry_run: what a command line resolves to, and an estimate of its memory."""
+
+import json
+
+import torch
+
+
+def saved_bytes(net, image_shape: tuple[int, ...], precision) -> int:
+    """Bytes autograd keeps for one image's backward: measured on a batch of two, weights not counted."""
+    owned = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in owned:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    device = next(net.parameters()).device
+    net.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), precision.autocast():
+        output = net(torch.zeros(2, *image_shape, device=device))
+    del output
+    return sum(seen.values()) // 2
+
+
+def describe(args, meta: dict, net, groups: list[dict], loader, precision, global_batch: int, lr: float) -> str:
+    """The resolved options, model, parameter groups, effective batch, steps per epoch and estimated memory."""
+    n = sum(p.numel() for p in net.parameters())
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    copies = 4 + bool(getattr(args, "ema_decay", 0))  # weights, gradients, two moments, EMA
+    batch = loader.order.batch_size
+    activations = batch * saved_bytes(net, (meta["in_chans"], *meta["img_size"]), precision)
+    lines = [
+        "options: " + json.dumps(vars(args), default=str, sort_keys=True),
+        "model:   " + json.dumps(meta, default=str),
+    ]
+    lines += [f"parameters: {n:,} ({n / 1e6:.2f} M)", "groups:"]
+    for g in groups:
+        size = sum(p.numel() for p in g["params"])
+        lines.append(
+            f"  lr_scale {g['lr_scale']:.5f}  weight_decay {g['weight_decay']:<6g} {size:>12,}  {g['names'][0]} ... ({len(g['names'])})"
+        )
+    steps = len(loader)
+    lines += [
+        f"effective batch: {global_batch} (= {batch} x accum {args.accum_iter} x {loader.world.size} processes), lr {lr:.4g}",
+        f"steps per epoch: {steps} ({-(-steps // args.accum_iter)} updates), {args.epochs} epochs",
+        f"estimated memory per process: {(weights * copies + activations) / 2**30:.2f} GiB "
+        f"({weights * copies / 2**30:.2f} weights, gradients and optimizer; {activations / 2**30:.2f} activations)",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""k-fold runs: one folder per fold, out-of-fold probabilities, mean and standard deviation over the folds."""
+
+import copy
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from util.checkpoint import LAST, numbered_checkpoints, write_atomic
+from util.data import printable
+from util.dist import World, barrier, broadcast_object
+from util.errors import UserError
+
+RESULT = "result.json"
+# Flags that do not change what a finished fold holds.
+_FREE = {
+    "fold",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "print_freq",
+    "num_workers",
+    "device",
+    "dry_run",
+    "pin_mem",
+    "keep",
+}
+
+
+def folder(output_dir: str, fold: int) -> str:
+    return os.path.join(output_dir, f"fold-{fold}")
+
+
+def refuse_overwrite(output_dir: str, overwrite: bool, world: World) -> None:
+    """A new run does not start over the checkpoints of another unless told to."""
+    if overwrite or not output_dir or not os.path.isdir(output_dir):
+        return
+    if os.path.exists(os.path.join(output_dir, LAST)) or numbered_checkpoints(output_dir):
+        raise UserError(
+            f"--output_dir {output_dir}: holds checkpoints of a run; --resume auto goes on with it, "
+            "--overwrite starts anew, or choose another folder"
+        )
+
+
+def is_finished(output_dir: str, options: dict) -> bool:
+    """True if this fold ran to its end with the same flags; other flags are an error, not a silent reuse."""
+    path = os.path.join(output_dir, RESULT)
+    if not os.path.isfile(path):
+        return False
+    stored = json.loads(Path(path).read_text("utf-8")).get("options", {})
+    wanted = json.loads(json.dumps(options, default=str))
+    changed = sorted(k for k in wanted if k not in _FREE and stored.get(k) != wanted[k])
+    if changed:
+        k = changed[0]
+        raise UserError(
+            f"--{k} {wanted[k]}: {output_dir} was finished with {stored.get(k)}; choose another --output_dir or --overwrite"
+        )
+    return True
+
+
+def run_all(args, world: World, train_one) -> int:
+    """Every fold that is not finished, then the summary. train_one(args, world, output_dir, fold) -> exit code."""
+    if not args.output_dir:
+        raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
+    for fold in range(args.kfold):
+        where = folder(args.output_dir, fold)
+        finished = broadcast_object(is_finished(where, vars(args)) if world.is_main else None)
+        if finished and not args.overwrite and not args.dry_run:
+            if world.is_main:
+                print(f"fold {fold}: finished before, in {where}", flush=True)
+            continue
+        if world.is_main:
+            print(f"fold {fold} of {args.kfold}: {where}", flush=True)
+        one = copy.copy(args)
+        one.fold = str(fold)
+        code = train_one(one, world, where, fold)
+        if code or args.dry_run:
+            return code
+        barrier()
+    if world.is_main:
+        summarise(args.output_dir, args.kfold)
+    return 0
+
+
+def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
+    """oof.csv: ID, fold, true class, one probability per class, for the fold's validation images."""
+    rows = []
+    for i, probabilities in zip(evaluated.index, evaluated.probabilities):
+        target = data.classes[int(data.targets[int(i)])]
+        rows.append([printable(data.name(int(i))), fold, target, *(f"{p:.6f}" for p in probabilities)])
+    write_csv(os.path.join(output_dir, "oof.csv"), ["ID", "fold", "True", *data.classes], rows)
+
+
+def write_csv(path: str, header: list[str], rows: list[list]) -> None:
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+
+
+def summarise(output_dir: str, kfold: int) -> None:
+    """oof.csv of all folds, summary.json and report.md with mean and standard deviation."""
+    header, rows, results = None, [], []
+    for fold in range(kfold):
+        where = folder(output_dir, fold)
+        with open(os.path.join(where, "oof.csv"), encoding="utf-8", newline="") as file:
+            header, *more = list(csv.reader(file))
+        rows += more
+        results.append(json.loads(Path(where, RESULT).read_text("utf-8")))
+    write_csv(os.path.join(output_dir, "oof.csv"), header, rows)
+    names = [k for k in results[0]["best"] if k.startswith("val_")]
+    summary = {}
+    for name in names:
+        values = np.array([r["best"][name] for r in results], dtype=float)
+        summary[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1)), "folds": values.tolist()}
+    write_atomic(
+        os.path.join(output_dir, "summary.json"), lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode())
+    )
+    lines = [
+        f"# {kfold}-fold run",
+        "",
+        "| score | mean | std | " + " | ".join(f"fold {i}" for i in range(kfold)) + " |",
+    ]
+    lines.append("|---" * (3 + kfold) + "|")
+    for name, s in summary.items():
+        cells = " | ".join(f"{v:.2f}" for v in s["folds"])
+        lines.append(f"| {name.removeprefix('val_')} | {s['mean']:.2f} | {s['std']:.2f} | {cells} |")
+    lines += [
+        "",
+        f"Out-of-fold probabilities of {len(rows)} images: oof.csv. Each fold's report: fold-*/report.md.",
+        "",
+    ]
+    write_atomic(os.path.join(output_dir, "report.md"), lambda f: f.write("\n".join(lines).encode()))
+    print("\n".join(lines), flush=True)

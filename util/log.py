@@ -1,0 +1,174 @@
+"""What a run tells: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), a progress bar or plain lines."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from util.checkpoint import write_atomic
+from util.errors import UserError
+
+
+class RunLog:
+    """Writes on rank 0 only. `step` for TensorBoard is MAE's epoch_1000x: int(1000 * fractional epoch)."""
+
+    def __init__(self, output_dir: str | None, log_dir: str | None = None, *, is_main: bool = True):
+        self.output_dir = output_dir if is_main else None
+        self.is_main = is_main
+        self.writer = None
+        self.log_dir = (log_dir or output_dir) if is_main else None
+        if self.output_dir:
+            make_folder(self.output_dir, "--output_dir")
+
+    def start(self, epoch: float = 0.0) -> None:
+        """Open the files to go on at `epoch`: anything written past that point by an interrupted run is dropped."""
+        if self.output_dir:
+            kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_atomic(self.path("log.txt"), lambda file: file.write(text.encode()))
+        if self.log_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            make_folder(self.log_dir, "--log_dir")
+            self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1 if epoch else None)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.output_dir, name)
+
+    def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch_1000x)
+
+    def image(self, name: str, picture, epoch_1000x: int) -> None:
+        """picture: uint8 [H, W, 3]."""
+        if self.writer:
+            self.writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
+
+    def epoch(self, line: dict) -> None:
+        """Append one line to log.txt; floats that JSON has no word for become null."""
+        if self.output_dir:
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            with open(self.path("log.txt"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+
+    def flush(self) -> None:
+        """Before a checkpoint: what it resumes from must be on disk."""
+        if self.writer:
+            self.writer.flush()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+def make_folder(path: str, flag: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path}: no permission to write there")
+
+
+def read_log(path: str) -> list[dict]:
+    """The lines of a log.txt; an unfinished last line (a killed run) is left out."""
+    lines = []
+    if os.path.isfile(path):
+        for text in Path(path).read_text("utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+class Progress:
+    """A tqdm bar on a terminal, else a line every `every` steps: `Epoch: [3]  [ 20/100]  lr: ..  loss: ..`."""
+
+    def __init__(self, header: str, total: int, *, every: int = 20, start: int = 0, enabled: bool = True):
+        self.header, self.total, self.every, self.step, self.enabled = header, total, every, start, enabled
+        self.bar = (
+            tqdm(total=total, initial=start, desc=header, leave=False) if enabled and sys.stderr.isatty() else None
+        )
+        self.begin, self.first = time.perf_counter(), start
+
+    @property
+    def due(self) -> bool:
+        """True on the steps whose values are fetched from the device and shown."""
+        return self.step % self.every == 0 or self.step == self.total
+
+    def update(self, values: dict[str, float] | None = None) -> None:
+        """One step done; `values` only on steps that are `due` after it."""
+        shown = "  ".join(f"{k}: {v:.4g}" for k, v in (values or {}).items())
+        if self.bar is not None:
+            self.bar.update(1)
+            if values:
+                self.bar.set_postfix_str(shown)
+        elif self.enabled and values:
+            seconds = (time.perf_counter() - self.begin) / max(1, self.step - self.first)
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - self.step)))
+            width = len(str(self.total))
+            print(
+                f"{self.header}  [{self.step:{width}d}/{self.total}]  eta: {left}  {shown}  s/it: {seconds:.3f}",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def versions() -> dict[str, str]:
+    import timm
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()} x {torch.cuda.device_count()}" if torch.cuda.is_available() else ""),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with `-dirty` if it was edited; None outside a git checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_args(path: str, options: dict) -> None:
+    """args.json: the resolved options, versions, git commit and command line."""
+    content = {"command": sys.argv, "options": options, "versions": versions(), "git": git_commit()}
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def batches_of(iterable: Iterable, count: int) -> Iterator:
+    """`count` items of an iterable that may hold fewer: None fills up, so that all ranks make equal rounds."""
+    iterator = iter(iterable)
+    for _ in range(count):
+        yield next(iterator, None)

@@ -1,0 +1,92 @@
+"""Parameter groups (layer-wise lr decay, weight-decay exemptions) and the optimizer."""
+
+import torch
+from timm.models import group_parameters
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+# Exempt in every model: MAE exempts the first two, DeiT and timm the rest.
+NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token"}
+
+
+def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Layer number of every parameter, and the number of the last layer.
+
+    ViT, as MAE and BEiT count: embedding = 0, block i = i + 1, the rest = depth + 1. Other families: timm's
+    `group_matcher`, made consecutive; a model without one counts as a single layer.
+    """
+    names = [n for n, _ in model.named_parameters()]
+    if isinstance(model, VisionTransformer):
+        last = len(model.blocks) + 1
+
+        def vit_layer(name: str) -> int:
+            if name in NO_WEIGHT_DECAY or name.startswith("patch_embed"):
+                return 0
+            return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else last
+
+        return {n: vit_layer(n) for n in names}, last
+    if not hasattr(model, "group_matcher"):
+        return dict.fromkeys(names, 0), 0
+    ids = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    ids = {n: ids[n] for n in names}
+    order = {old: new for new, old in enumerate(sorted(set(ids.values())))}
+    return {n: order[i] for n, i in ids.items()}, len(order) - 1
+
+
+def param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """AdamW parameter groups: dicts with params, names, lr_scale and weight_decay; every parameter exactly once.
+
+    lr_scale = layer_decay ** (last - layer). No weight decay for 1-D parameters, class and position embeddings
+    and whatever the model's own `no_weight_decay()` names. Frozen parameters are left out.
+    Source: MAE util/lr_decay.py's numbers for ViTs; timm's layer map elsewhere.
+    """
+    layers, last = layer_ids(model)
+    exempt = set(NO_WEIGHT_DECAY)
+    if hasattr(model, "no_weight_decay"):
+        exempt |= set(model.no_weight_decay())
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        decays = p.ndim > 1 and name not in exempt and name.split(".")[-1] not in exempt
+        key = (layers[name], decays)
+        if key not in groups:
+            groups[key] = {
+                "params": [],
+                "names": [],
+                "lr_scale": layer_decay ** (last - layers[name]),
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+        groups[key]["params"].append(p)
+        groups[key]["names"].append(name)
+    result = [groups[k] for k in sorted(groups)]
+    covered = [id(p) for g in result for p in g["params"]]
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(covered) == len(set(covered)) and set(covered) == wanted, (
+        "parameter groups must cover every parameter once"
+    )
+    return result
+
+
+def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+    """Fused AdamW: one kernel per dtype and device, and it can skip a bad step without a sync (see `skip_if_bad`)."""
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def optimizer_step(optimizer, scaler, parameters: list[torch.Tensor], clip_grad: float | None) -> torch.Tensor:
+    """Unscale, clip, update; returns the gradient norm (0-d, on the device).
+
+    A step with a non-finite norm leaves weights and moments alone, without asking the device: fused AdamW reads
+    `found_inf`, the hook GradScaler uses. Under DDP the reduced gradients are equal, so all ranks skip together.
+    """
+    scaler.unscale_(optimizer)  # the identity unless fp16
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    if not scaler.is_enabled():
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.grad_scale = None
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,69 @@
+"""The pictures a run leaves behind. Matplotlib without a display."""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from util.log import read_log
+
+
+def save_figure(figure, path: str) -> None:
+    temporary = f"{path}.tmp"
+    figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def plot_curves(log_path: str, path: str) -> None:
+    """curves.png from log.txt: losses, scores in percent, and the learning rate against epochs."""
+    lines = read_log(log_path)
+    if not lines:
+        return
+    keys = [k for k in lines[-1] if k.startswith(("train_", "val_"))]
+    panels = {
+        "loss": [k for k in keys if "loss" in k],
+        "score (%)": [k for k in keys if k.split("_", 1)[1] in ("acc1", "acc5", "balanced_acc", "macro_f1")],
+        "learning rate": [k for k in keys if k == "train_lr"],
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels.items()):
+        for name in names:
+            points = [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
+            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+        if title == "loss" and len(names) > 2:
+            axis.set_yscale("log")
+        axis.set(xlabel="epoch", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None:
+    """confusion.png: counts [C, C], rows the true class, shaded by row; numbers up to 20 classes."""
+    C = len(classes)
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    side = min(16, max(4, 0.45 * C + 2))
+    figure, axis = plt.subplots(figsize=(side, side))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if C <= 50:
+        axis.set_xticks(range(C), classes, rotation=90)
+        axis.set_yticks(range(C), classes)
+    if C <= 20:
+        for i in range(C):
+            for j in range(C):
+                axis.text(
+                    j,
+                    i,
+                    int(confusion[i, j]),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share[i, j] > 0.6 else "black",
+                )
+    axis.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusion)} of {confusion.sum()} right")
+    save_figure(figure, path)

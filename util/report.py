@@ -1,0 +1,51 @@
+"""report.md: what ran, what came out, with the pictures; result.json: the same for programs."""
+
+import json
+import os
+import shlex
+import sys
+
+from util.checkpoint import write_atomic
+from util.folds import RESULT
+from util.log import read_log
+from util.plots import plot_curves
+
+
+def write_text(path: str, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_finetune_report(output_dir: str, args, meta: dict, position, seconds: float) -> None:
+    log_path = os.path.join(output_dir, "log.txt")
+    plot_curves(log_path, os.path.join(output_dir, "curves.png"))
+    lines = read_log(log_path)
+    best = next((line for line in lines if line["epoch"] == position.best_epoch), lines[-1] if lines else {})
+    result = {"best": best, "last": lines[-1] if lines else {}, "options": vars(args), "model": meta["model"]}
+    write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
+
+    def table(line: dict) -> list[str]:
+        return [
+            f"| {k.removeprefix('val_')} | {v:.4g} |" for k, v in line.items() if k.startswith("val_") and v is not None
+        ]
+
+    text = [
+        f"# Fine-tuning: {meta['model']} on {meta['dataset']}",
+        "",
+        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        "",
+        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; "
+        f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
+        f"best epoch {position.best_epoch} by {args.eval_metric}.",
+        "",
+        "| validation, best epoch | |",
+        "|---|---|",
+        *table(best),
+        "",
+        "![curves](curves.png)",
+        "",
+        "![confusion matrix of the best epoch](confusion.png)",
+        "",
+        "checkpoint-best.pth holds these weights; `python main_finetune.py --eval --resume checkpoint-best.pth` scores it.",
+        "",
+    ]
+    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))

@@ -1,0 +1,194 @@
+"""The life of a run, the same for pretraining and fine-tuning: position, signals, saving, resuming."""
+
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, rng_state, set_rng_state
+from util.dist import World, broadcast_object, gather_objects
+from util.errors import UserError
+from util.log import RunLog
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
+
+
+@dataclass
+class Position:
+    """Where a run is: `step` micro-steps of `epoch` are done. Everything here goes through a checkpoint exactly."""
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0  # optimizer updates so far (the EMA's warm-up counts them)
+    bad_in_a_row: int = 0
+    bad_total: int = 0
+    best: float | None = None
+    best_epoch: int = -1
+    planned: int = 0  # epochs in all, of the command line that wrote this
+    finished: bool = False
+    sums: dict = field(default_factory=dict)  # running sums of this epoch's metrics, floats
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+
+class Interrupts:
+    """SIGTERM, SIGUSR1, SIGINT and the save timer, agreed by all ranks at the same step without stalling one.
+
+    Each poll starts a small all-reduce on a group of its own and reads the one before, which ran beside the step. A
+    second SIGINT interrupts at once.
+    """
+
+    def __init__(self, save_every_minutes: float = 0.0):
+        self.stop = False
+        self.period = 60.0 * save_every_minutes
+        self.next_save = time.monotonic() + self.period
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pending = None
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def _receive(self, number: int, frame) -> None:
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def poll(self) -> tuple[bool, bool]:
+        """(stop, save), the same on every rank; call it equally often on all of them."""
+        save_due = self.period > 0 and time.monotonic() >= self.next_save
+        if self.group is None:
+            stop, save = self.stop, save_due
+        else:
+            stop = save = False
+            if self.pending is not None:
+                work, flags = self.pending
+                work.wait()
+                stop, save = bool(flags[0]), bool(flags[1])
+            flags = torch.tensor([int(self.stop), int(save_due)])
+            self.pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True), flags
+        if save:
+            self.next_save = time.monotonic() + self.period
+        return stop, save
+
+
+class Run:
+    """Saves and restores a run's state; rank 0 writes, all ranks read."""
+
+    def __init__(self, world: World, log: RunLog, *, kind: str, options: dict, meta: dict, save_freq: int, keep: int):
+        self.world, self.log, self.kind, self.options, self.meta = world, log, kind, options, meta
+        self.save_freq = save_freq
+        self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
+        self.position = Position()
+        self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
+
+    def state(self, model, optimizer=None, scaler=None, ema=None) -> dict:
+        """The checkpoint's dict. A collective: every rank gives its generators' states."""
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "meta": self.meta,
+            "args": self.options,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "progress": asdict(self.position),
+            "world_size": self.world.size,
+            "model": model.state_dict(),
+            "ema": ema.module.state_dict() if ema is not None else None,
+            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "rng": gather_objects(rng_state()),
+        }
+
+    def save(self, state: dict, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
+        """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} where they are due."""
+        if self.writer is None:
+            return
+        self.log.flush()
+        if is_best:
+            self.writer.save_best(state)
+        wrote = self.writer.save_last(state)
+        due = (
+            finished_epoch is not None
+            and self.save_freq
+            and ((finished_epoch + 1) % self.save_freq == 0 or self.position.finished)
+        )
+        if due and wrote:
+            self.writer.save_epoch(state, finished_epoch)
+
+    def find(self, resume: str) -> dict | None:
+        """The checkpoint that --resume means, read on every rank; None to start anew."""
+        path = resume
+        if resume == "auto":
+            path = broadcast_object(find_resume(self.log.output_dir or "") if self.world.is_main else None)
+        if not path:
+            return None
+        content = read_checkpoint(path)
+        if content.get("kind") != self.kind:
+            raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {self.kind}")
+        if "optimizer" not in content:
+            raise UserError(
+                f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
+            )
+        self.log.say(f"resume: {path} at epoch {content['epoch']}, step {content['step']}")
+        return content
+
+    def restore(self, content: dict, model, optimizer=None, scaler=None, ema=None) -> None:
+        """Put everything back; learning-rate scales and weight decay stay those of this command line."""
+        load_exactly(model, content["model"], "--resume")
+        if ema is not None:
+            load_exactly(ema.module, content["ema"] or content["model"], "--resume")
+        if optimizer is not None and content["optimizer"] is not None:
+            restore_optimizer(optimizer, content["optimizer"])
+        if scaler is not None and content["scaler"]:
+            scaler.load_state_dict(content["scaler"])
+        self.position = Position(**content["progress"])
+        if len(content["rng"]) == self.world.size:
+            set_rng_state(content["rng"][self.world.rank])
+
+
+def load_exactly(model, state: dict, flag: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
+
+
+def restore_optimizer(optimizer, state: dict) -> None:
+    """Moments from the checkpoint; lr_scale, weight_decay and the rest from this run's flags, matched by name."""
+    fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    by_name, order = {}, []
+    for group in state["param_groups"]:
+        for name, i in zip(group["names"], group["params"]):
+            by_name[name] = i
+    for group in optimizer.param_groups:
+        order += group["names"]
+    if set(order) != set(by_name):
+        raise UserError("--resume: the checkpoint's optimizer covers other parameters; was it another model or phase?")
+    # Another --layer_decay groups the parameters differently: renumber the moments to this run's order.
+    moments = {new: state["state"][by_name[name]] for new, name in enumerate(order) if by_name[name] in state["state"]}
+    groups, start = [], 0
+    for group in fresh:
+        n = len(group["names"])
+        groups.append({**group, "params": list(range(start, start + n))})
+        start += n
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def wrap_ddp(model, world: World):
+    """DistributedDataParallel, or the model itself in a single process."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def exit_code_after_stop(log: RunLog, position: Position) -> int:
+    log.say(f"stopped by a signal at epoch {position.epoch}, step {position.step}; saved; --resume auto goes on")
+    return EXIT_STOPPED
