@@ -54,10 +54,6 @@ def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0, mask: torch.
     return 10.0 * torch.log10(data_range**2 / mse)
 
 
-def sigma_label(sigma: float) -> str:
-    return f"σ = {sigma:.3g}"
-
-
 def reconstruction_grid(
     originals: torch.Tensor,
     masked: torch.Tensor,
@@ -66,13 +62,13 @@ def reconstruction_grid(
     mean: Sequence[float],
     std: Sequence[float],
     path: str | None,
-    step_labels: Sequence[str],
+    step_labels: Sequence[float | str],
     mask: torch.Tensor | None = None,
 ) -> np.ndarray:
     """A row per image: original | masked | the estimate of each step | final -> uint8 [H, W, 3], also saved as PNG.
 
     originals, masked, final, and each of `steps`: [B, C, H, W], as NoPropMAE.reconstruct returns them.
-    step_labels: a title per step, e.g. `sigma_label(sigma)`. path: None saves nothing.
+    step_labels: each step's sigma, or a title of your own. path: None saves nothing.
     mask: [B, N], 1 = removed; with it, the PSNR on masked patches stands below each step and the final image.
     """
     columns = [originals, masked, *steps, final]
@@ -84,8 +80,9 @@ def reconstruction_grid(
         hidden, target = pixel_mask(mask, *originals.shape[-2:]), denormalize(originals, mean, std)
         scores = [psnr(denormalize(c, mean, std), target, 1.0, hidden).tolist() for c in columns[2:]]
         captions = [["", "", *(f"{s[row]:.1f} dB" for s in scores)] for row in range(len(originals))]
+    titles = [label if isinstance(label, str) else f"σ = {label:.3g}" for label in step_labels]
     rows = [[column[row] for column in pixels] for row in range(len(originals))]
-    return draw_grid(rows, path, titles=["original", "masked", *step_labels, "final"], captions=captions)
+    return draw_grid(rows, path, titles=["original", "masked", *titles, "final"], captions=captions)
 
 
 def image_grid(
