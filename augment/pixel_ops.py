@@ -1,7 +1,7 @@
 """Pillow's image operations on uint8 batches [B, C, H, W], C = 1 or 3, each sample with its own strength.
 
 They repeat Pillow's integer arithmetic (truncation included), so a batch on the device gets the colours that timm's
-and torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device.
+and torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device if nothing else is said.
 """
 
 import torch
@@ -41,6 +41,12 @@ def grey(x: torch.Tensor) -> torch.Tensor:
     return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).unsqueeze(1).long()
 
 
+def mean_grey(x: torch.Tensor) -> torch.Tensor:
+    """Mean luma rounded half up, int64 [B]; in integers, so that every device finds the same."""
+    pixels = x.shape[2] * x.shape[3]
+    return (2 * grey(x).flatten(1).sum(1) + pixels) // (2 * pixels)
+
+
 def brightness_table(factor: torch.Tensor) -> torch.Tensor:
     """Levels times factor [B]."""
     return _blend(torch.zeros((), device=factor.device), _levels(factor).float(), factor.view(-1, 1, 1))
@@ -48,13 +54,14 @@ def brightness_table(factor: torch.Tensor) -> torch.Tensor:
 
 def contrast_table(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Distance from the image's mean grey times factor [B]."""
-    mean = (grey(x).flatten(1).double().mean(1) + 0.5).floor().float()
-    return _blend(mean.view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1))
+    return _blend(mean_grey(x).float().view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1))
 
 
 def autocontrast_table(x: torch.Tensor) -> torch.Tensor:
     """Stretch each channel from its darkest and brightest level to 0..255; a flat channel stays."""
-    low, high = (extreme(x.flatten(2), 2, keepdim=True).double() for extreme in (torch.amin, torch.amax))
+    # float64 as Pillow, where there is any; float32 may put a level that falls on a whole number one lower.
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    low, high = (extreme(x.flatten(2), 2, keepdim=True).to(dtype) for extreme in (torch.amin, torch.amax))
     scale = 255.0 / (high - low).clamp(min=1.0)
     table = (_levels(x) * scale - low * scale).clamp_(0, 255).to(torch.uint8)
     return torch.where(high > low, table, _levels(x).to(torch.uint8))
@@ -116,18 +123,27 @@ def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tensor:
     """Image.transform(AFFINE) with bilinear interpolation: output pixel (x, y) shows input matrix @ (x, y, 1).
 
-    matrix: float64 [B, 2, 3] in pixels, pixel centres at .5. fill: a level per channel for what lies outside.
+    matrix: float64 [B, 2, 3] in pixels, pixel centres at .5, best on the CPU. fill: a level per channel for what lies
+    outside the image.
     """
     H, W = x.shape[-2:]
-    xs = torch.arange(W, device=x.device, dtype=torch.float64) + 0.5
-    ys = torch.arange(H, device=x.device, dtype=torch.float64)[:, None] + 0.5
+    xs = torch.arange(W, device=matrix.device, dtype=torch.float64) + 0.5
+    ys = torch.arange(H, device=matrix.device, dtype=torch.float64)[:, None] + 0.5
     m = matrix[..., None, None]  # [B, 2, 3, 1, 1]
-    # Input coordinates in grid_sample's units, -1..1 from edge to edge; small terms in float64, then one sum per pixel.
-    u = (m[:, 0, 0] * xs * (2 / W)).float() + ((m[:, 0, 1] * ys + m[:, 0, 2]) * (2 / W) - 1).float()  # [B, H, W]
-    v = (m[:, 1, 0] * xs * (2 / H)).float() + ((m[:, 1, 1] * ys + m[:, 1, 2]) * (2 / H) - 1).float()
+    # Input coordinates in grid_sample's units, -1..1 from edge to edge: the terms of rows and columns in float64,
+    # then one sum per pixel.
+    terms = (
+        m[:, 0, 0] * xs * (2 / W),  # [B, 1, W]
+        (m[:, 0, 1] * ys + m[:, 0, 2]) * (2 / W) - 1,  # [B, H, 1]
+        m[:, 1, 0] * xs * (2 / H),
+        (m[:, 1, 1] * ys + m[:, 1, 2]) * (2 / H) - 1,
+    )
+    terms = [t.float().to(x.device, non_blocking=True) for t in terms]
+    u, v = terms[0] + terms[1], terms[2] + terms[3]  # [B, H, W]
     grid = torch.stack([u, v], dim=-1)
     y = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     outside = (torch.maximum(u.abs_(), v.abs_()) > 1.0).unsqueeze(1)  # [B, 1, H, W]
-    y = torch.where(outside, torch.tensor(fill, dtype=torch.float32, device=x.device).view(1, -1, 1, 1), y)
+    colour = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(x.device, non_blocking=True)
+    y = torch.where(outside, colour, y)
     # Pillow truncates; the small step keeps flat areas from losing a level to float32's rounding.
     return y.add_(1e-3).to(torch.uint8)

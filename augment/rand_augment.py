@@ -174,7 +174,7 @@ def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[i
         part.copy_(ops.apply_table(part, table))
         first += len(table)
     if matrices:
-        matrix = torch.cat(matrices).to(x.device, non_blocking=True)
+        matrix = torch.cat(matrices)
         part = x[first : first + len(matrix)]
         part.copy_(ops.affine(part, matrix, fill))
     return x.index_select(0, order.argsort().to(x.device, non_blocking=True))

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
-from augment.pixel_ops import grey
+from augment.pixel_ops import mean_grey
 
 VIEW_NAMES = (
     "centre", "centre_mirror", "large", "large_mirror", "rotate_left", "rotate_right", "bright",
@@ -132,7 +132,7 @@ def rotated_crop(x: torch.Tensor, degrees: float, h: int, w: int) -> torch.Tenso
 def brighten(x: torch.Tensor) -> torch.Tensor:
     """uint8 [C, H, W] with brightness and then contrast x 1.2, each cut to 8 bits as Pillow's ImageEnhance does."""
     y = x.float().mul_(GAIN).clamp_(max=255).to(torch.uint8)
-    mean = (grey(y[None]).double().mean() + 0.5).floor().float()
+    mean = mean_grey(y[None]).float()
     return y.float().sub_(mean).mul_(GAIN).add_(mean).clamp_(0, 255).to(torch.uint8)
 
 

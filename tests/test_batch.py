@@ -219,6 +219,8 @@ def test_fill_of_each_mode_inside_the_boxes_and_nothing_outside(mode, recount):
                 assert (patch == patch[:, :1]).all()
                 erased.append(patch[:, 0])
         assert (y[i, :, ~inside] == 100).all() and (y[i, :, inside] != 100).all()
+        if mode == "rand" and boxes[i, :, 2:].prod(1).sum() == inside.sum():  # no overlap: each box has its own colour
+            assert y[i, 0, inside].unique().numel() == (boxes[i, :, 2] > 0).sum()
         if mode != "rand":
             erased.append(y[i, :, inside].flatten())
     values = torch.cat(erased)
