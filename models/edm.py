@@ -79,6 +79,8 @@ def sample_heun(
     """Heun's second-order steps of the same ODE (algorithm 1): two denoiser calls a step, one in the last.
 
     The correction at sigmas[i + 1] asks level i + 1, so that every denoiser is evaluated at its own level only.
+    It needs levels close together: with karras_sigmas(4) and the exact denoiser of N(0, 1), x ends 3.9 times too large;
+    1.18 times with 10 levels, 1.05 with 18. For fewer than about 10, take another sampler.
     """
     sigmas = _checked(sigmas)
     for i in range(len(sigmas) - 1):

@@ -1,6 +1,7 @@
 """Noise levels, preconditioning and samplers against closed forms and against EDM's algorithm written out anew."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,6 +96,20 @@ def test_ode_samplers_converge_to_the_closed_form_at_their_order(name):
     order = math.log2(error(128) / error(256))
     assert order == pytest.approx({"euler": 1.0, "heun": 2.0}[name], abs=0.15)
     assert error(256) < {"euler": 2e-2, "heun": 5e-4}[name]
+
+
+@pytest.mark.parametrize(("n", "factor"), [(4, 3.9), (10, 1.18), (18, 1.05)])
+def test_heun_overshoots_on_few_levels_by_the_factor_of_the_linear_ode(n, factor):
+    """For N(0, 1) the slope is a x with a = sigma / (sigma^2 + 1): a step multiplies x by 1 + h (a + a' (1 + h a)) / 2."""
+    t = karras_sigmas(n, dtype=torch.float64).tolist()
+    growth = 1.0
+    for s, u in pairwise(t):
+        h, a, b = u - s, s / (s * s + 1), u / (u * u + 1)
+        growth *= 1 + h * (a + b * (1 + h * a)) / 2 if u else 1 + h * a
+    x = torch.tensor([80.0], dtype=torch.float64)
+    got = sample_heun(gaussian_denoiser(t, 1.0), x, t)
+    assert got.item() == pytest.approx(80.0 * growth, rel=1e-9)
+    assert got.item() / ode_solution(80.0, 80.0, 1.0) == pytest.approx(factor, rel=0.01)
 
 
 def test_heun_is_closer_than_euler_for_the_same_denoiser_calls():
