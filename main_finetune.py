@@ -28,6 +28,7 @@ from util.errors import UserError
 from util.log import RunLog, write_args
 from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
+from util.options_finetune import add_finetune_options, add_noise_options, check_finetune_options, noise_from_options
 from util.plots import plot_confusion
 from util.report import write_finetune_report
 from util.resolve import resolve_meta
@@ -40,8 +41,8 @@ def get_args_parser() -> options.Parser:
     options.add_run_options(parser, batch_size=64, epochs=50)
     options.add_optimizer_options(parser, blr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05)
     options.add_data_options(parser, dataset="folder")
-    options.add_noise_options(parser)
-    options.add_finetune_options(parser)
+    add_noise_options(parser)
+    add_finetune_options(parser)
     return parser
 
 
@@ -123,7 +124,7 @@ def train_and_evaluate(args, world: World, output_dir: str, fold: int) -> int:
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
-    noise = options.noise_from_options(args)
+    noise = noise_from_options(args)
     meta_for_model = {
         **meta,
         "model_kwargs": {**meta["model_kwargs"], **({"pretrained": True} if args.pretrained else {})},
@@ -159,10 +160,15 @@ def train_and_evaluate(args, world: World, output_dir: str, fold: int) -> int:
 
     run = Run(world, log, kind="finetune", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
     run.names = lambda index: [train.name(int(i)) for i in index]
+    run.global_batch = train_loader.order.batch_size * world.size
     ema = build_ema(net, args.ema_decay)
     mixup = build_mixup(args, num_classes)
     criterion = Criterion(args.smoothing, class_weights(args, train, num_classes)).to(world.device)
-    content = run.find(args.resume) if args.resume else folds.refuse_overwrite(output_dir, args.overwrite, world)
+    content = (
+        run.find(args.resume, args.force_resume)
+        if args.resume
+        else folds.refuse_overwrite(output_dir, args.overwrite, world)
+    )
     epoch = content["epoch"] if content else args.start_epoch
     total_epochs = args.head_epochs + args.epochs
     in_head_phase = epoch < args.head_epochs
@@ -259,7 +265,7 @@ def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    options.check_finetune_options(args)
+    check_finetune_options(args)
     world = init_world(args.device, args.dist_url)
     if args.kfold and args.fold == "all":
         return folds.run_all(args, world, train_and_evaluate)

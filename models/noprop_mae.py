@@ -157,8 +157,10 @@ class NoPropMAE(nn.Module):
         """Latent of the class token and the visible patches, [B, 1+V, D]; masked patches are never touched."""
         proj = self.patch_embed.proj
         x = take(self.patchify(imgs), ids_keep)  # [B, V, P]
-        # The convolution as a matrix product over the gathered patches; its kernel in patchify's order.
-        x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [B, V, D]
+        # The convolution as a matrix product over the gathered patches, brought to its kernel's order (channel, row,
+        # column): the few visible pixels move, so that the weight's gradient keeps the weight's memory layout for DDP.
+        x = x.unflatten(2, (-1, self.in_chans)).transpose(2, 3).flatten(2)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)  # [B, V, D]
         x = x + lookup(self.pos_embed, 1 + ids_keep)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)  # [B, 1+V, D]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests_common import assert_same_state, comparable, log_without_times
 
 import main_finetune
 from models import create_model
@@ -27,32 +28,6 @@ TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs",
 def finetune(*argv) -> int:
     """main_finetune in this process; the arguments later in the line win."""
     return main_finetune.main([*map(str, argv)])
-
-
-def assert_same_state(a: dict, b: dict, path: str = "") -> None:
-    """Bit for bit, through nested containers."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for k in a:
-            assert_same_state(a[k], b[k], f"{path}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same_state(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or (a != a and b != b), f"{path}: {a} {b}"
-
-
-def comparable(path) -> dict:
-    content = read_checkpoint(str(path))
-    return {k: v for k, v in content.items() if k not in ("args",)}
-
-
-def log_without_times(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(str(folder / "log.txt"))]
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +232,11 @@ def test_error_is_one_line_exit_two_and_keeps_what_was_there(uninterrupted, run)
     result = run("main_finetune.py", *TINY, "--output_dir", uninterrupted, "--lr", "fast", check=2)
     assert result.stderr.count("\n") == 1 and "--lr" in result.stderr
     assert before == {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}
+
+
+def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path):
+    (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
+    line = [*TINY, "--output_dir", tmp_path, "--resume", "auto", "--batch_size", 32]
+    with pytest.raises(UserError, match=r"64 images per micro-step.*--force_resume"):
+        finetune(*line)
+    assert finetune(*line, "--force_resume") == 0

@@ -2,7 +2,7 @@ import pytest
 
 from main_finetune import get_args_parser
 from util.errors import UserError
-from util.options import check_finetune_options
+from util.options_finetune import check_finetune_options
 
 
 def parse(*argv):

@@ -222,7 +222,7 @@ class Loader:
             for keys in self.order:
                 index = torch.tensor([i for _, i in keys])
                 where = index.to(device)
-                images = self.batch_transform(self.images.index_select(0, where), where, epoch, self.train)
+                images = self.batch_transform(self.images.index_select(0, where), index, epoch, self.train)
                 yield Batch(images, self.targets[where], index)
             return
         for images, targets, index, bad in self.files:
@@ -232,7 +232,7 @@ class Loader:
             if len(index) == 0:
                 continue
             images = images.to(device, non_blocking=True)
-            images = self.batch_transform(images, index.to(device, non_blocking=True), epoch, self.train)
+            images = self.batch_transform(images, index, epoch, self.train)
             yield Batch(images, targets.to(device, non_blocking=True), index)
 
     def _report(self, bad: list[tuple[str, str]]) -> None:

@@ -5,7 +5,7 @@ import json
 import torch
 
 
-def saved_bytes(net, image_shape: tuple[int, ...], precision) -> int:
+def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
     """Bytes autograd keeps for one image's backward: measured on a batch of two, weights not counted."""
     owned = {p.untyped_storage().data_ptr() for p in net.parameters()}
     seen: dict[int, int] = {}
@@ -19,18 +19,20 @@ def saved_bytes(net, image_shape: tuple[int, ...], precision) -> int:
     device = next(net.parameters()).device
     net.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), precision.autocast():
-        output = net(torch.zeros(2, *image_shape, device=device))
+        output = forward(torch.zeros(2, *image_shape, device=device))
     del output
     return sum(seen.values()) // 2
 
 
-def describe(args, meta: dict, net, groups: list[dict], loader, precision, global_batch: int, lr: float) -> str:
+def describe(
+    args, meta: dict, net, groups: list[dict], loader, precision, global_batch: int, lr: float, forward=None
+) -> str:
     """The resolved options, model, parameter groups, effective batch, steps per epoch and estimated memory."""
     n = sum(p.numel() for p in net.parameters())
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     copies = 4 + bool(getattr(args, "ema_decay", 0))  # weights, gradients, two moments, EMA
     batch = loader.order.batch_size
-    activations = batch * saved_bytes(net, (meta["in_chans"], *meta["img_size"]), precision)
+    activations = batch * saved_bytes(net, forward or net, (meta["in_chans"], *meta["img_size"]), precision)
     lines = [
         "options: " + json.dumps(vars(args), default=str, sort_keys=True),
         "model:   " + json.dumps(meta, default=str),

@@ -140,10 +140,11 @@ def add_run_options(
     group.add_argument("--output_dir", default=default_output, help="where to save; '' saves nothing")
     group.add_argument("--log_dir", default=None, help="where to put TensorBoard's files (default: --output_dir)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default=None,
+    group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
                        help="mixed precision (default: bf16 where the device computes it, else off)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     group.add_argument("--resume", default="", help="checkpoint to go on from, or `auto`: the newest in --output_dir")
+    group.add_argument("--force_resume", action="store_true", help="resume with another batch size times processes")
     group.add_argument(
         "--start_epoch", type=count, default=0, help="first epoch, for weights without a position of their own"
     )
@@ -156,6 +157,8 @@ def add_run_options(
     group.add_argument("--print_freq", type=positive_int, default=20, help="steps between lines of progress")
     group.add_argument("--max_bad_steps", type=positive_int, default=10,
                        help="non-finite steps in a row (each is skipped) that end the run")  # fmt: skip
+    group.add_argument("--save_every_minutes", type=non_negative, default=0.0, help="also save in mid-epoch (0: never)")
+    group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
     group.add_argument("--dry_run", action="store_true", help="print what would run, and its memory, then stop")
     group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
 
@@ -172,44 +175,6 @@ def add_optimizer_options(
     group.add_argument("--warmup_epochs", type=non_negative, default=warmup_epochs)
     group.add_argument("--weight_decay", type=non_negative, default=weight_decay)
     group.add_argument("--clip_grad", type=positive, default=None, help="largest gradient norm")
-
-
-def add_noise_options(parser: Parser) -> None:
-    from augment.alpha_blend import ANNEALS, SCHEDULES, SPACES, TOKENS
-
-    group = parser.add_argument_group("DiffNoise: alpha-blended noise (training only)")
-    group.add_argument("--alpha_blend", type=number(int, 0, 999), default=15, help="timestep t of abar; 0 switches off")
-    group.add_argument(
-        "--noise_timestep", choices=SCHEDULES, default="fixed", help="t for all, or t ~ U{1..t} per sample"
-    )
-    group.add_argument("--noise_prob", type=fraction, default=1.0, help="fraction of samples that get noise")
-    group.add_argument("--noise_anneal", choices=ANNEALS, default="none", help="scale t towards 0 over the epochs")
-    group.add_argument(
-        "--noise_tokens", choices=TOKENS, default="all", help="with or without class and register tokens"
-    )
-    group.add_argument("--noise_space", choices=SPACES, default="embedding")
-    group.add_argument("--noise_layer", type=count, default=0, help="noise the input of this block")
-    group.add_argument("--noise_beta_power", type=positive, default=1.2, help="exponent on DDPM's linear betas")
-    group.add_argument("--noise_eval", action="store_true", help="keep the noise in evaluation (the released code did)")
-
-
-def noise_from_options(args):
-    """The AlphaBlend that the flags describe; None when it is off."""
-    from augment.alpha_blend import AlphaBlend
-
-    if args.alpha_blend == 0:
-        return None
-    return AlphaBlend(
-        args.alpha_blend,
-        schedule=args.noise_timestep,
-        prob=args.noise_prob,
-        anneal=args.noise_anneal,
-        tokens=args.noise_tokens,
-        space=args.noise_space,
-        layer=args.noise_layer,
-        beta_power=args.noise_beta_power,
-        noise_eval=args.noise_eval,
-    )
 
 
 def image_size(values: list[int] | None) -> tuple[int, int] | None:
@@ -245,93 +210,3 @@ def choose_normalisation(args, in_chans: int, default: tuple) -> tuple[tuple[flo
                 raise UserError(f"{flag} {' '.join(map(str, values))}: give 1 or {in_chans} values")
         result.append(values)
     return result[0], result[1]
-
-
-def add_finetune_options(parser: Parser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default=None, metavar="NAME",
-                       help="MAE's name or any timm model (default: the checkpoint's, or vit_large_patch16)")  # fmt: skip
-    group.add_argument("--model_kwargs", type=keyword, nargs="*", default=[], metavar="NAME=VALUE",
-                       help="passed to the model, e.g. embed_dim=96 depth=6 num_heads=3, drop_rate=0.2")  # fmt: skip
-    group.add_argument(
-        "--drop_path", type=number(float, 0, 1, open_high=True), default=0.1, help="stochastic depth rate"
-    )
-    group.add_argument("--finetune", default="", help="start from the weights in this file (.pth or .safetensors)")
-    group.add_argument("--pretrained", action="store_true", help="start from timm's own weights (a download)")
-    group.add_argument("--global_pool", action="store_true", default=True, help="average pooling (MAE's names)")
-    group.add_argument("--cls_token", action="store_false", dest="global_pool", help="class token instead")
-    group.add_argument(
-        "--nb_classes", type=positive_int, default=None, help="classes of the head (default: from the data)"
-    )
-    group.add_argument("--grad_checkpointing", action="store_true", help="recompute activations: less memory, slower")
-
-    group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument("--aug", choices=("mae", "photo", "light", "none"), default="mae",
-                       help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip")  # fmt: skip
-    group.add_argument("--aa", type=choice_or_none, default="rand-m9-mstd0.5-inc1",
-                       help="RandAugment policy of --aug mae; `none` for none")  # fmt: skip
-    group.add_argument("--color_jitter", type=non_negative, default=None, help="used without --aa")
-    group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
-    group.add_argument("--smoothing", type=number(float, 0, 1, open_high=True), default=0.1, help="label smoothing")
-    group.add_argument(
-        "--reprob", type=fraction, default=None, help="random erasing (default: 0.25; photo: 0.2; light, none: 0)"
-    )
-    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel")
-    group.add_argument("--recount", type=positive_int, default=1)
-    group.add_argument("--mixup", type=non_negative, default=0.0)
-    group.add_argument("--cutmix", type=non_negative, default=0.0)
-    group.add_argument(
-        "--cutmix_minmax", type=fraction, nargs=2, default=None, help="box size range; overrides --cutmix's"
-    )
-    group.add_argument("--mixup_prob", type=fraction, default=1.0, help="probability of mixing a batch")
-    group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="of cutmix where both are on")
-    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
-    group.add_argument("--class_weights", choices=("none", "balanced"), default="none")
-    group.add_argument("--ema_decay", type=number(float, 0, 1, open_high=True), default=0.0,
-                       help="average the weights; the average is validated, selected and used")  # fmt: skip
-
-    group = parser.add_argument_group("fine-tuning schedule")
-    group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.75)
-    group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
-    group.add_argument("--head_lr", type=non_negative, default=1e-3)
-    group.add_argument("--patience", type=count, default=0, help="stop after this many epochs without gain (0: never)")
-    group.add_argument("--eval_metric", choices=("acc1", "balanced_acc", "macro_f1", "loss"), default="acc1",
-                       help="what checkpoint-best.pth and --patience go by")  # fmt: skip
-    group.add_argument("--dist_eval", action="store_true", default=True,
-                       help="share the evaluation among the ranks, each image once: the accuracy is the same number")  # fmt: skip
-    group.add_argument("--no_dist_eval", action="store_false", dest="dist_eval", help="every rank evaluates all of it")
-    group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume or --finetune, and stop")
-    group.add_argument("--save_every_minutes", type=non_negative, default=0.0, help="also save in mid-epoch (0: never)")
-    group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
-    group.add_argument("--val_split", type=number(float, 0, 1, open_high=True), default=0.0,
-                       help="hold out this share of train/ (stratified) where there is no val/")  # fmt: skip
-    group.add_argument("--kfold", type=number(int, 0, 1000), default=0, help="stratified folds of train/ (0: none)")
-    group.add_argument("--fold", default="all", help="0 .. kfold - 1, or `all`")
-    group.add_argument("--split_seed", type=number(int, 0, 2**32 - 1), default=0, help="of --val_split and --kfold")
-
-
-def check_finetune_options(args) -> None:
-    """What one flag's type cannot see."""
-    parse_and_check_paths(args)
-    if args.kfold == 1:
-        raise UserError("--kfold 1: needs 2 or more folds")
-    if args.fold != "all" and not (args.fold.isdigit() and int(args.fold) < max(1, args.kfold)):
-        raise UserError(f"--fold {args.fold}: should be 0 to {max(0, args.kfold - 1)}, or all")
-    if args.kfold and args.val_split:
-        raise UserError(f"--val_split {args.val_split}: not together with --kfold {args.kfold}")
-    if not args.kfold:
-        args.fold = "0"
-    if args.kfold and args.resume not in ("", "auto"):
-        raise UserError(f"--resume {args.resume}: with --kfold give `auto`; every fold has its own checkpoints")
-    if args.finetune and not os.path.isfile(args.finetune):
-        raise UserError(f"--finetune {args.finetune}: no such file")
-    if args.eval and not (args.resume or args.finetune or args.pretrained):
-        raise UserError("--eval: needs weights; give --resume CHECKPOINT")
-    if args.eval and args.resume == "auto":
-        raise UserError("--resume auto: with --eval name the checkpoint file")
-    if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError(f"--cutmix_minmax {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}: should be MIN MAX")
-    if args.reprob is None:
-        args.reprob = {"mae": 0.25, "photo": 0.2}.get(args.aug, 0.0)
-    if args.aug != "mae":
-        args.aa = args.color_jitter = None

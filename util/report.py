@@ -49,3 +49,37 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, seconds: 
         "",
     ]
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+
+
+def write_pretrain_report(output_dir: str, args, meta: dict, seconds: float) -> None:
+    lines = read_log(os.path.join(output_dir, "log.txt"))
+    plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
+    pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
+    first, last = lines[0], lines[-1]
+    levels = [k for k in last if k.startswith("train_loss_")]
+    names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
+    text = [
+        f"# NoProp-MAE pretraining on {meta['dataset']}",
+        "",
+        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        "",
+        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; T = {args.T}, "
+        f"mask ratio {args.mask_ratio}, propagate {args.propagate}, loss weighting {args.loss_weighting}, "
+        f"sigma_data {args.sigma_data:.3f}.",
+        "",
+        f"| loss | epoch {first['epoch']} | epoch {last['epoch']} |",
+        "|---|---|---|",
+        *[f"| {name} | {first[k]:.4g} | {last[k]:.4g} |" for name, k in zip(names, levels)],
+        "",
+        "![curves](curves.png)",
+        "",
+        *[f"![original, masked, each step, final]({name})\n" for name in pictures[-1:]],
+        "Next: `python main_finetune.py --finetune checkpoint-last.pth`, `python main_linprobe.py --checkpoint "
+        "checkpoint-last.pth`, `python main_sample.py checkpoint-last.pth`.",
+        "",
+    ]
+    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+
+
+def _epoch_of(name: str) -> int:
+    return int("".join(c for c in name if c.isdigit()))

@@ -86,6 +86,7 @@ class Run:
         self.save_freq = save_freq
         self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
         self.position = Position()
+        self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
         self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
 
     def state(self, model, optimizer=None, scaler=None, ema=None) -> dict:
@@ -97,7 +98,9 @@ class Run:
             "args": self.options,
             "epoch": self.position.epoch,
             "step": self.position.step,
-            "progress": asdict(self.position),
+            "progress": {**asdict(self.position), "sums": {}},
+            "sums": gather_objects(self.position.sums),  # each rank's own
+            "global_batch": self.global_batch,
             "world_size": self.world.size,
             "model": model.state_dict(),
             "ema": ema.module.state_dict() if ema is not None else None,
@@ -122,7 +125,7 @@ class Run:
         if due and wrote:
             self.writer.save_epoch(state, finished_epoch)
 
-    def find(self, resume: str) -> dict | None:
+    def find(self, resume: str, force: bool = False) -> dict | None:
         """The checkpoint that --resume means, read on every rank; None to start anew."""
         path = resume
         if resume == "auto":
@@ -135,6 +138,12 @@ class Run:
         if "optimizer" not in content:
             raise UserError(
                 f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
+            )
+        if content["global_batch"] != self.global_batch and not force:
+            raise UserError(
+                f"--resume {path}: written with {content['global_batch']} images per micro-step over {content['world_size']} "
+                f"processes, this line has {self.global_batch} over {self.world.size}; choose --batch_size so that they are "
+                "equal (then the sample order goes on exactly), or --force_resume"
             )
         self.log.say(f"resume: {path} at epoch {content['epoch']}, step {content['step']}")
         return content
@@ -149,6 +158,11 @@ class Run:
         if scaler is not None and content["scaler"]:
             scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["progress"])
+        if len(content["sums"]) == self.world.size:
+            self.position.sums = content["sums"][self.world.rank]
+        elif self.world.is_main:  # another world size: the sum over all ranks is what counts
+            parts = content["sums"]
+            self.position.sums = {k: sum(p[k] for p in parts) for k in parts[0]}
         if len(content["rng"]) == self.world.size:
             set_rng_state(content["rng"][self.world.rank])
 

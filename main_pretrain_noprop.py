@@ -1,0 +1,201 @@
+"""Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, no propagation between them.
+
+    python main_pretrain_noprop.py --dataset cifar10 --data_path data --batch_size 128 --lr 1.5e-4 \\
+        --mask_ratio 0.75 --T 4 --epochs 1600 --output_dir output/mae_cifar10_noprop
+"""
+
+import time
+
+import torch
+
+from augment.batch import BatchTransform
+from augment.image import build_eval_transform, build_train_transform
+from engine_pretrain import EncoderFirst, train_one_epoch
+from models.noprop_mae import NoPropMAE
+from util import options
+from util.data import Loader
+from util.datasets import DATASETS, ArrayDataset, read_split, to_channels
+from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
+from util.dry_run import describe
+from util.folds import refuse_overwrite
+from util.log import RunLog, write_args
+from util.lr_sched import lr_at
+from util.optim import build_adamw, param_groups
+from util.options_pretrain import add_pretrain_options, check_pretrain_options
+from util.pictures import reconstruction_grid
+from util.report import write_pretrain_report
+from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
+from util.seed import seed_all
+
+NUM_PICTURES = 8
+
+
+def get_args_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    options.add_run_options(parser, batch_size=128, epochs=1600)
+    # 3e-4 is the method's lr of 1.5e-4 at batch 128.
+    options.add_optimizer_options(parser, blr=3e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.05)
+    options.add_data_options(parser, dataset="cifar10")
+    add_pretrain_options(parser)
+    return parser
+
+
+def read_images(args, world: World, in_chans: int):
+    """(training images, held-out images for the pictures; the training ones where there are no others)."""
+    if world.is_main:  # first and alone, so that a download happens once
+        read_split(args.dataset, args.data_path, "train", labelled=False)
+    barrier()
+    train, val = (read_split(args.dataset, args.data_path, s, labelled=False) for s in ("train", "val"))
+    if isinstance(train, ArrayDataset):
+        train, val = to_channels(train, in_chans), to_channels(val, in_chans)
+    return train, train if val is None else val
+
+
+def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: World) -> tuple[Loader, Loader]:
+    in_memory = isinstance(train, ArrayDataset)
+    hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
+    batch_transform = BatchTransform(mean, std, size=size, hflip=hflip if in_memory else 0.0, seed=args.seed)
+    common = dict(
+        batch_transform=batch_transform, seed=args.seed, in_chans=in_chans, pin_memory=args.pin_mem,
+        on_bad_image=args.on_bad_image,
+    )  # fmt: skip
+    train_loader = Loader(
+        train, transform=build_train_transform(size, "pretrain", hflip=hflip), batch_size=args.batch_size, train=True,
+        world=world, num_workers=args.num_workers, **common,
+    )  # fmt: skip
+    few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
+    picture_loader = Loader(
+        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False,
+        world=World(device=world.device), **common,
+    )  # fmt: skip
+    return train_loader, picture_loader
+
+
+def measure_std(loader: Loader, images: int = 4096) -> float:
+    """Standard deviation of normalised training pixels, over the first `images` of epoch 0 on rank 0."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in loader.epoch(0):
+        x = batch.images.double() if batch.images.device.type != "mps" else batch.images
+        count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+        if count >= images * x[0].numel():
+            break
+    return max(squares / count - (total / count) ** 2, 1e-12) ** 0.5
+
+
+def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog, epoch: int) -> None:
+    """reconstruction_epoch_N.png and the same in TensorBoard; the same masks and noise every time."""
+    if not log.output_dir:
+        return
+    images = next(iter(loader.epoch())).images
+    generator = torch.Generator(device=images.device).manual_seed(args.seed)
+    net.eval()
+    out = net.reconstruct(images, args.mask_ratio, sampler=args.vis_type, generator=generator)
+    picture = reconstruction_grid(
+        images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"],
+        log.path(f"reconstruction_epoch_{epoch}.png"), [f"sigma {s:.3g}" for s in net.sigmas[:-1]],
+    )  # fmt: skip
+    log.image("reconstruction", picture, epoch * 1000)
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.time()
+    args = get_args_parser().parse_args(argv)
+    check_pretrain_options(args)
+    world = init_world(args.device, args.dist_url)
+    spec = DATASETS[args.dataset]
+    in_chans = args.in_chans or spec.in_chans
+    size = options.image_size(args.input_size) or (spec.img_size, spec.img_size)
+    mean, std = options.choose_normalisation(args, in_chans, spec.normalisation(in_chans))
+    if args.patch_size is None:
+        args.patch_size = 2 if min(size) < 16 else 4 if min(size) <= 64 else 16
+    sizes = {k: getattr(args, k) for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+    keywords = dict(
+        img_size=size, patch_size=args.patch_size, in_chans=in_chans, **sizes,
+        decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_num_heads, T=args.T, sigma_min=args.sigma_min, sigma_max=args.sigma_max,
+        rho=args.rho, target=args.target, propagate=args.propagate, loss_weighting=args.loss_weighting,
+        use_checkpoint=args.use_checkpoint,
+    )  # fmt: skip
+    precision = Precision(args.amp, world.device)
+    set_attention_backend(world.device, precision.dtype)
+    log = RunLog(None if args.dry_run else args.output_dir, args.log_dir, is_main=world.is_main)
+    if not args.resume and not args.dry_run:
+        refuse_overwrite(args.output_dir, args.overwrite, world)
+
+    train, held_out = read_images(args, world, in_chans)
+    loader, picture_loader = build_loaders(args, train, held_out, size, in_chans, mean, std, world)
+    if args.sigma_data is None:
+        measured = measure_std(loader) if world.is_main and args.target == "pixel" else 1.0
+        args.sigma_data = broadcast_object(measured)
+    seed_all(args.seed, 0)  # initial weights are the same on every rank
+    net = NoPropMAE(**keywords, sigma_data=args.sigma_data).to(world.device)
+    # What fine-tuning, probing and sampling need to rebuild this encoder, or all of it, without a flag.
+    meta = {
+        "kind": "pretrain", "model": f"vit_custom_patch{args.patch_size}", "model_kwargs": sizes, "global_pool": True,
+        "img_size": list(size), "in_chans": in_chans, "num_classes": 0, "mean": list(mean), "std": list(std),
+        "dataset": args.dataset, "noprop": net.config(), "sigmas": net.sigmas,
+    }  # fmt: skip
+    global_batch = loader.order.batch_size * args.accum_iter * world.size
+    lr = args.blr * global_batch / 256 if args.lr is None else args.lr
+    groups = param_groups(net, weight_decay=args.weight_decay)
+    log.say(f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
+            f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
+            f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
+    if args.dry_run:
+
+        def one_decoder(images):  # the step keeps the encoder's activations and one decoder's at a time
+            ids_keep, ids_mask = net.random_masking(len(images), args.mask_ratio)
+            latent, pos = net.encode(images, ids_keep), net.decoder_positions(ids_keep, ids_mask)
+            return net.decoder_loss(0, net.targets(images, ids_mask), latent, pos)
+
+        log.say(describe(args, meta, net, groups, loader, precision, global_batch, lr, one_decoder))
+        return 0
+
+    optimizer = build_adamw(groups, lr=lr, betas=(0.9, 0.95))
+    run = Run(world, log, kind="pretrain", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
+    run.names = lambda index: [train.name(int(i)) for i in index]
+    run.global_batch = loader.order.batch_size * world.size
+    model = wrap_ddp(EncoderFirst(net), world)
+    content = run.find(args.resume, args.force_resume) if args.resume else None
+    if content:
+        run.restore(content, net, optimizer, precision.scaler)
+    else:
+        run.position = Position(epoch=args.start_epoch)
+    position = run.position
+    log.start(position.epoch + position.step / len(loader))
+    if log.output_dir:
+        write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})
+    interrupts = Interrupts(args.save_every_minutes)
+
+    while position.epoch < args.epochs:
+        epoch, tic = position.epoch, time.time()
+        stats = train_one_epoch(
+            model, loader, optimizer, precision, run, interrupts,
+            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs),
+            mask_ratio=args.mask_ratio, mask_ratio_max=args.mask_ratio_max, accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad, seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
+        )  # fmt: skip
+        if stats is None:
+            return exit_code_after_stop(log, position)
+        seconds = time.time() - tic
+        line = {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch,
+                "n_parameters": sum(p.numel() for p in net.parameters()), "bad_steps": position.bad_total,
+                "seconds": round(seconds, 2)}  # fmt: skip
+        log.epoch(line)
+        log.scalars({f"epoch/{k}": v for k, v in stats.items()}, (epoch + 1) * 1000)
+        levels = " ".join(f"{v:.2e}" for k, v in stats.items() if k.startswith("loss_"))
+        log.say(f"epoch {epoch}: loss {stats['loss']:.4f}  per level {levels}  ({seconds:.1f} s)")
+        position.next_epoch()
+        position.finished = position.epoch >= args.epochs
+        if args.vis_freq and (position.epoch % args.vis_freq == 0 or position.finished):
+            save_pictures(net, picture_loader, args, meta, log, epoch)
+        run.save(run.state(net, optimizer, precision.scaler), finished_epoch=epoch)
+    if log.output_dir:
+        write_pretrain_report(log.output_dir, args, meta, time.time() - started)
+    interrupts.close()
+    log.close()
+    return 0
+
+
+if __name__ == "__main__":
+    options.run_main(main)
