@@ -1,0 +1,165 @@
+"""Test-time augmentation: every image decoded once, every member on all of its views, probabilities averaged."""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from augment.batch import normalize
+from augment.image import to_channels as image_to_channels
+from augment.views import saccadic_views
+from util.data import printable
+from util.datasets import ArrayDataset, FileDataset
+from util.datasets import to_channels as array_to_channels
+from util.dist import Precision, World, gather_objects
+from util.errors import UserError
+from util.log import Progress
+from util.members import Net
+
+
+@dataclass
+class Prediction:
+    """Probabilities float64 [M, n, C] of the n readable images, each member's with view 1 alone and over the views.
+
+    index: int64 [n], ascending, into the data. bad: image number -> why it cannot be read.
+    """
+
+    index: np.ndarray
+    one_view: np.ndarray
+    all_views: np.ndarray
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class ViewReader:
+    """image number -> (number, its views uint8 [V, C, h, w] for each kind of input, None), or (number, None, reason).
+
+    inputs: (height, width, channels), each kind once; members that take the same share the tensor.
+    """
+
+    def __init__(self, data: ArrayDataset | FileDataset, inputs: list[tuple[int, int, int]], views: list[int]):
+        self.data, self.inputs, self.views = data, inputs, views
+
+    def __getitem__(self, i: int):
+        try:
+            images = self.decode(i)
+            return i, [saccadic_views(images[c], (h, w), self.views) for h, w, c in self.inputs], None
+        except Exception as error:  # PIL and its plugins raise anything on a broken file
+            path = getattr(self.data, "paths", {i: ""})[i]
+            reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
+            return i, None, reason[0].strip()[:160]
+
+    def decode(self, i: int) -> dict:
+        """channels -> image, as saccadic_views takes it."""
+        wanted = {c for _, _, c in self.inputs}
+        if isinstance(self.data, ArrayDataset):
+            one = self.data.subset(torch.tensor([i]))
+            return {c: array_to_channels(one, c).images[0] for c in wanted}
+        with Image.open(self.data.paths[i]) as image:
+            image.load()  # decoded here, whatever it is converted to afterwards
+            return {c: image_to_channels(image, c) for c in wanted}
+
+
+def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str]]:
+    """(numbers [b] of the readable images, per input their views [b, V, C, h, w], {number: reason} of the others)."""
+    good = [s for s in samples if s[2] is None]
+    views = [torch.stack(per_input) for per_input in zip(*(s[1] for s in good))]
+    return (
+        torch.tensor([s[0] for s in good], dtype=torch.long),
+        views,
+        {s[0]: s[2] for s in samples if s[2] is not None},
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def predict(
+    nets: list[Net],
+    data: ArrayDataset | FileDataset,
+    views: list[int],
+    *,
+    world: World,
+    precision: Precision,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    on_bad_image: str = "error",
+) -> Prediction:
+    """Every member's probabilities for every image; the same arrays on every rank.
+
+    views: numbers 0..11 (augment/views.py); view 0 is computed in any case, to compare with. batch_size: network
+    inputs per batch, that is images x views; an image's views stay together. Batches are cut from the whole set and
+    then dealt to the ranks, so each is the same whatever the number of ranks, and with it every digit.
+    """
+    computed = [0] + [v for v in views if v != 0]
+    chosen = [computed.index(v) for v in views]
+    V, C, M = len(computed), len(data.classes), 1 + max(net.member for net in nets)
+    inputs = sorted({(*net.size, net.in_chans) for net in nets})
+    per_batch = max(1, batch_size // V)
+    batches = [list(range(i, min(i + per_batch, len(data)))) for i in range(0, len(data), per_batch)]
+    mine = batches[world.rank :: world.size]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loader = DataLoader(
+        ViewReader(data, inputs, computed), batch_sampler=mine, collate_fn=collate, num_workers=min(num_workers, cores),
+        pin_memory=world.device.type == "cuda", worker_init_fn=_one_thread,
+    )  # fmt: skip
+    progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
+    done, bad = [], {}
+    for index, images, unreadable in loader:
+        for i, reason in unreadable.items():
+            if on_bad_image == "error":
+                name = printable(data.name(i))
+                raise UserError(f"{name}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
+        bad.update(unreadable)
+        if len(index):
+            probabilities = forward(nets, inputs, images, world.device, precision)  # [nets, b, V, C]
+            require_finite(probabilities, nets, data, index)
+            one, mean = np.zeros((2, M, len(index), C))
+            for m in range(M):
+                own = probabilities[[net.member == m for net in nets]].mean(0)  # over folds: [b, V, C]
+                one[m], mean[m] = own[:, 0], own[:, chosen].mean(1)
+            done.append((index.numpy(), one, mean))
+        progress.step += 1
+        progress.update({"images": float(sum(len(d[0]) for d in done))} if progress.due else None)
+    progress.close()
+    parts = gather_objects((done, bad))
+    done, bad = [d for part in parts for d in part[0]], {i: r for part in parts for i, r in part[1].items()}
+    if not done:
+        raise UserError(f"--data_path: none of its {len(data)} images can be read")
+    index = np.concatenate([d[0] for d in done])
+    order = np.argsort(index)
+    one, mean = (np.concatenate([d[k] for d in done], axis=1)[:, order] for k in (1, 2))
+    return Prediction(index[order], one, mean, dict(sorted(bad.items())))
+
+
+def forward(nets, inputs, images, device, precision) -> np.ndarray:
+    """views uint8 [b, V, C, h, w] per kind of input -> probabilities float64 [nets, b, V, classes]."""
+    b, V = images[0].shape[:2]
+    ready, logits = {}, []
+    pixels = {key: x.flatten(0, 1).to(device, non_blocking=True) for key, x in zip(inputs, images)}
+    for net in nets:
+        key = (*net.size, net.in_chans)
+        if (key, net.mean, net.std) not in ready:  # members with the same statistics share the normalised batch
+            ready[key, net.mean, net.std] = normalize(pixels[key], net.mean, net.std)  # [b V, C, h, w]
+        x = ready[key, net.mean, net.std]
+        if net.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with precision.autocast():
+            y = net.module(x)
+        logits.append(y.float()[:, net.order])
+    # In float64 on the CPU: one copy for all members, and devices without float64 work as well.
+    return torch.stack(logits).cpu().double().softmax(-1).unflatten(1, (b, V)).numpy()
+
+
+def require_finite(probabilities: np.ndarray, nets: list[Net], data, index: torch.Tensor) -> None:
+    wrong = np.argwhere(~np.isfinite(probabilities).all((2, 3)))
+    if len(wrong):
+        net, i = wrong[0]
+        raise UserError(
+            f"--checkpoints: member {nets[net].member + 1} gives NaN or infinity for {printable(data.name(int(index[i])))}; "
+            "try --amp off"
+        )

@@ -1,0 +1,274 @@
+"""Members from paths, weights, stacking, calibration, labels: against scikit-learn, torchmetrics and hand-made numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from util.calibration import expected_calibration_error, reliability, scores
+from util.ensemble import Weighted, build_combiners, read_oof, validation_scores
+from util.errors import UserError
+from util.labels import read_images, spreadsheet_safe
+from util.members import Member, find_members, short_names
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+def probabilities(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet([0.5] * 3, shape)
+
+
+def save_head(path, classes=CLASSES, kind="classifier", best=None, best_epoch=-1, **args) -> None:
+    """A checkpoint as far as find_members reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    progress = {"best": best, "best_epoch": best_epoch}
+    torch.save(
+        {"format": 1, "meta": {"kind": kind, "model": "m", "classes": classes}, "args": args, "progress": progress},
+        path,
+    )
+
+
+def save_folds(root, folds, kfold: int, classes=CLASSES, **args) -> None:
+    for i in folds:
+        save_head(root / f"fold-{i}" / "checkpoint-best.pth", classes, kfold=kfold, **args)
+        (root / f"fold-{i}" / "result.json").write_text(json.dumps({"options": {"kfold": kfold}}))
+
+
+def save_oof(folder, fold: int, ids, true, p, classes=CLASSES) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(["ID", "fold", "True", *classes])]
+    lines += [",".join([name, str(fold), CLASSES[t], *(f"{v:.6f}" for v in row)]) for name, t, row in zip(ids, true, p)]
+    (folder / "oof.csv").write_text("\n".join(lines) + "\n")
+
+
+def two_kfold_runs(tmp_path, n: int = 60, **args) -> tuple[list[Member], np.ndarray, np.ndarray]:
+    """Two runs of two folds with oof files, the second's columns in another order; (members, targets, p [2, n, 3])."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, n)
+    # The first run is mostly right; the second says the same things of the wrong images.
+    p = [0.5 * np.eye(3)[said] + 0.5 * probabilities(s, n) for s, said in ((1, targets), (2, rng.permutation(targets)))]
+    p = np.round(p, 6)
+    order = [2, 0, 1]
+    for run, classes, columns in (("a", CLASSES, [0, 1, 2]), ("b", [CLASSES[i] for i in order], order)):
+        save_folds(tmp_path / run, (0, 1), 2, classes, **args)
+        for fold in (0, 1):
+            rows = np.arange(fold, n, 2)[:: 1 if run == "a" else -1]
+            save_oof(tmp_path / run / f"fold-{fold}", fold, [f"x/{i:02d}.jpg" for i in rows], targets[rows],
+                     p["ab".index(run), rows][:, columns], classes)  # fmt: skip
+    return find_members([str(tmp_path / "a"), str(tmp_path / "b")])[0], targets, p
+
+
+# Members
+
+
+def test_a_member_is_a_file_a_run_or_all_folds_of_a_run(tmp_path):
+    save_head(tmp_path / "one.pth")
+    save_head(tmp_path / "run" / "checkpoint-best.pth", ["owl", "cat", "dog"])
+    save_folds(tmp_path / "folds", range(11), 11)
+    members, classes = find_members([str(tmp_path / n) for n in ("one.pth", "run", "folds")])
+    assert classes == CLASSES and short_names(members) == ["one.pth", "run", "folds"]
+    assert [len(m.paths) for m in members] == [1, 1, 11]
+    assert members[2].paths[10] == str(tmp_path / "folds" / "fold-10" / "checkpoint-best.pth")
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["nowhere"], ["--checkpoints", "nowhere", "no such file or folder"]),
+        (["empty"], ["empty", "checkpoint-best.pth"]),
+        (["a.pth", "./a.pth"], ["a.pth", "twice"]),
+        (["a.pth", "other.pth"], ["a.pth and", "other.pth", "only the first has owl", "only the second has emu"]),
+        (["damaged.pth"], ["damaged.pth", "damaged or truncated"]),
+        (["pretrained.pth"], ["pretrained.pth", "without a classifier"]),
+        (["w.safetensors"], ["w.safetensors", "weights only"]),
+        (["hole"], ["hole", "fold-1 of 3 folds is missing"]),
+        (["running"], ["fold-1", "not finished"]),
+    ],
+)
+def test_a_wrong_member_is_one_line(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save_head(tmp_path / "a.pth")
+    save_head(tmp_path / "other.pth", ["cat", "dog", "emu"])
+    save_head(tmp_path / "pretrained.pth", kind="noprop_mae")
+    (tmp_path / "damaged.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-200])
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    save_folds(tmp_path / "hole", (0, 2), 3)
+    save_folds(tmp_path / "running", (0, 1), 2)
+    (tmp_path / "running" / "fold-1" / "result.json").unlink()
+    with pytest.raises(UserError) as caught:
+        find_members(arguments)
+    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)
+
+
+# Weights
+
+
+def test_weights_average_probabilities():
+    a, b = probabilities(0, 5), probabilities(1, 5)
+    np.testing.assert_allclose(Weighted([1, 1])(np.stack([a, b])), (a + b) / 2)
+    np.testing.assert_allclose(Weighted([90, 60])(np.stack([a, b])), 0.6 * a + 0.4 * b)
+
+
+def test_validation_weights_take_the_best_epoch_and_average_over_folds(tmp_path):
+    save_head(tmp_path / "log" / "checkpoint-best.pth", best=90.0, best_epoch=1, eval_metric="acc1")
+    lines = [{"epoch": e, "val_acc1": 80.0 + 5 * e, "val_balanced_acc": 70.0 + e} for e in (0, 1, 2)]
+    (tmp_path / "log" / "log.txt").write_text("\n".join(map(json.dumps, lines)))
+    save_folds(tmp_path / "folds", (0, 1), 2, best=60.0, eval_metric="balanced_acc")
+    save_head(tmp_path / "folds" / "fold-1" / "checkpoint-best.pth", best=66.0, eval_metric="balanced_acc", kfold=2)
+    members, _ = find_members([str(tmp_path / "log"), str(tmp_path / "folds")])
+    assert validation_scores(members) == ("balanced_acc", [71.0, 63.0])
+    assert build_combiners(members, CLASSES, "val").ways["val"].weights == pytest.approx([71 / 134, 63 / 134])
+    save_head(tmp_path / "alone.pth", best=88.0, eval_metric="acc1")  # no log: only the score it was selected by
+    assert validation_scores(find_members([str(tmp_path / "log"), str(tmp_path / "alone.pth")])[0]) == (
+        "acc1",
+        [90.0, 88.0],
+    )
+    save_head(tmp_path / "by_loss.pth", best=-0.3, eval_metric="loss")
+    members = find_members([str(tmp_path / "log"), str(tmp_path / "by_loss.pth")])[0]
+    with pytest.raises(UserError, match=r"--weights val: .*by_loss\.pth has no validation accuracy"):
+        build_combiners(members, CLASSES, "val")
+    assert "val" not in build_combiners(members, CLASSES, "equal").ways
+
+
+@pytest.mark.parametrize("class_weights,sklearn_name", [("none", None), ("balanced", "balanced")])
+def test_stacking_is_scikit_learns_regression_on_log_probabilities(tmp_path, class_weights, sklearn_name):
+    members, targets, p = two_kfold_runs(tmp_path, class_weights=class_weights)
+    combiners = build_combiners(members, CLASSES, "stacked")
+    features = np.log(np.hstack(p).clip(1e-6))  # [n, 2 * 3], each member's classes side by side
+    model = LogisticRegression(max_iter=2000, class_weight=sklearn_name).fit(features, targets)
+    new = np.stack([probabilities(7, 20), probabilities(8, 20)])
+    np.testing.assert_allclose(
+        combiners.ways["stacked"](new), model.predict_proba(np.log(np.hstack(new).clip(1e-6))), atol=1e-5
+    )
+    folds = np.arange(len(targets)) % 2
+    expected = cross_val_predict(model, features, targets, groups=folds, cv=LeaveOneGroupOut(), method="predict_proba")
+    np.testing.assert_allclose(combiners.oof.cross_stacked(balanced=combiners.balanced), expected, atol=1e-5)
+    stacked, equal = (accuracy_score(targets, q.argmax(1)) for q in (expected, p.mean(0)))
+    assert stacked > equal + 0.1, (stacked, equal)  # it finds out whom to believe
+
+
+def test_out_of_fold_files_are_matched_by_image_and_class(tmp_path):
+    members, targets, p = two_kfold_runs(tmp_path)
+    oof = read_oof(members, CLASSES)
+    assert oof.ids == [f"x/{i:02d}.jpg" for i in range(60)]
+    np.testing.assert_array_equal(oof.targets, targets)
+    np.testing.assert_array_equal(oof.folds, np.arange(60) % 2)
+    np.testing.assert_allclose(oof.probabilities, p)
+
+
+def test_out_of_fold_files_that_do_not_fit_are_one_line(tmp_path):
+    members, targets, _ = two_kfold_runs(tmp_path)
+    where = tmp_path / "b" / "fold-1"
+    text = (where / "oof.csv").read_text()
+    for broken, words in (
+        (text.replace("x/01.jpg", "x/99.jpg"), "different images .2 in one only, e.g. x/01.jpg"),
+        (
+            text.replace(f"x/01.jpg,1,{CLASSES[targets[1]]}", f"x/01.jpg,1,{CLASSES[targets[1] - 1]}"),
+            "x/01.jpg has different labels",
+        ),
+        (text.replace("cat", "cow"), "unknown class 'cow'"),
+        (text[:-20], "not readable"),
+        (None, "has no out-of-fold file .*--kfold"),
+    ):
+        (where / "oof.csv").unlink(missing_ok=True)
+        if broken is not None:
+            (where / "oof.csv").write_text(broken)
+        with pytest.raises(UserError, match=f"--weights stacked: .*{words}"):
+            build_combiners(members, CLASSES, "stacked")
+    combiners = build_combiners(members, CLASSES, "equal")  # nobody asked for it: a note in the report
+    assert set(combiners.ways) == {"equal"} and "out-of-fold file" in combiners.notes[-1]
+
+
+# Scores
+
+
+def test_scores_are_scikit_learns():
+    p, targets = probabilities(3, 200), np.random.default_rng(4).integers(0, 3, 200)
+    p[0], targets[0] = [0.0, 0.0, 1.0], 1  # infinitely wrong: cut at float64's epsilon
+    ours, predicted = scores(p, targets), p.argmax(1)
+    assert ours["accuracy"] == pytest.approx(100 * accuracy_score(targets, predicted))
+    assert ours["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(targets, predicted))
+    assert ours["macro_f1"] == pytest.approx(100 * f1_score(targets, predicted, average="macro"))
+    assert ours["log_loss"] == pytest.approx(log_loss(targets, p, labels=range(3)))
+    theirs = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(targets), 3, n_bins=15, norm="l1")
+    assert ours["ece"] == pytest.approx(100 * float(theirs), rel=1e-5)
+
+
+def test_calibration_error_by_hand():
+    """Four images in two bins: (0.8, 0.8667] holds two at 0.85, one right; (0.5333, 0.6] holds 0.6 right and 0.55 wrong."""
+    p = np.array([[0.85, 0.15], [0.15, 0.85], [0.6, 0.4], [0.45, 0.55]])
+    targets = np.array([0, 0, 0, 0])
+    count, confidence, right = reliability(p, targets)
+    assert count[12] == 2 and count[8] == 2 and count.sum() == 4 and math.isnan(right[0])
+    assert (confidence[12], right[12]) == pytest.approx((0.85, 0.5)) and (confidence[8], right[8]) == pytest.approx(
+        (0.575, 0.5)
+    )
+    assert expected_calibration_error(p, targets) == pytest.approx(0.5 * 0.35 + 0.5 * 0.075)
+
+
+# Labels
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name in ("a/1.jpg", "a/2.jpg", "b/2.jpg", "b/=3.jpg"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "images"
+
+
+def labels_of(images, text: str, encoding: str = "utf-8") -> tuple[dict, list[str]]:
+    path = images.parent / "labels.csv"
+    path.write_text(text, encoding=encoding)
+    data, ids, notes = read_images("folder", str(images), CLASSES, str(path))
+    return dict(zip(ids, data.targets.tolist())), notes
+
+
+def test_labels_name_images_by_path_or_file_name_with_or_without_extension(images):
+    found, notes = labels_of(
+        images, "label,ID,more\ndog,1.jpg,x\nowl,b/2,\n,a/2.jpg,\n\ncat,'=3.jpg,\ncat,zebra.jpg,\n", "utf-8-sig"
+    )
+    assert found == {"a/1.jpg": 1, "a/2.jpg": -1, "b/2.jpg": 2, "b/=3.jpg": 0}
+    assert any("1 lines" in n and "zebra.jpg" in n for n in notes)
+    assert labels_of(images, "ID,label\n1,cat\n")[0]["a/1.jpg"] == 0
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("a/1.jpg,cat\n", "first line .* ID,label"),
+        ("", "first line"),
+        ("ID,label\n1,emu\n", "line 2: class 'emu' is not one of cat, dog, owl"),
+        ("ID,label\n2.jpg,cat\n", "2.jpg could be a/2.jpg or b/2.jpg"),
+        ("ID,label\n9,cat\n", "labels none of the 4 images; its '9' is none like 'a/1.jpg'"),
+        ("ID,label\n1,cat\na/1.jpg,dog\n", "line 3: a/1.jpg already has the label cat"),
+    ],
+)
+def test_wrong_labels_are_one_line(images, text, words):
+    with pytest.raises(UserError, match=f"--labels .*labels.csv: .*{words}"):
+        labels_of(images, text)
+
+
+def test_folder_is_labelled_only_if_every_image_is_in_a_class_folder(images):
+    data, ids, notes = read_images("folder", str(images), ["b", "a", "c"])
+    assert (
+        dict(zip(ids, data.targets.tolist())) == {"a/1.jpg": 1, "a/2.jpg": 1, "b/2.jpg": 0, "b/=3.jpg": 0} and not notes
+    )
+    (images / "b" / "photo.heic").touch()
+    data, _, notes = read_images("folder", str(images), ["a", "bee"])
+    assert set(data.targets.tolist()) == {-1}
+    assert "not scored" in notes[0] and "has b" in notes[0] and "1 .heic" in notes[1]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
+def test_fields_never_start_a_formula(text):
+    assert spreadsheet_safe(text) == "'" + text and spreadsheet_safe("'" + text) == "'" + text
+    assert spreadsheet_safe("a" + text) == "a" + text

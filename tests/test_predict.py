@@ -1,0 +1,283 @@
+"""main_predict.py as users run it, against the same numbers computed view by view, image by image."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, log_loss
+
+import main_predict
+from augment.views import saccadic_views
+from models import create_model
+from util import options
+from util.dist import World
+from util.errors import UserError
+from util.log import RunLog
+from util.run import Run
+
+VIT = {"model": "vit_custom_patch8", "model_kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}}
+CONV = {"model": "resnet10t", "model_kwargs": {}}
+QUICK = ["--device", "cpu", "--num_workers", "0", "--amp", "off"]
+
+
+def save_member(path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, **args):
+    """A checkpoint as main_finetune.py writes it; loud enough random weights that images differ. Returns (net, meta)."""
+    torch.manual_seed(seed)
+    mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
+    meta = {"kind": "classifier", **family, "global_pool": True, "img_size": list(size), "in_chans": in_chans,
+            "num_classes": len(classes), "classes": list(classes), "mean": mean, "std": std, "dataset": "folder"}  # fmt: skip
+    net = create_model(
+        family["model"], num_classes=len(classes), img_size=size, in_chans=in_chans, **family["model_kwargs"]
+    ).eval()
+    torch.nn.init.normal_(net.get_classifier().weight, std=1.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(
+        World(), RunLog(None), kind="finetune", options={"eval_metric": "acc1", **args}, meta=meta, save_freq=0, keep=0
+    )
+    run.position.best, run.position.best_epoch = 75.0 + seed, 0
+    state = run.state(net)
+    if ema:  # the average is what predicts: the last weights are made useless
+        state["ema"] = {k: v.clone() for k, v in state["model"].items()}
+        state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}
+    torch.save(state, path)
+    return net, meta
+
+
+def reference(net, meta: dict, path, views) -> np.ndarray:
+    """Probabilities [V, classes in alphabetical order] of one image file, each view by itself."""
+    image = Image.open(path).convert("L" if meta["in_chans"] == 1 else "RGB")
+    mean, std = (torch.tensor(meta[k], dtype=torch.float64).view(-1, 1, 1) for k in ("mean", "std"))
+    out = []
+    for v in views:
+        x = (saccadic_views(image, tuple(meta["img_size"]), [v])[0].double() / 255 - mean) / std
+        with torch.no_grad():
+            p = net(x.float()[None]).double().softmax(1)[0].numpy()
+        out.append(p[np.argsort(meta["classes"])])
+    return np.stack(out)
+
+
+def read_csv(folder) -> tuple[list[str], dict[str, list[str]]]:
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert [r[0] for r in rows] == sorted(r[0] for r in rows)
+    return header, {r[0]: r[1:] for r in rows}
+
+
+def values(rows: dict, name: str) -> np.ndarray:
+    return np.array([float(v) for v in rows[name][1:]])
+
+
+def predict(*argv) -> int:
+    return main_predict.main([*map(str, argv), *QUICK])
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """Members of two families, sizes, channel counts, statistics and class orders; the third has two folds."""
+    root = tmp_path_factory.mktemp("members")
+    nets = [save_member(root / "vit" / "checkpoint-best.pth", VIT, seed=1, ema=True)]
+    nets.append(save_member(root / "grey.pth", CONV, classes=("red", "blue"), size=(40, 24), in_chans=1, seed=2))
+    for fold in (0, 1):
+        folder = root / "folds" / f"fold-{fold}"
+        nets.append(save_member(folder / "checkpoint-best.pth", CONV, seed=3 + fold, kfold=2))
+        (folder / "result.json").write_text(json.dumps({"options": {"kfold": 2}}))
+    return [root / "vit", root / "grey.pth", root / "folds"], nets
+
+
+@pytest.fixture(scope="module")
+def predicted(ensemble, photo_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("predictions")
+    assert predict("--checkpoints", *ensemble[0], "--data_path", photo_folder / "val", "--output_dir", out) == 0
+    return out
+
+
+def test_probabilities_are_the_mean_over_views_folds_and_members_computed_one_by_one(ensemble, photo_folder, predicted):
+    header, rows = read_csv(predicted)
+    assert header == ["ID", "Predict", "blue", "red"] and len(rows) == 12
+    for name in list(rows)[::3]:
+        p = [reference(net, meta, photo_folder / "val" / name, range(12)).mean(0) for net, meta in ensemble[1]]
+        expected = (p[0] + p[1] + (p[2] + p[3]) / 2) / 3
+        np.testing.assert_allclose(values(rows, name), expected, atol=2e-6)
+        assert rows[name][0] == ("blue", "red")[int(expected.argmax())]
+
+
+def test_table_has_every_member_and_ensemble_with_scikit_learns_scores(predicted):
+    results = json.loads((predicted / "results.json").read_text())
+    names = [(r["name"], r["views"]) for r in results["results"]]
+    singles = [(n, v) for n in ("vit", "grey.pth", "folds") for v in (1, 12)]
+    assert names == [*singles, ("equal weights", 1), ("equal weights", 12), ("weights by validation", 12)]
+    chosen = [r for r in results["results"] if r["chosen"]]
+    assert [(r["name"], r["views"]) for r in chosen] == [("equal weights", 12)]
+    _, rows = read_csv(predicted)
+    true = [name.split("/")[0] for name in rows]
+    p = np.array([values(rows, name) for name in rows])
+    assert chosen[0]["log_loss"] == pytest.approx(log_loss(true, p / p.sum(1, keepdims=True)), abs=1e-5)
+    assert chosen[0]["balanced_accuracy"] == pytest.approx(
+        100 * balanced_accuracy_score(true, [rows[n][0] for n in rows])
+    )
+    assert [m.get("acc1") for m in results["members"]] == [76.0, 77.0, 78.5]
+
+
+def test_run_leaves_its_report_and_pictures(predicted):
+    report = (predicted / "report.md").read_text()
+    pictures = ["class_distribution.png", "confusion.png", "reliability.png", "least_certain.png"]
+    for name in pictures:
+        assert name in report and min(Image.open(predicted / name).size) > 200, name
+    assert (predicted / "most_confidently_wrong.png").exists() == ("most_confidently_wrong.png" in report)
+    assert "not compared: --weights stacked" in report and "**equal weights**" in report
+    assert json.loads((predicted / "args.json").read_text())["options"]["views"] == list(range(12))
+    assert not [n for n in os.listdir(predicted) if n.endswith(".tmp")]
+
+
+def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path, run):
+    """5 images a batch and one unreadable among them: three batches on two ranks."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((photo_folder / "val").glob("*/*.png")):
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "blue_03.png").write_bytes(b"not an image")
+    line = [
+        "--checkpoints",
+        *ensemble[0],
+        "--data_path",
+        images,
+        "--views",
+        "1,3",
+        "--batch_size",
+        10,
+        "--on_bad_image",
+        "skip",
+    ]
+    assert predict(*line, "--output_dir", tmp_path / "one") == 0
+    run("main_predict.py", *line, *QUICK, "--output_dir", tmp_path / "two", nproc=2)
+    one, two = ((tmp_path / n / "predictions.csv").read_bytes() for n in ("one", "two"))
+    assert one == two and one.count(b"\n") == 13 and b"\nblue_03.png,,,\n" in one
+
+
+def test_each_image_is_decoded_once(ensemble, photo_folder, tmp_path, monkeypatch):
+    from engine_predict import ViewReader
+    from util.datasets import read_unlabelled
+
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
+    data = read_unlabelled(str(photo_folder / "val"))
+    _, views, reason = ViewReader(data, [(32, 32, 3), (40, 24, 1)], [0, 5])[3]
+    assert reason is None and [tuple(v.shape) for v in views] == [(2, 3, 32, 32), (2, 1, 40, 24)] and len(opened) == 1
+
+
+def test_unreadable_image_is_an_error_that_names_it_or_an_empty_row(ensemble, tmp_path, capsys):
+    Image.new("RGB", (50, 40), (200, 0, 0)).save(tmp_path / "good.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing")
+    line = ["--checkpoints", ensemble[0][0], "--data_path", tmp_path, "--views", 1]
+    with pytest.raises(UserError, match=r"broken\.jpg: cannot be read as an image .* --on_bad_image skip"):
+        predict(*line, "--output_dir", tmp_path.parent / "strict")
+    out = tmp_path.parent / "skip"
+    assert predict(*line, "--output_dir", out, "--on_bad_image", "skip") == 0
+    _, rows = read_csv(out)
+    assert rows["broken.jpg"] == ["", "", ""] and rows["good.png"][0] in ("blue", "red")
+    assert "Not readable: 1" in (out / "report.md").read_text() and "broken.jpg" in capsys.readouterr().out
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(UserError, match="none of its 1 images can be read"):
+        predict(*line, "--output_dir", out, "--on_bad_image", "skip")
+
+
+def test_names_are_safe_in_spreadsheets_and_pictures_of_another_run_go(ensemble, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    out.mkdir()
+    (out / "confusion.png").touch()
+    image = Image.new("RGB", (33, 47), (10, 90, 200))
+    names = [b"=cmd().png", b"-1.png", b"caf\xc3\xa9, \xe2\x98\x95.png", b"latin\xe9.png", b"two\nlines.png"]
+    for name in names:
+        image.save(os.path.join(os.fsencode(images), name).decode("utf-8", "surrogateescape"))
+    assert predict("--checkpoints", ensemble[0][0], "--data_path", images, "--output_dir", out, "--views", 1) == 0
+    assert set(read_csv(out)[1]) == {"'=cmd().png", "'-1.png", "café, ☕.png", "latin\\xe9.png", "two\nlines.png"}
+    assert not (out / "confusion.png").exists() and (out / "least_certain.png").exists()
+    assert "No labels, no scores" in (out / "report.md").read_text()
+
+
+def test_labels_file_scores_the_images_that_it_names(ensemble, photo_folder, tmp_path):
+    (tmp_path / "labels.csv").write_text("ID,label\nblue_00,red\nred/red_01.png,red\n")
+    line = ["--checkpoints", ensemble[0][1], "--data_path", photo_folder / "val", "--views", "centre,blur"]
+    assert predict(*line, "--labels", tmp_path / "labels.csv", "--output_dir", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    _, rows = read_csv(tmp_path / "out")
+    right = sum(rows[name][0] == "red" for name in ("blue/blue_00.png", "red/red_01.png"))
+    assert results["labelled"] == 2 and results["views"] == ["centre", "blur"]
+    assert [r["accuracy"] for r in results["results"] if r["chosen"]] == [50.0 * right]
+
+
+def test_stacked_and_validation_weights_change_the_file(ensemble, photo_folder, tmp_path):
+    """The first run's out-of-fold file is right, the second's always wrong: stacking turns the second's voice around."""
+    targets = [i % 2 for i in range(20)]
+    for run, sign in (("good", 1), ("bad", -1)):
+        for fold in (0, 1):
+            folder = tmp_path / run / f"fold-{fold}"
+            save_member(folder / "checkpoint-best.pth", VIT, seed=5 + fold + 2 * sign, kfold=2)
+            (folder / "result.json").write_text(json.dumps({"options": {"kfold": 2}}))
+            rows = [
+                (i, t, 0.5 + (0.4 - 0.01 * (i % 7)) * sign * (0.5 - t) * 2)
+                for i, t in enumerate(targets)
+                if i % 4 // 2 == fold
+            ]
+            text = "".join(f"{i},{fold},{('blue', 'red')[t]},{p:.6f},{1 - p:.6f}\n" for i, t, p in rows)
+            (folder / "oof.csv").write_text("ID,fold,True,blue,red\n" + text)
+    line = ["--checkpoints", tmp_path / "good", tmp_path / "bad", "--data_path", photo_folder / "val", "--views", 1]
+    for weights in ("val", "stacked"):
+        assert predict(*line, "--weights", weights, "--output_dir", tmp_path / weights) == 0
+    results = json.loads((tmp_path / "stacked" / "results.json").read_text())
+    assert [r["name"] for r in results["results"] if r["chosen"]] == ["stacked"]
+    oof = {r["name"]: r["accuracy"] for r in results["out_of_fold"]}
+    assert oof["good"] == 100 and oof["bad"] == 0 and oof["stacked, fitted on the other folds"] == 100
+    assert read_csv(tmp_path / "stacked")[1] != read_csv(tmp_path / "val")[1]
+
+
+def test_digits_are_predicted_by_name_of_the_data_set(tmp_path):
+    classes = [str(i) for i in range(10)]
+    save_member(tmp_path / "d.pth", VIT, classes=classes, size=(16, 16), in_chans=3)
+    line = ["--checkpoints", tmp_path / "d.pth", "--dataset", "digits", "--views", 1, "--output_dir", tmp_path / "out"]
+    assert predict(*line) == 0
+    header, rows = read_csv(tmp_path / "out")
+    assert header[2:] == classes and len(rows) == 360 and all(name.startswith("digit-") for name in rows)
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--views", "5"], ["--views", "'5'", "1, 12, or a list"]),
+        (["--views", "1,13"], ["--views", "1,13"]),
+        (["--views", "2,2"], ["--views", "once"]),
+        (["--weights", "stacked"], ["--weights stacked", "vit", "--kfold"]),
+        (["--data_path", "/nowhere"], ["--data_path /nowhere", "no such folder"]),
+        (["--labels", "/nowhere.csv"], ["--labels /nowhere.csv", "no such file"]),
+        (["--output_dir", "EMPTY/out"], ["--output_dir", "lies in --data_path"]),
+        (["--data_path", "EMPTY"], ["no images in it"]),
+        (["--output_dir", "RUN"], ["--output_dir", "holds a training run"]),
+        (["--checkpoints", "A", "A"], ["given twice"]),
+    ],
+)
+def test_wrong_values_are_one_line(ensemble, tmp_path, argv, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-last.pth").touch()
+    for short, path in (("EMPTY", tmp_path / "empty"), ("RUN", tmp_path / "run"), ("A", ensemble[0][0])):
+        argv = [a.replace(short, str(path)) for a in argv]
+    line = {"--checkpoints": [ensemble[0][0]], "--data_path": [tmp_path / "empty"], "--output_dir": [tmp_path / "out"]}
+    line[argv[0]] = argv[1:]
+    with pytest.raises(UserError) as caught:
+        predict(*[word for flag, given in line.items() for word in (flag, *given)])
+    assert all(w in str(caught.value) for w in words), str(caught.value)
+
+
+def test_missing_member_ends_in_one_line_and_exit_two(ensemble, photo_folder, tmp_path, monkeypatch, capsys):
+    argv = ["--checkpoints", ensemble[0][0], tmp_path / "gone.pth", "--data_path", photo_folder / "val", "--output_dir", tmp_path / "out"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["main_predict.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as caught:
+        options.run_main(main_predict.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "gone.pth: no such file or folder" in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,199 @@
+"""Ways to weigh the members' voices: equally, by their validation scores, or stacked on out-of-fold predictions.
+
+Probabilities are float64 [M, N, C]: members, images, classes in the first member's order.
+"""
+
+import csv
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from util.errors import UserError
+from util.labels import spreadsheet_safe
+from util.log import read_log
+from util.members import Member
+
+VAL_SCORES = ("balanced_acc", "acc1")  # what --weights val goes by: the first that every member has
+SMALLEST = 1e-6  # oof.csv has six decimals: no logarithm of less
+
+
+class Weighted:
+    """sum_m w_m p_m with w >= 0 and sum w = 1: [M, N, C] -> [N, C]."""
+
+    def __init__(self, weights):
+        self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        return sum(w * p for w, p in zip(self.weights, probabilities))
+
+
+class Stacked:
+    """Logistic regression on the members' log-probabilities, fitted on out-of-fold predictions: [M, N, C] -> [N, C].
+
+    Log-probabilities, since the model is linear in them: a softmax of sum_m w_m log p_m is a weighted geometric mean of
+    the members, and w also sharpens or softens them (temperature). balanced: classes weigh alike whatever their number.
+    """
+
+    def __init__(self, probabilities: np.ndarray, targets: np.ndarray, *, balanced: bool):
+        C = probabilities.shape[2]
+        absent = sorted(set(range(C)) - set(targets.tolist()))
+        if absent:
+            raise UserError(f"--weights stacked: the out-of-fold files have no image of class number {absent[0]}")
+        self.model = LogisticRegression(max_iter=2000, class_weight="balanced" if balanced else None)
+        self.model.fit(self.features(probabilities), targets)
+
+    @staticmethod
+    def features(probabilities: np.ndarray) -> np.ndarray:
+        """[M, N, C] -> [N, M C]"""
+        logs = np.log(np.clip(probabilities, SMALLEST, 1.0))
+        return logs.transpose(1, 0, 2).reshape(probabilities.shape[1], -1)
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        return self.model.predict_proba(self.features(probabilities))
+
+
+@dataclass
+class Combiners:
+    """Every way to combine the members that their files allow, and why others are missing."""
+
+    ways: dict[str, Weighted | Stacked]  # equal, val, stacked
+    notes: list[str]
+    val_score: str | None = None  # which score the weights of `val` are, and its percent per member
+    val_scores: list[float] | None = None
+    oof: "OutOfFold | None" = None
+    balanced: bool = False  # of the stacked regression
+
+
+def build_combiners(members: list[Member], classes: list[str], wanted: str) -> Combiners:
+    """UserError if the files do not allow the `wanted` one; others just stay out of the comparison.
+
+    The stacked regression weighs classes alike if a member was trained so (--class_weights balanced): without, it would
+    learn the classes' frequencies back into the probabilities.
+    """
+    balanced = any(head["args"].get("class_weights") == "balanced" for m in members for head in m.heads)
+    result = Combiners({"equal": Weighted([1.0] * len(members))}, [], balanced=balanced)
+
+    def val():
+        result.val_score, result.val_scores = validation_scores(members)
+        return Weighted(result.val_scores)
+
+    def stacked():
+        result.oof = read_oof(members, classes)
+        return result.oof.stack(balanced=balanced)
+
+    for name, build in (("val", val), ("stacked", stacked)):
+        try:
+            result.ways[name] = build()
+        except UserError as error:
+            if name == wanted:
+                raise
+            if len(members) > 1:
+                result.notes.append(f"not compared: {error}")
+    return result
+
+
+def validation_scores(members: list[Member]) -> tuple[str, list[float]]:
+    """(which score, percent per member): of each checkpoint's best epoch, the mean over folds.
+
+    From log.txt beside the checkpoint, else from the checkpoint itself, which holds the score it was selected by.
+    """
+    found = [[_scores_beside(path, head) for path, head in zip(m.paths, m.heads)] for m in members]
+    for name in VAL_SCORES:
+        if all(name in scores for member in found for scores in member):
+            return name, [float(np.mean([scores[name] for scores in member])) for member in found]
+    path = next(p for m, f in zip(members, found) for p, s in zip(m.paths, f) if VAL_SCORES[-1] not in s)
+    raise UserError(
+        f"--weights val: {path} has no validation accuracy; keep the run's log.txt beside it, "
+        "or train with --eval_metric acc1 or balanced_acc"
+    )
+
+
+def _scores_beside(path: str, head: dict) -> dict[str, float]:
+    progress = head["progress"]
+    lines = read_log(os.path.join(os.path.dirname(path), "log.txt"))
+    line = next((x for x in lines if x["epoch"] == progress.get("best_epoch")), {})
+    scores = {name: line[f"val_{name}"] for name in VAL_SCORES if line.get(f"val_{name}") is not None}
+    metric = head["args"].get("eval_metric")
+    if metric in VAL_SCORES and progress.get("best") is not None:
+        scores[metric] = progress["best"]
+    return scores
+
+
+@dataclass
+class OutOfFold:
+    """What each member said of training images that it had not seen. probabilities [M, N, C], targets and folds [N]."""
+
+    ids: list[str]
+    folds: np.ndarray
+    targets: np.ndarray
+    probabilities: np.ndarray
+
+    def stack(self, *, balanced: bool, rows=slice(None)) -> Stacked:
+        return Stacked(self.probabilities[:, rows], self.targets[rows], balanced=balanced)
+
+    def cross_stacked(self, *, balanced: bool) -> np.ndarray | None:
+        """Stacked probabilities [N, C], each fold by a regression fitted on the others; None for a single fold."""
+        if len(set(self.folds)) < 2:
+            return None
+        out = np.empty(self.probabilities.shape[1:])
+        for fold in sorted(set(self.folds)):
+            inside = self.folds == fold
+            out[inside] = self.stack(balanced=balanced, rows=~inside)(self.probabilities[:, inside])
+        return out
+
+
+def read_oof(members: list[Member], classes: list[str]) -> OutOfFold:
+    """The members' oof.csv files, matched by image; all must be of the same images with the same labels."""
+    tables = [_oof_of(member, classes) for member in members]
+    first = tables[0]
+    for member, table in zip(members[1:], tables[1:]):
+        differing = sorted(set(first) ^ set(table))
+        if differing:
+            raise UserError(
+                f"--weights stacked: oof.csv of {members[0].name} and {member.name} are of different images "
+                f"({len(differing)} in one only, e.g. {differing[0]}); train both on the same --data_path"
+            )
+        relabelled = [i for i in first if first[i][1] != table[i][1]]
+        if relabelled:
+            raise UserError(
+                f"--weights stacked: {relabelled[0]} has different labels in {members[0].name} and {member.name}"
+            )
+    ids = sorted(first)
+    return OutOfFold(
+        ids,
+        np.array([first[i][0] for i in ids]),
+        np.array([first[i][1] for i in ids]),
+        np.array([[table[i][2] for i in ids] for table in tables]),
+    )
+
+
+def _oof_of(member: Member, classes: list[str]) -> dict[str, tuple[int, int, list[float]]]:
+    """image -> (fold, class number, probabilities), from oof.csv beside each of the member's checkpoints."""
+    number, table = {spreadsheet_safe(c): i for i, c in enumerate(classes)}, {}
+    for path in (os.path.join(os.path.dirname(p), "oof.csv") for p in member.paths):
+        if not os.path.isfile(path):
+            raise UserError(
+                f"--weights stacked: {member.name} has no out-of-fold file ({path}); "
+                "train it with main_finetune.py --kfold 5 and give that --output_dir"
+            )
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                header, *rows = list(csv.reader(file))
+            order = [number[spreadsheet_safe(name)] for name in header[3:]]
+            if sorted(order) != list(range(len(classes))):
+                raise ValueError("its columns are not the members' classes")
+            for name, fold, true, *values in rows:
+                p = [0.0] * len(classes)
+                for i, value in zip(order, values, strict=True):
+                    p[i] = float(value)
+                if name in table:
+                    raise ValueError(f"{name} is in it twice")
+                table[name] = (int(fold), number[spreadsheet_safe(true)], p)
+        except (ValueError, KeyError, csv.Error) as error:
+            reason = f"unknown class {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"--weights stacked: {path}: not readable as an out-of-fold file ({reason})") from None
+    if not table:
+        raise UserError(f"--weights stacked: the out-of-fold files of {member.name} are empty")
+    return table
