@@ -45,11 +45,16 @@ class ViewReader:
     def __getitem__(self, i: int):
         try:
             images = self.decode(i)
-            return i, [saccadic_views(images[c], (h, w), self.views) for h, w, c in self.inputs], None
+            views = [saccadic_views(images[c], (h, w), self.views, margin=self.margin(h, w)) for h, w, c in self.inputs]
+            return i, views, None
         except Exception as error:  # PIL and its plugins raise anything on a broken file
             path = getattr(self.data, "paths", {i: ""})[i]
             reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
             return i, None, reason[0].strip()[:160]
+
+    def margin(self, h: int, w: int) -> int:
+        """The method's 32 px from 224 px up; below, the border that training's evaluation cuts off at that size."""
+        return 0 if isinstance(self.data, ArrayDataset) else min(32, min(h, w) // 7)
 
     def decode(self, i: int) -> dict:
         """channels -> image, as saccadic_views takes it."""

@@ -26,7 +26,6 @@ VIEW_NAMES = (
     "centre", "centre_mirror", "large", "large_mirror", "rotate_left", "rotate_right", "bright",
     "top_left", "top_right", "bottom_left", "bottom_right", "blur",
 )  # fmt: skip
-MARGIN = 32  # pixels that the small resize is larger than S
 ENLARGE = 1.15  # L / S
 DEGREES = 10.0
 GAIN = 1.2  # of brightness and of contrast
@@ -34,7 +33,11 @@ BLUR_SIGMA = 0.5
 
 
 def saccadic_views(
-    image: Image.Image | torch.Tensor, size: int | tuple[int, int], views: Iterable[int] = range(12)
+    image: Image.Image | torch.Tensor,
+    size: int | tuple[int, int],
+    views: Iterable[int] = range(12),
+    *,
+    margin: int = 32,
 ) -> torch.Tensor:
     """Views of one image: uint8 [len(views), C, h, w], 0..255, on the image's device.
 
@@ -42,6 +45,8 @@ def saccadic_views(
 
     image: PIL `L` or `RGB` (augment.image.to_channels makes any file one of them), or uint8 [C, H, W], C = 1 or 3.
     size: S, or (h, w): then S + 32 and L hold for each side. views: numbers 0..11 into VIEW_NAMES, any order.
+    margin: pixels that the small resize is larger than S. 32 is the method's, for photos of 224 to 384 pixels; far below
+        that it would cut most of the image away.
     """
     views = list(views)
     if not views or any(v not in range(len(VIEW_NAMES)) for v in views):
@@ -55,7 +60,7 @@ def saccadic_views(
     h, w = (size, size) if isinstance(size, int) else size
     small = large = None
     if not set(views).isdisjoint((0, 1, 6, 11)):
-        small = center_crop(resize_to_cover(image, h + MARGIN, w + MARGIN), h, w).contiguous()
+        small = center_crop(resize_to_cover(image, h + margin, w + margin), h, w).contiguous()
     if not set(views).isdisjoint((2, 3, 4, 5, 7, 8, 9, 10)):
         # Pillow's pixels are interleaved and the resize keeps that; by channel, all that follows is twice as fast.
         large = resize_to_cover(image, round(ENLARGE * h), round(ENLARGE * w)).contiguous()

@@ -53,7 +53,8 @@ def reference(net, meta: dict, path, views) -> np.ndarray:
     mean, std = (torch.tensor(meta[k], dtype=torch.float64).view(-1, 1, 1) for k in ("mean", "std"))
     out = []
     for v in views:
-        x = (saccadic_views(image, tuple(meta["img_size"]), [v])[0].double() / 255 - mean) / std
+        margin = min(meta["img_size"]) // 7  # as training's evaluation cuts it below 224 px
+        x = (saccadic_views(image, tuple(meta["img_size"]), [v], margin=margin)[0].double() / 255 - mean) / std
         with torch.no_grad():
             p = net(x.float()[None]).double().softmax(1)[0].numpy()
         out.append(p[np.argsort(meta["classes"])])
