@@ -14,6 +14,15 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
+# The whole path on scikit-learn's 1,797 digits, no download: pretrain, fine-tune with DiffNoise, score.
+demo: install
+	$(BIN)/python main_pretrain_noprop.py @recipes/digits_pretrain.args --resume auto --output_dir $(DEMO)/pretrain
+	$(BIN)/python main_finetune.py @recipes/digits_finetune.args --resume auto --output_dir $(DEMO)/finetune \
+	    --finetune $(DEMO)/pretrain/checkpoint-last.pth
+	$(BIN)/python main_finetune.py --eval --dataset digits --resume $(DEMO)/finetune/checkpoint-best.pth
+	@echo "pictures and tables: $(DEMO)/pretrain/report.md $(DEMO)/finetune/report.md"
+	@ls $(DEMO)/*/*.png
+
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
