@@ -4,6 +4,8 @@ Normalisation and erasing come later, for the whole batch on its device (augment
 global generators of random, numpy and torch, which util.seed.sample_rng sets per sample.
 """
 
+import os
+import stat
 from collections.abc import Callable
 
 import numpy as np
@@ -19,12 +21,26 @@ RATIO = (3 / 4, 4 / 3)
 # Area fraction of the random resized crop: MAE's fine-tuning and pretraining, and the photo-folder recipe.
 SCALES = {"mae": (0.08, 1.0), "light": (0.08, 1.0), "pretrain": (0.2, 1.0), "photo": (0.7, 1.0)}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+# What is decoded, whatever a file's name says. Pillow would also hand PostScript to Ghostscript, a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "DIB")
+LARGEST_ASPECT = 16
 
 
 def open_image(path: str, in_chans: int) -> Image.Image:
     """Decode an image file (an animation's first frame), upright, as `L` (in_chans 1) or `RGB` (3)."""
-    with Image.open(path) as image:
+    with open_file(path) as image:
         return to_channels(image, in_chans)
+
+
+def open_file(path: str) -> Image.Image:
+    """Pillow's Image.open for regular files (a pipe or device would be waited for without end) in one of FORMATS.
+
+    Pillow refuses more than 179 million pixels (Image.MAX_IMAGE_PIXELS x 2) before decoding any.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    Image.init()
+    return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
 
 
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
@@ -32,10 +48,12 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
 
     Transparency is composited over white, as a page shows it; the colours hidden under it are arbitrary.
     Integers beyond 8 bits count as 0..65535; floats as 0..1 if none exceeds 1, else as 0..255.
+    What is longer than 16 times its breadth keeps its middle 16 : 1: resized to cover a square, all of it would take
+    memory without bound, to be cropped away.
     """
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans {in_chans}: image files have 1 or 3 channels")
-    image = ImageOps.exif_transpose(image)
+    image = limit_aspect(ImageOps.exif_transpose(image))
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float64)
         if image.mode == "F":
@@ -51,6 +69,17 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
         image = image.convert(mode)
     image.load()
     return image
+
+
+def limit_aspect(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one beyond LARGEST_ASPECT : 1 either way."""
+    w, h = image.size
+    side = LARGEST_ASPECT * min(w, h)
+    if side >= max(w, h):
+        return image
+    new_w, new_h = min(w, side), min(h, side)
+    left, top = (w - new_w) // 2, (h - new_h) // 2
+    return image.crop((left, top, left + new_w, top + new_h))
 
 
 def build_train_transform(
@@ -76,7 +105,7 @@ def build_train_transform(
         none      what evaluation sees, without its border cut.
 
     aa: timm's policy string, `mae` only. color_jitter: strength for `mae` (without aa) and `photo`.
-    hflip: mirror probability. scale, ratio: the crop's area fraction and aspect. mean: pixel mean in [0, 1] per
+    hflip: mirror probability. scale, ratio: the crop's area fraction, and its aspect over size's. mean: pixel mean in [0, 1] per
     channel; geometric operations fill uncovered corners with it.
     """
     if preset not in PRESETS:
@@ -88,6 +117,8 @@ def build_train_transform(
     if preset == "none":
         return build_eval_transform(size, crop_pct=1.0, interpolation=interpolation)
     scale = scale or SCALES[preset]
+    # The crop's aspect varies around the input's own: a wide input must not stretch square crops.
+    ratio = tuple(r * size[1] / size[0] for r in ratio)
     if preset != "photo":
         return create_transform(
             tuple(size), is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=color_jitter,

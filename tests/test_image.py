@@ -1,5 +1,6 @@
 """Per-image transforms: what is loaded from a file, and that MAE's, the photo and the evaluation pipelines are theirs."""
 
+import math
 import pickle
 import random
 
@@ -257,3 +258,17 @@ def test_evaluation_at_other_shapes_covers_and_keeps_the_aspect_ratio(width, hei
 def test_crop_pct_out_of_range_is_an_error():
     with pytest.raises(ValueError, match=r"crop_pct 1\.5"):
         build_eval_transform((32, 32), crop_pct=1.5)
+
+
+@pytest.mark.parametrize("preset", ["mae", "light", "pretrain", "photo"])
+def test_wide_inputs_are_cropped_wide_not_stretched(preset):
+    """A square drawn in the image stays a square on average: its width and height shrink alike."""
+    image = Image.new("L", (400, 200))
+    image.paste(255, (160, 60, 240, 140))
+    transform = build_train_transform((100, 200), preset, hflip=0.5, color_jitter=None, scale=(0.7, 1.0))
+    logs = []
+    for seed in range(60):
+        random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
+        bright = transform(image)[0] > 128
+        logs.append(math.log(bright.any(0).sum().item() / bright.any(1).sum().item()))
+    assert abs(np.mean(logs)) < 0.1  # square crops would give log 2
