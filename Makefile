@@ -26,6 +26,10 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Small settings, half an hour on 2 cores; rewrites bench/BENCH.md.
+bench: install
+	$(BIN)/python -m bench.run_all
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
