@@ -37,7 +37,7 @@ def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Patch mask [B, N], 1 = removed, patches square and row by row -> bool [B, 1, H, W]."""
     side = round((height * width / mask.shape[1]) ** 0.5)
     rows, cols = height // side, width // side
-    if rows * cols != mask.shape[1]:
+    if (rows * side, cols * side, rows * cols) != (height, width, mask.shape[1]):
         raise ValueError(f"mask: {mask.shape[1]} square patches do not tile {height} x {width} pixels")
     mask = mask.bool().view(-1, 1, rows, cols)
     return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
@@ -91,6 +91,20 @@ def image_grid(
     """Normalised [B, C, H, W] in rows of `columns`, without text -> uint8 [H, W, 3], also saved as PNG."""
     pixels = list(to_pixels(images, mean, std))
     return draw_grid([pixels[i : i + columns] for i in range(0, len(pixels), columns)], path)
+
+
+def heat_overlay(pixels: np.ndarray, maps: torch.Tensor, strength: float = 0.65) -> np.ndarray:
+    """Maps [B, rows, cols] as heat, each stretched to its own range, over the grey of uint8 [B, H, W, 3] -> the same."""
+    import matplotlib
+
+    maps = maps.float().cpu()
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    maps = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()
+    height, width = pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2]
+    maps = maps.repeat(height, axis=1).repeat(width, axis=2)  # a patch is one colour
+    heat = matplotlib.colormaps["inferno"](maps)[..., :3]
+    grey = pixels.mean(axis=3, keepdims=True) / 255.0
+    return (255.0 * (strength * heat + (1.0 - strength) * grey)).round().astype(np.uint8)
 
 
 def draw_grid(
