@@ -107,6 +107,7 @@ def train_one_epoch(model, loader, optimizer, criterion, precision, run, interru
             return None
     check_bad_steps(bad_recent, position, max_bad_steps, run)
     progress.close()
+    position.sums = {"loss": loss_sum.item()}  # for a checkpoint written during the evaluation that follows
     mean_loss = all_reduce(loss_sum.double().cpu()).item() / (steps * world.size)
     return {"loss": mean_loss, "lr": lr_at_epoch(epoch + (steps - 1) / steps)}
 

@@ -142,6 +142,7 @@ def train_one_epoch(model, loader, optimizer, precision, run, interrupts, *, lr_
             return None
     check_bad_steps(bad_recent, position, max_bad_steps, run)
     progress.close()
+    position.sums = dict(zip(names, loss_sums.tolist()))
     means = (all_reduce(loss_sums.double().cpu()) / (steps * world.size)).tolist()
     return {"loss": sum(means), **dict(zip(names, means)), "lr": lr_at_epoch(epoch + (steps - 1) / steps)}
 

@@ -6,7 +6,6 @@
 """
 
 import copy
-import os
 import time
 
 import torch
@@ -21,7 +20,7 @@ from util import folds, options
 from util.checkpoint import peek_meta
 from util.data import Loader, load_data
 from util.datasets import DATASETS, ArrayDataset
-from util.dist import Precision, World, init_world, set_attention_backend
+from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
 from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
@@ -111,82 +110,98 @@ def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
     return wrap_ddp(net, world), build_adamw(groups, lr=lr)
 
 
-def train_and_evaluate(args, world: World, output_dir: str, fold: int) -> int:
-    """One run: data, model, optimizer, loop, report. Returns the exit code."""
-    started = time.time()
+def build_model(args, meta: dict, world: World, noise, log: RunLog):
+    """The network on its device, with the weights that --finetune or --pretrained name."""
+    extra = {"pretrained": True} if args.pretrained else {}
+    described = {**meta, "model_kwargs": {**meta["model_kwargs"], **extra}}
+    net = create_from_meta(described, drop_path=args.drop_path, alpha_blend=noise)
+    if args.finetune:
+        report = load_pretrained(net, args.finetune)
+        log.say(f"finetune: {args.finetune}: {report}")
+        if args.eval and not args.resume:
+            require_complete(report, args.finetune)
+    if args.eval and args.resume:
+        require_complete(load_pretrained(net, args.resume), args.resume)
+    net.to(world.device)
+    if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
+        net.to(memory_format=torch.channels_last)
+    if args.grad_checkpointing:
+        net.set_grad_checkpointing()
+    return net
+
+
+def run_fold(args, world: World, output_dir: str, fold: int) -> int:
+    """One run: data, model, loop or evaluation, report. Returns the exit code."""
     source = peek_meta(args.finetune or (args.resume if args.eval else ""))
     train, val = load_data(
         args.dataset, args.data_path, world, in_chans=args.in_chans or (source or {}).get("in_chans"),
         val_split=args.val_split, kfold=args.kfold, fold=fold, seed=args.split_seed,
     )  # fmt: skip
     meta = resolve_meta(args, train.classes, source)
-    num_classes = meta["num_classes"]
+    if args.eval and source and source.get("classes") and source["classes"] != meta["classes"]:
+        raise UserError(
+            f"--data_path {args.data_path}: its classes differ from those of {args.resume or args.finetune}"
+        )
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
     noise = noise_from_options(args)
-    meta_for_model = {
-        **meta,
-        "model_kwargs": {**meta["model_kwargs"], **({"pretrained": True} if args.pretrained else {})},
-    }
-    net = create_from_meta(meta_for_model, drop_path=args.drop_path, alpha_blend=noise)
     log = RunLog(None if args.eval or args.dry_run else output_dir, args.log_dir, is_main=world.is_main)
-    if args.finetune:
-        log.say(f"finetune: {args.finetune}: {load_pretrained(net, args.finetune)}")
-    net.to(world.device)
-    if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
-        net.to(memory_format=torch.channels_last)
-    if args.grad_checkpointing:
-        net.set_grad_checkpointing()
-    train_loader, val_loader = build_loaders(args, meta, train, val, world)
-    global_batch = train_loader.order.batch_size * args.accum_iter * world.size
+    net = build_model(args, meta, world, noise, log)
+    loaders = build_loaders(args, meta, train, val, world)
+    global_batch = loaders[0].order.batch_size * args.accum_iter * world.size
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
             f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
-
     if args.eval:
-        if args.resume:
-            require_complete(load_pretrained(net, args.resume), args.resume)
-        if source and source.get("classes") and source["classes"] != meta["classes"]:
-            raise UserError(f"--data_path {args.data_path}: its classes differ from those of {args.resume}")
-        result = evaluate(net, val_loader, precision, num_classes)
+        result = evaluate(net, loaders[1], precision, meta["num_classes"])
         log.say("  ".join(f"{k}: {v:.4f}" for k, v in result.scores().items()))
         log.say(f"Accuracy of the network on the {result.confusion.sum()} test images: {result.acc1:.2f}%")
         return 0
     if args.dry_run:
         groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
-        log.say(describe(args, meta, net, groups, train_loader, precision, global_batch, lr))
+        log.say(describe(args, meta, net, groups, loaders[0], precision, global_batch, lr))
         return 0
 
     run = Run(world, log, kind="finetune", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
     run.names = lambda index: [train.name(int(i)) for i in index]
-    run.global_batch = train_loader.order.batch_size * world.size
+    run.global_batch = loaders[0].order.batch_size * world.size
+    if not args.resume:
+        folds.refuse_overwrite(output_dir, args.overwrite, world)
+    interrupts = Interrupts(args.save_every_minutes)
+    try:
+        return fit(args, world, fold, run, net, noise, loaders, precision, interrupts, lr)
+    finally:
+        interrupts.close()
+        log.close()
+
+
+def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision, interrupts, lr: float) -> int:
+    """Train from where --resume says to the last epoch; after each one evaluate, log and save."""
+    train_loader, val_loader = loaders
+    train, val, log, meta = train_loader.data, val_loader.data, run.log, run.meta
     ema = build_ema(net, args.ema_decay)
-    mixup = build_mixup(args, num_classes)
-    criterion = Criterion(args.smoothing, class_weights(args, train, num_classes)).to(world.device)
-    content = (
-        run.find(args.resume, args.force_resume)
-        if args.resume
-        else folds.refuse_overwrite(output_dir, args.overwrite, world)
-    )
-    epoch = content["epoch"] if content else args.start_epoch
-    total_epochs = args.head_epochs + args.epochs
-    in_head_phase = epoch < args.head_epochs
+    best_net = net if ema is None else ema.module
+    mixup = build_mixup(args, meta["num_classes"])
+    criterion = Criterion(args.smoothing, class_weights(args, train, meta["num_classes"])).to(world.device)
+    content = run.find(args.resume, args.force_resume) if args.resume else None
+    start, total_epochs = content["epoch"] if content else args.start_epoch, args.head_epochs + args.epochs
+    in_head_phase = start < args.head_epochs
     model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
     if content:
         # Saved at the end of the head phase: its optimizer knows the head only, and the next phase starts its own.
         at_boundary = args.head_epochs and content["epoch"] == args.head_epochs and content["step"] == 0
         run.restore(content, net, None if at_boundary else optimizer, precision.scaler, ema)
     else:
-        run.position = Position(epoch=args.start_epoch)
+        run.position = Position(epoch=start)
     position = run.position
     # A finished run goes on when the line is run again with more epochs.
     position.finished = position.epoch >= total_epochs or (position.finished and position.planned == total_epochs)
     position.planned = total_epochs
-    log.start(epoch + position.step / len(train_loader))
-    if world.is_main and output_dir:
-        write_args(os.path.join(output_dir, "args.json"), {**vars(args), "resolved": meta, "lr": lr})
-    interrupts = Interrupts(args.save_every_minutes)
+    log.start(start + position.step / len(train_loader))
+    if log.output_dir:
+        write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})
+
     while not position.finished:
         epoch, tic = position.epoch, time.time()
         if (epoch < args.head_epochs) != in_head_phase:
@@ -194,55 +209,46 @@ def train_and_evaluate(args, world: World, output_dir: str, fold: int) -> int:
             model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
         if noise is not None:
             noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
-        schedule = phase_schedule(args, lr, in_head_phase)
         stats = train_one_epoch(
-            model, train_loader, optimizer, criterion, precision, run, interrupts, lr_at_epoch=schedule,
-            accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup=None if in_head_phase else mixup, ema=ema,
-            freeze=freeze_backbone if in_head_phase else None, seed=args.seed, print_freq=args.print_freq,
-            max_bad_steps=args.max_bad_steps,
+            model, train_loader, optimizer, criterion, precision, run, interrupts,
+            lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,
+            mixup=None if in_head_phase else mixup, ema=ema, freeze=freeze_backbone if in_head_phase else None,
+            seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
         )  # fmt: skip
         if stats is None:
             return exit_code_after_stop(log, position)
-        train_seconds = time.time() - tic
-        best_net = ema.module if ema is not None else net
-        evaluated = evaluate(
-            best_net,
-            val_loader,
-            precision,
-            num_classes,
-            collect=args.kfold > 0,
-            poll=lambda: interrupts.poll()[0],
-        )
-        if evaluated is None:
+        seconds = time.time() - tic
+        broadcast_buffers(best_net)
+        result = evaluate(best_net, val_loader, precision, meta["num_classes"], collect=args.kfold > 0,
+                          poll=lambda: interrupts.poll()[0])  # fmt: skip
+        if result is None:
             run.save(run.state(net, optimizer, precision.scaler, ema))
             return exit_code_after_stop(log, position)
-        scores = evaluated.scores()
+        scores = result.scores()
         value = -scores["loss"] if args.eval_metric == "loss" else scores[args.eval_metric]
         is_best = position.best is None or value > position.best
         if is_best:
             position.best, position.best_epoch = value, epoch
-            if world.is_main and output_dir:
-                plot_confusion(evaluated.confusion, train.classes, os.path.join(output_dir, "confusion.png"))
+            if log.output_dir:
+                plot_confusion(result.confusion, train.classes, log.path("confusion.png"))
                 if args.kfold:
-                    folds.write_oof(output_dir, fold, val, evaluated)
+                    folds.write_oof(log.output_dir, fold, val, result)
         line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
-                "bad_steps": position.bad_total, "seconds": round(train_seconds, 2)}  # fmt: skip
+                "bad_steps": position.bad_total, "seconds": round(seconds, 2)}  # fmt: skip
         log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
         log.epoch(line)
         log.say(f"epoch {epoch}: train loss {stats['loss']:.4f}  " + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
-                + f"  ({train_seconds:.1f} s){'  *' if is_best else ''}")  # fmt: skip
+                + f"  ({seconds:.1f} s){'  *' if is_best else ''}")  # fmt: skip
         position.next_epoch()
         waited = 0 if in_head_phase else epoch - max(position.best_epoch, args.head_epochs)
-        early = bool(args.patience) and waited >= args.patience
-        position.finished = early or position.epoch >= total_epochs
+        stop_early = bool(args.patience) and waited >= args.patience
+        position.finished = stop_early or position.epoch >= total_epochs
         run.save(run.state(net, optimizer, precision.scaler, ema), finished_epoch=epoch, is_best=is_best)
-        if early:
+        if stop_early:
             log.say(f"--patience {args.patience}: no gain since epoch {position.best_epoch}, stopped")
-    if world.is_main and output_dir:
-        write_finetune_report(output_dir, args, meta, position, time.time() - started)
-    interrupts.close()
-    log.close()
+    if log.output_dir:
+        write_finetune_report(log.output_dir, args, meta, position)
     return 0
 
 
@@ -268,12 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     check_finetune_options(args)
     world = init_world(args.device, args.dist_url)
     if args.kfold and args.fold == "all":
-        return folds.run_all(args, world, train_and_evaluate)
+        return folds.run_all(args, world, run_fold)
     output_dir = args.output_dir
     fold = int(args.fold)
     if args.kfold and output_dir:
         output_dir = folds.folder(output_dir, fold)
-    return train_and_evaluate(copy.copy(args), world, output_dir, fold)
+    return run_fold(copy.copy(args), world, output_dir, fold)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
 
 
 def main(argv: list[str] | None = None) -> int:
-    started = time.time()
     args = get_args_parser().parse_args(argv)
     check_pretrain_options(args)
     world = init_world(args.device, args.dist_url)
@@ -151,10 +150,22 @@ def main(argv: list[str] | None = None) -> int:
         log.say(describe(args, meta, net, groups, loader, precision, global_batch, lr, one_decoder))
         return 0
 
-    optimizer = build_adamw(groups, lr=lr, betas=(0.9, 0.95))
     run = Run(world, log, kind="pretrain", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
     run.names = lambda index: [train.name(int(i)) for i in index]
     run.global_batch = loader.order.batch_size * world.size
+    interrupts = Interrupts(args.save_every_minutes)
+    try:
+        return fit(args, world, run, net, groups, (loader, picture_loader), precision, interrupts, lr)
+    finally:
+        interrupts.close()
+        log.close()
+
+
+def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, precision, interrupts, lr: float) -> int:
+    """Train from where --resume says to the last epoch; after each one log, draw and save."""
+    loader, picture_loader = loaders
+    log, meta = run.log, run.meta
+    optimizer = build_adamw(groups, lr=lr, betas=(0.9, 0.95))
     model = wrap_ddp(EncoderFirst(net), world)
     content = run.find(args.resume, args.force_resume) if args.resume else None
     if content:
@@ -165,7 +176,6 @@ def main(argv: list[str] | None = None) -> int:
     log.start(position.epoch + position.step / len(loader))
     if log.output_dir:
         write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})
-    interrupts = Interrupts(args.save_every_minutes)
 
     while position.epoch < args.epochs:
         epoch, tic = position.epoch, time.time()
@@ -191,9 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             save_pictures(net, picture_loader, args, meta, log, epoch)
         run.save(run.state(net, optimizer, precision.scaler), finished_epoch=epoch)
     if log.output_dir:
-        write_pretrain_report(log.output_dir, args, meta, time.time() - started)
-    interrupts.close()
-    log.close()
+        write_pretrain_report(log.output_dir, args, meta)
     return 0
 
 

@@ -80,7 +80,14 @@ def timm_classifier(name: str, *, img_size, **kwargs) -> nn.Module:
             if "drop_path_rate" in refused:
                 raise UserError(f"--drop_path {drop_path}: {name} has no stochastic depth; use --drop_path 0") from None
             del optional[refused[0]]
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:
+            if kwargs.get("pretrained"):
+                raise UserError(
+                    f"--pretrained: the weights of {name} could not be had ({_one_line(error)[:160]}); "
+                    "offline, give a file of them with --finetune"
+                ) from None
+            if not isinstance(error, (RuntimeError, ValueError, AssertionError)):
+                raise
             raise UserError(f"--model {name} with {optional} {kwargs}: {_one_line(error)}") from None
 
 

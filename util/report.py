@@ -7,15 +7,17 @@ import sys
 
 from util.checkpoint import write_atomic
 from util.folds import RESULT
-from util.log import read_log
+from util.log import read_log, survive
 from util.plots import plot_curves
 
 
 def write_text(path: str, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+    """Written whole or not at all; a full disk costs the report, not what it is about. Lone surrogates are escaped."""
+    with survive(path):
+        write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def write_finetune_report(output_dir: str, args, meta: dict, position, seconds: float) -> None:
+def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines = read_log(log_path)
@@ -51,7 +53,7 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, seconds: 
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
 
 
-def write_pretrain_report(output_dir: str, args, meta: dict, seconds: float) -> None:
+def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
     lines = read_log(os.path.join(output_dir, "log.txt"))
     plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
