@@ -240,3 +240,39 @@ def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path
     with pytest.raises(UserError, match=r"64 images per micro-step.*--force_resume"):
         finetune(*line)
     assert finetune(*line, "--force_resume") == 0
+
+
+def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
+    """Epoch 0 polls 11 times in training (22 micro-steps, 2 an update), then for each of its 6 evaluation batches."""
+    real, calls = main_finetune.Interrupts.poll, []
+
+    def stop_at_the_third_evaluation_batch(self):
+        calls.append(1)
+        return (True, False) if len(calls) == 14 else real(self)
+
+    monkeypatch.setattr(main_finetune.Interrupts, "poll", stop_at_the_third_evaluation_batch)
+    assert finetune(*TINY, "--output_dir", tmp_path) == 75
+    stopped = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
+    assert (stopped["epoch"], stopped["step"]) == (0, 22) and not (tmp_path / "checkpoint-best.pth").exists()
+    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
+    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
+    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_on_this_device(tmp_path, amp):
+    assert finetune(*TINY, "--epochs", 1, "--amp", amp, "--output_dir", tmp_path) == 0
+    line = read_log(str(tmp_path / "log.txt"))[0]
+    assert line["bad_steps"] == 0 and line["val_loss"] < 2.5
+    assert bool(read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["scaler"]) == (amp == "fp16")
+
+
+def test_evaluating_incomplete_weights_is_an_error(tmp_path):
+    """A file without the head would score at chance without a word."""
+    state = create_model(
+        "vit_custom_patch2", num_classes=10, img_size=8, in_chans=1, embed_dim=24, depth=2, num_heads=3
+    ).state_dict()
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("head")}}, tmp_path / "encoder.pth")
+    for flag in ("--resume", "--finetune"):
+        with pytest.raises(UserError, match=r"lacks weights.*head"):
+            finetune(*TINY, "--eval", flag, tmp_path / "encoder.pth")
