@@ -275,4 +275,4 @@ def test_evaluating_incomplete_weights_is_an_error(tmp_path):
     torch.save({"model": {k: v for k, v in state.items() if not k.startswith("head")}}, tmp_path / "encoder.pth")
     for flag in ("--resume", "--finetune"):
         with pytest.raises(UserError, match=r"lacks weights.*head"):
-            finetune(*TINY, "--eval", flag, tmp_path / "encoder.pth")
+            finetune(*TINY, "--in_chans", 1, "--eval", flag, tmp_path / "encoder.pth")
