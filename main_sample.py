@@ -104,7 +104,7 @@ def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
     """A Markdown table whose columns stand in line."""
     width = max(len(title), *map(len, rows))
     head = [f"| {title:{width}} | {unit:>9} |", f"|{'-' * (width + 2)}|{'-' * 10}:|"]
-    return head + [f"| {name:{width}} | {value:9.2f} |" for name, value in rows.items()]
+    return head + [f"| {name:{width}} | {value:9.4g} |" for name, value in rows.items()]
 
 
 def main(argv: list[str] | None = None) -> int:
