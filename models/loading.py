@@ -41,9 +41,15 @@ def state_dict_in(content: dict, path: str, ema: bool = True) -> dict[str, torch
             if isinstance(content.get(key), dict):
                 content = content[key]
                 break
-    state = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    state = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not state:
         raise UserError(f"{path}: no tensors in it")
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(f"{path}: {key} is a {value.dtype} {value.layout} tensor; weights should be dense and real")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # Zero strides: a file of a kilobyte that any operation would blow up to its shape.
+            raise UserError(f"{path}: {key} claims the shape {list(value.shape)} with less data than that")
     return state
 
 
@@ -78,6 +84,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike, *, ema: bool = Tr
                 target_prefix = own[key].shape[1] - grid[0] * grid[1]
                 # A square number of positions has no class position in it, one more has.
                 num_prefix = target_prefix if _is_grid(value.shape[1] - target_prefix) else min(prefix, value.shape[1])
+                if value.shape[0] != 1 or value.shape[1] <= num_prefix:
+                    raise UserError(f"{path}: {key} is {list(value.shape)}, not one row of positions")
                 value = resize_pos_embed(value, grid, num_prefix, target_prefix)
                 report.resized.append(key)
             elif "relative_position" in key or "attn_mask" in key or key.endswith("relative_coords_table"):
@@ -88,6 +96,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike, *, ema: bool = Tr
                     f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
                     "give the --model, --input_size and --in_chans that it was trained with"
                 )
+        if own[key].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{path}: {key} holds {str(value.dtype).removeprefix('torch.')}, not weights")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinite values")
         accepted[key] = value

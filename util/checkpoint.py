@@ -2,7 +2,8 @@
 
 Keys: format, kind ("finetune" or "pretrain"), model, ema, optimizer, scaler, epoch and step (where to go on: the epoch
 in progress and the steps of it that are done), progress (best metric, patience, running sums), rng (a list, one entry
-per rank), args (the options as a dict), and meta: model name and keywords, img_size, in_chans, classes, mean, std.
+per rank), args (the options as a dict), and meta: model name and keywords, img_size, in_chans, classes, mean, std
+(util/meta.py).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
+from util.meta import check_meta
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-previous.pth", "checkpoint-best.pth"
@@ -34,11 +36,12 @@ def read_file(path: str | os.PathLike) -> dict:
             from safetensors.torch import load_file
 
             return load_file(path)
+        refuse_bomb(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a file from anywhere can fail in any way; the user needs its name and the kind of fault
+    except UserError:
+        raise
+    except Exception as error:  # a file from anywhere fails in any way; the user needs its name and the kind of fault
         if "global" in str(error).lower() and "weights only" in str(error).lower():
             raise UserError(
                 f"{path}: holds pickled Python objects, which are never executed; save tensors only"
@@ -50,6 +53,29 @@ def read_file(path: str | os.PathLike) -> dict:
     return content
 
 
+def refuse_bomb(path: str) -> None:
+    """UserError for a zip that would unpack to more than its own size.
+
+    torch.save stores records uncompressed and each storage once, so an honest file holds all that it unpacks to.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # torch's format before 1.6, which is not packed
+    with zipfile.ZipFile(path) as archive:
+        fault = _packing_fault(path, archive)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+
+
+def _packing_fault(path: str, archive: zipfile.ZipFile) -> str | None:
+    records = archive.infolist()
+    packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        return f"its record {packed[0][:80]} is compressed, as torch never saves them; refused unread"
+    if sum(r.file_size for r in records) > os.path.getsize(path):
+        return "its records overlap: it would unpack to more than its own size; refused unread"
+    return None
+
+
 def read_checkpoint(path: str) -> dict:
     """A checkpoint of this project, its checksums verified."""
     fault = damage(path)
@@ -57,7 +83,10 @@ def read_checkpoint(path: str) -> dict:
         raise UserError(f"{path}: {fault}")
     content = read_file(path)
     if content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
-        raise UserError(f"{path}: not a checkpoint of this project (format {content.get('format')}, expected {FORMAT})")
+        raise UserError(
+            f"{path}: not a checkpoint of this project (format {str(content.get('format'))[:40]}, expected {FORMAT})"
+        )
+    check_meta(content["meta"], path)
     return content
 
 
@@ -65,6 +94,9 @@ def damage(path: str) -> str | None:
     """None if every record of the file has its CRC-32; else what is wrong with it."""
     try:
         with zipfile.ZipFile(path) as archive:
+            fault = _packing_fault(path, archive)
+            if fault:
+                return fault
             broken = archive.testzip()
         return f"damaged, checksum of {broken} is wrong" if broken else None
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, NotImplementedError) as error:
@@ -97,6 +129,7 @@ class CheckpointWriter:
     def __init__(self, output_dir: str, keep: int = 0):
         self.output_dir, self.keep = output_dir, keep
         self.failures = 0
+        self.owed: dict | None = None  # the best weights, while the disk has no room for them
 
     def path(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
@@ -106,21 +139,26 @@ class CheckpointWriter:
             write_atomic(self.path(name), lambda file: torch.save(state, file))
             return True
         except (OSError, RuntimeError) as error:
-            self.failures += 1
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            print(
-                f"warning: {self.path(name)}: not written ({reason}); will try again at the next save", file=sys.stderr
-            )
+            self._warn(name, error)
             return False
+
+    def _warn(self, name: str, error: Exception) -> None:
+        self.failures += 1
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"warning: {self.path(name)}: not written ({reason}); will try again at the next save", file=sys.stderr)
 
     def save_last(self, state: dict) -> bool:
         """checkpoint-last.pth; the one before it stays as checkpoint-previous.pth."""
         last, previous = self.path(LAST), self.path(PREVIOUS)
         if not self._write("checkpoint-next.pth", state):
             return False
-        if os.path.exists(last):
-            os.replace(last, previous)
-        os.replace(self.path("checkpoint-next.pth"), last)
+        try:
+            if os.path.exists(last):
+                os.replace(last, previous)
+            os.replace(self.path("checkpoint-next.pth"), last)
+        except OSError as error:  # `find_resume` knows checkpoint-next.pth as well: nothing is lost
+            self._warn(LAST, error)
+            return False
         return True
 
     def save_epoch(self, state: dict, epoch: int) -> bool:
@@ -135,13 +173,30 @@ class CheckpointWriter:
                 return False
         if self.keep:
             for _, old in numbered_checkpoints(self.output_dir)[: -self.keep]:
-                os.unlink(old)
+                try:
+                    os.unlink(old)
+                except OSError as error:
+                    print(f"warning: {old}: not removed ({error.strerror})", file=sys.stderr)
         return True
 
     def save_best(self, state: dict) -> bool:
         """checkpoint-best.pth: weights and meta only, what evaluation and prediction need."""
         slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
-        return self._write(BEST, slim)
+        wrote = self._write(BEST, slim)
+        if wrote:
+            self.owed = None
+        else:  # training goes on and changes these tensors: keep what they were
+            self.owed = {k: _on_cpu(v) if k in ("model", "ema") else v for k, v in slim.items()}
+        return wrote
+
+    def retry_best(self) -> None:
+        """Write checkpoint-best.pth if that failed before."""
+        if self.owed is not None and self._write(BEST, self.owed):
+            self.owed = None
+
+
+def _on_cpu(state: dict | None) -> dict | None:
+    return state and {k: v.to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 def numbered_checkpoints(output_dir: str) -> list[tuple[int, str]]:
@@ -167,9 +222,10 @@ def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr))
             with torch.serialization.safe_globals([argparse.Namespace]):
                 head = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if head.get("format") == FORMAT and "optimizer" in head:
-                usable.append(((head["epoch"], head["step"]), path))
+                usable.append(((int(head["epoch"]), int(head["step"])), path))
         except Exception as error:
-            warn(f"warning: {path}: cannot be read ({str(error).splitlines()[0][:100]}); trying the one before")
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            warn(f"warning: {path}: cannot be read ({reason}); trying the one before")
     return max(usable, key=lambda item: item[0])[1] if usable else None
 
 
@@ -199,12 +255,18 @@ def set_rng_state(state: dict) -> None:
 
 
 def peek_meta(path: str) -> dict | None:
-    """meta of this project's checkpoint without reading its tensors; None for any other file."""
+    """meta of this project's checkpoint without reading its tensors; None for any other file.
+
+    UserError if it is this project's and what it says cannot be.
+    """
     if path.endswith(".safetensors") or not os.path.isfile(path):
         return None
     try:
+        refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
         return None
     known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("meta"), dict)
+    if known:
+        check_meta(content["meta"], path, whole=True)
     return content["meta"] if known else None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,15 @@ from tqdm import tqdm
 
 from util.checkpoint import write_atomic
 from util.errors import UserError
+
+
+@contextmanager
+def survive(path: str, what: str = "not written"):
+    """A fault of the disk while something is written that training does not need: a warning, and the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {path}: {what} ({error.strerror or error})", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -33,65 +43,97 @@ class RunLog:
         if self.output_dir:
             kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
             text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_atomic(self.path("log.txt"), lambda file: file.write(text.encode()))
+            with must_write("--output_dir", self.path("log.txt")):
+                write_atomic(self.path("log.txt"), lambda file: file.write(text.encode()))
         if self.log_dir:
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self.log_dir, "--log_dir")
-            self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1 if epoch else None)
+            with must_write("--log_dir", self.log_dir):
+                self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1 if epoch else None)
 
     def path(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
 
     def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
-        if self.writer:
-            for name, value in values.items():
+        with self._tensorboard():
+            for name, value in values.items() if self.writer else ():
                 self.writer.add_scalar(name, value, epoch_1000x)
 
     def image(self, name: str, picture, epoch_1000x: int) -> None:
         """picture: uint8 [H, W, 3]."""
-        if self.writer:
-            self.writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
+        with self._tensorboard():
+            if self.writer:
+                self.writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
 
     def epoch(self, line: dict) -> None:
         """Append one line to log.txt; floats that JSON has no word for become null."""
         if self.output_dir:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            with open(self.path("log.txt"), "a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+            with survive(self.path("log.txt")), open(self.path("log.txt"), "ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a full disk took part of a line
+                        file.write(b"\n")
+                file.write(json.dumps(clean).encode() + b"\n")
 
     def flush(self) -> None:
         """Before a checkpoint: what it resumes from must be on disk."""
-        if self.writer:
-            self.writer.flush()
+        with self._tensorboard():
+            if self.writer:
+                self.writer.flush()
 
     def say(self, text: str) -> None:
         if self.is_main:
+            # File names of any bytes.
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        with self._tensorboard():
+            if self.writer:
+                self.writer.close()
+
+    @contextmanager
+    def _tensorboard(self):
+        """A fault of its disk ends TensorBoard's file (its writing thread is dead then), not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            reason = error.strerror or error
+            print(f"warning: {self.log_dir}: TensorBoard's file is not written any more ({reason})", file=sys.stderr)
+
+
+@contextmanager
+def must_write(flag: str, path: str):
+    """Before training: a place that cannot be written to is the user's to mend."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def make_folder(path: str, flag: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be made ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: no permission to write there")
 
 
 def read_log(path: str) -> list[dict]:
-    """The lines of a log.txt; an unfinished last line (a killed run) is left out."""
+    """The lines of a log.txt; an unfinished line (a killed run) and what else is none of this log's are left out."""
     lines = []
     if os.path.isfile(path):
-        for text in Path(path).read_text("utf-8").splitlines():
+        for text in Path(path).read_text("utf-8", "replace").splitlines():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (json.JSONDecodeError, RecursionError):
                 continue
+            if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+                lines.append(line)
     return lines
 
 
@@ -164,7 +206,8 @@ def write_args(path: str, options: dict) -> None:
     """args.json: the resolved options, versions, git commit and command line."""
     content = {"command": sys.argv, "options": options, "versions": versions(), "git": git_commit()}
     text = json.dumps(content, indent=2, default=str) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    with must_write("--output_dir", path):
+        write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def batches_of(iterable: Iterable, count: int) -> Iterator:

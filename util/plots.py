@@ -1,21 +1,22 @@
 """The pictures a run leaves behind. Matplotlib without a display."""
 
-import os
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from util.log import read_log
+from util.checkpoint import write_atomic
+from util.log import read_log, survive
 
 
 def save_figure(figure, path: str) -> None:
-    temporary = f"{path}.tmp"
-    figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    os.replace(temporary, path)
+    """Written whole or not at all; a full disk costs the picture, not the run."""
+    try:
+        with survive(path):
+            write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight"))
+    finally:
+        plt.close(figure)
 
 
 def plot_curves(log_path: str, path: str) -> None:

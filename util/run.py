@@ -12,6 +12,7 @@ from util.dist import World, broadcast_object, gather_objects
 from util.errors import UserError
 from util.log import RunLog
 
+NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
 
 
@@ -116,6 +117,8 @@ class Run:
         self.log.flush()
         if is_best:
             self.writer.save_best(state)
+        else:
+            self.writer.retry_best()
         wrote = self.writer.save_last(state)
         due = (
             finished_epoch is not None
@@ -124,6 +127,11 @@ class Run:
         )
         if due and wrote:
             self.writer.save_epoch(state, finished_epoch)
+        if self.position.finished and not wrote:
+            raise UserError(
+                f"{self.writer.output_dir}: the finished run's checkpoint could not be written; make room there and run "
+                "the same line again with --resume auto: it goes on from the last one that could"
+            )
 
     def find(self, resume: str, force: bool = False) -> dict | None:
         """The checkpoint that --resume means, read on every rank; None to start anew."""
@@ -135,21 +143,38 @@ class Run:
         content = read_checkpoint(path)
         if content.get("kind") != self.kind:
             raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {self.kind}")
-        if "optimizer" not in content:
+        if content.get("optimizer") is None:
             raise UserError(
                 f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
             )
-        if content["global_batch"] != self.global_batch and not force:
+        if content.get("global_batch", self.global_batch) != self.global_batch and not force:
             raise UserError(
-                f"--resume {path}: written with {content['global_batch']} images per micro-step over {content['world_size']} "
+                f"--resume {path}: written with {content['global_batch']} images per micro-step over {content.get('world_size')} "
                 f"processes, this line has {self.global_batch} over {self.world.size}; choose --batch_size so that they are "
                 "equal (then the sample order goes on exactly), or --force_resume"
             )
+        lacking = [k for k in NEEDED if k not in content]
+        if lacking:
+            raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
+        if not all(type(content[k]) is int and 0 <= content[k] < 2**31 for k in ("epoch", "step")):
+            raise UserError(f"--resume {path}: its epoch or step is not a number of 0 or more")
         self.log.say(f"resume: {path} at epoch {content['epoch']}, step {content['step']}")
         return content
 
     def restore(self, content: dict, model, optimizer=None, scaler=None, ema=None) -> None:
-        """Put everything back; learning-rate scales and weight decay stay those of this command line."""
+        """Put everything back; learning-rate scales and weight decay stay those of this command line.
+
+        UserError if the checkpoint is of another model or some part of it is not what `state` writes.
+        """
+        try:
+            self._restore(content, model, optimizer, scaler, ema)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
+
+    def _restore(self, content: dict, model, optimizer, scaler, ema) -> None:
         load_exactly(model, content["model"], "--resume")
         if ema is not None:
             load_exactly(ema.module, content["ema"] or content["model"], "--resume")
@@ -172,6 +197,9 @@ def load_exactly(model, state: dict, flag: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
 
 
 def restore_optimizer(optimizer, state: dict) -> None:
@@ -187,6 +215,12 @@ def restore_optimizer(optimizer, state: dict) -> None:
         raise UserError("--resume: the checkpoint's optimizer covers other parameters; was it another model or phase?")
     # Another --layer_decay groups the parameters differently: renumber the moments to this run's order.
     moments = {new: state["state"][by_name[name]] for new, name in enumerate(order) if by_name[name] in state["state"]}
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for i, moment in moments.items():
+        for value in moment.values():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[i].shape:
+                raise UserError(f"--resume: the checkpoint's optimizer has {list(value.shape)} for {order[i]}, "
+                                f"which is {list(parameters[i].shape)}")  # fmt: skip
     groups, start = [], 0
     for group in fresh:
         n = len(group["names"])

@@ -1,0 +1,84 @@
+"""What a checkpoint may say of itself (`meta`): checked before a model is built or a tensor allocated by it.
+
+A checkpoint can come from anywhere. Its meta names a model and sizes, so it could ask for a download, a file or more
+memory than there is.
+"""
+
+import math
+from numbers import Real
+
+from util.errors import UserError
+
+LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
+# timm.create_model's arguments that fetch or open something, or return another thing than a classifier.
+FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
+             "scriptable", "exportable", "no_jit"}  # fmt: skip
+
+
+def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
+    """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
+
+    whole: also ask for every entry that building the model needs.
+    """
+
+    def refuse(key: str, wanted: str):
+        raise UserError(f"{path}: its meta is not usable: {key} is {str(meta.get(key))[:60]!r}, should be {wanted}")
+
+    def check(key: str, good, wanted: str) -> None:
+        if key in meta and not good(meta[key]):
+            refuse(key, wanted)
+
+    check("model", _is_model_name, "the name of a model")
+    check("model_kwargs", _is_plain_keywords, f"keywords with plain values up to {LARGEST}, none that fetches anything")
+    check("global_pool", lambda v: isinstance(v, bool), "True or False")
+    check("img_size", lambda v: _is_list(v) and len(v) == 2 and all(_is_size(x) for x in v), "[height, width]")
+    check("in_chans", _is_size, f"1 to {LARGEST}")
+    check("num_classes", lambda v: v == 0 or _is_size(v), f"0 to {LARGEST}")
+    check("classes", lambda v: _is_list(v) and all(isinstance(c, str) for c in v) and len(set(v)) == len(v), "names, each once")  # fmt: skip
+    check("mean", lambda v: _are_numbers(v), "numbers")
+    check("std", lambda v: _are_numbers(v) and min(v, default=1) > 0, "numbers above 0")
+    check("sigmas", lambda v: _are_numbers(v), "numbers")
+    check("noprop", _is_plain_keywords, f"keywords with plain values up to {LARGEST}")
+    needed = {"classifier": ("classes", "num_classes"), "pretrain": ("noprop",)}.get(str(meta.get("kind")))
+    if needed is None or not whole:
+        return  # of a kind that no script rebuilds; they say so
+    for key in ("model", "img_size", "in_chans", "mean", "std", *needed):
+        if key not in meta:
+            raise UserError(f"{path}: its meta lacks {key}; not a whole checkpoint of this project")
+    if len(meta["mean"]) != meta["in_chans"] or len(meta["std"]) != meta["in_chans"]:
+        raise UserError(f"{path}: its meta has {len(meta['mean'])} means for {meta['in_chans']} channels")
+    if meta["kind"] == "classifier" and len(meta["classes"]) > meta["num_classes"]:
+        raise UserError(f"{path}: its meta names {len(meta['classes'])} classes but counts {meta['num_classes']}")
+
+
+def _is_list(v) -> bool:
+    return isinstance(v, (list, tuple))
+
+
+def _is_int(v) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _is_size(v) -> bool:
+    return _is_int(v) and 1 <= v <= LARGEST
+
+
+def _are_numbers(v) -> bool:
+    return _is_list(v) and all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in v)
+
+
+def _is_model_name(v) -> bool:
+    # A colon or a slash would make timm look on a hub or a disk.
+    return isinstance(v, str) and 0 < len(v) < 200 and not set(v) & set(":/\\\n")
+
+
+def _is_plain(v) -> bool:
+    if _is_list(v):
+        return len(v) < 1000 and all(_is_plain(x) for x in v)
+    if _is_int(v):
+        return abs(v) <= LARGEST
+    return v is None or isinstance(v, (bool, float, str))
+
+
+def _is_plain_keywords(v) -> bool:
+    return isinstance(v, dict) and all(isinstance(k, str) and k not in FORBIDDEN and _is_plain(x) for k, x in v.items())
