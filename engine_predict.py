@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from augment.batch import normalize
+from augment.image import open_file
 from augment.image import to_channels as image_to_channels
 from augment.views import saccadic_views
 from util.data import printable
@@ -62,7 +62,7 @@ class ViewReader:
         if isinstance(self.data, ArrayDataset):
             one = self.data.subset(torch.tensor([i]))
             return {c: array_to_channels(one, c).images[0] for c in wanted}
-        with Image.open(self.data.paths[i]) as image:
+        with open_file(self.data.paths[i]) as image:
             image.load()  # decoded here, whatever it is converted to afterwards
             return {c: image_to_channels(image, c) for c in wanted}
 

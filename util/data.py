@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment.image import open_image
-from util.datasets import ArrayDataset, FileDataset, read_split, to_channels
+from util.datasets import ArrayDataset, FileDataset, printable, read_split, to_channels
 from util.dist import World, barrier
 from util.errors import UserError
 from util.seed import mix, sample_rng
@@ -243,8 +243,3 @@ class Loader:
             if path not in self.bad_images:
                 self.bad_images[path] = reason
                 print(f"warning: {name}: skipped, cannot be read as an image ({reason})", file=sys.stderr)
-
-
-def printable(path: str) -> str:
-    """A file name as text: names that are no UTF-8 keep their bytes as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

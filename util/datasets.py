@@ -88,10 +88,23 @@ class FileDataset:
         return os.path.relpath(self.paths[i], self.root) if self.root else self.paths[i]
 
 
+def printable(path: str) -> str:
+    """A file name as text: names that are no UTF-8 keep their bytes as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _unreadable(error: OSError):
+    """os.walk's own way is silence: a class would shrink, or a test set, without a word."""
+    raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({error.strerror})")
+
+
 def find_images(root: str) -> list[str]:
-    """Every image file below `root`, sorted; symbolic links are followed, loops once."""
+    """Every image file below `root`, sorted; symbolic links are followed, loops once.
+
+    UserError for a folder that cannot be read.
+    """
     found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -105,7 +118,10 @@ def find_images(root: str) -> list[str]:
 def class_folders(root: str) -> list[str]:
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
-    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    try:
+        return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    except OSError as error:
+        _unreadable(error)
 
 
 def read_class_folder(root: str, classes: list[str] | None = None) -> FileDataset:
@@ -127,7 +143,7 @@ def read_class_folder(root: str, classes: list[str] | None = None) -> FileDatase
             )
         paths += images
         targets += [label] * len(images)
-    return FileDataset(paths, torch.tensor(targets), found, root)
+    return FileDataset(paths, torch.tensor(targets), [printable(name) for name in found], root)
 
 
 def read_unlabelled(root: str) -> FileDataset:

@@ -12,6 +12,8 @@ from util.checkpoint import LAST, numbered_checkpoints, write_atomic
 from util.data import printable
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
+from util.labels import spreadsheet_safe
+from util.log import survive
 
 RESULT = "result.json"
 # Flags that do not change what a finished fold holds.
@@ -49,7 +51,10 @@ def is_finished(output_dir: str, options: dict) -> bool:
     path = os.path.join(output_dir, RESULT)
     if not os.path.isfile(path):
         return False
-    stored = json.loads(Path(path).read_text("utf-8")).get("options", {})
+    try:
+        stored = json.loads(Path(path).read_text("utf-8"))["options"]
+    except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
+        return False
     wanted = json.loads(json.dumps(options, default=str))
     changed = sorted(k for k in wanted if k not in _FREE and stored.get(k) != wanted[k])
     if changed:
@@ -87,10 +92,13 @@ def run_all(args, world: World, train_one) -> int:
 def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
     """oof.csv: ID, fold, true class, one probability per class, for the fold's validation images."""
     rows = []
+    safe = [spreadsheet_safe(c) for c in data.classes]
     for i, probabilities in zip(evaluated.index, evaluated.probabilities):
-        target = data.classes[int(data.targets[int(i)])]
-        rows.append([printable(data.name(int(i))), fold, target, *(f"{p:.6f}" for p in probabilities)])
-    write_csv(os.path.join(output_dir, "oof.csv"), ["ID", "fold", "True", *data.classes], rows)
+        name, target = spreadsheet_safe(printable(data.name(int(i)))), safe[int(data.targets[int(i)])]
+        rows.append([name, fold, target, *(f"{p:.6f}" for p in probabilities)])
+    path = os.path.join(output_dir, "oof.csv")
+    with survive(path):
+        write_csv(path, ["ID", "fold", "True", *safe], rows)
 
 
 def write_csv(path: str, header: list[str], rows: list[list]) -> None:
@@ -108,8 +116,12 @@ def summarise(output_dir: str, kfold: int) -> None:
     header, rows, results = None, [], []
     for fold in range(kfold):
         where = folder(output_dir, fold)
-        with open(os.path.join(where, "oof.csv"), encoding="utf-8", newline="") as file:
-            header, *more = list(csv.reader(file))
+        path = os.path.join(where, "oof.csv")
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                header, *more = list(csv.reader(file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run that fold again with --overwrite") from None
         rows += more
         results.append(json.loads(Path(where, RESULT).read_text("utf-8")))
     write_csv(os.path.join(output_dir, "oof.csv"), header, rows)

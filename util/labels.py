@@ -51,15 +51,13 @@ def read_images(
 
 def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: list[str]) -> torch.Tensor:
     number = {c: i for i, c in enumerate(classes)}
-    tops = [os.path.relpath(path, root).split(os.sep) for path in data.paths]
+    tops = [printable(os.path.relpath(path, root)).split(os.sep) for path in data.paths]
     if all(len(parts) > 1 and parts[0] in number for parts in tops):
         return torch.tensor([number[parts[0]] for parts in tops])
-    folders = class_folders(root)
+    folders = [printable(name) for name in class_folders(root)]
     if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
         odd = [f for f in folders if f not in number] or ["images outside of them"]
-        notes.append(
-            f"not scored: besides folders named after classes, {root} has {', '.join(map(printable, odd[:5]))}"
-        )
+        notes.append(f"not scored: besides folders named after classes, {root} has {', '.join(odd[:5])}")
     return data.targets
 
 
