@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import shlex
+import signal
 import sys
 
 from util.datasets import DATASETS
@@ -34,7 +35,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None):
-        options, unknown = self.parse_known_args(args, namespace)
+        try:
+            options, unknown = self.parse_known_args(args, namespace)
+        except UserError:
+            raise
+        except RecursionError:
+            raise UserError("@file: a recipe names itself") from None
+        except (ValueError, OSError) as error:  # a quote without its end, bytes that are no text, a loop of files
+            raise UserError(f"@file: cannot be read ({error})") from None
         if unknown:
             known = [o for action in self._actions for o in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
@@ -45,10 +53,18 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main) -> None:
     """Call a script's main(); the user's mistakes end in one line and exit code 2, an interrupt in 130."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except (UserError, RuntimeError) as error:
+        mended = error if isinstance(error, UserError) else known_failure(error)
+        if mended is None:
+            raise
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again while all is torn down
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(mended).split())}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -58,13 +74,28 @@ def run_main(main) -> None:
     sys.exit(code)
 
 
+def known_failure(error: RuntimeError) -> UserError | None:
+    """What the user can do about a failure that torch reports where it happens to notice it; None for any other."""
+    text = " ".join(str(error).split())
+    if "DataLoader worker" in text:
+        return UserError(
+            f"--num_workers: a loader process died ({text[:160]}); was it killed for want of memory? The last checkpoint "
+            "is kept; --resume auto goes on, with fewer --num_workers if it happens again"
+        )
+    return None
+
+
+MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: beyond, arithmetic with floats overflows
+
+
 def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_high=False):
     """A checked int or float: finite, within [low, high] (ends excluded where open)."""
     word = "whole number" if kind is int else "number"
     left, right = "(" if open_low else "[", ")" if open_high else "]"
-    if low == 0 and high == math.inf:
+    unbounded = high in (math.inf, MAX_COUNT)
+    if low == 0 and unbounded:
         wanted = f"a {word} {'above 0' if open_low else 'of 0 or more'}"
-    elif high == math.inf:
+    elif unbounded:
         wanted = f"a {word} of {low} or more" if low > -math.inf else f"a {word}"
     else:
         wanted = f"a {word} in {left}{low}, {high}{right}"
@@ -75,20 +106,23 @@ def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_hig
         except ValueError:
             value = math.nan
         if (
-            not math.isfinite(value)
+            value != value
+            or abs(value) == math.inf
             or value < low
             or value > high
             or (open_low and value == low)
             or (open_high and value == high)
         ):
-            raise argparse.ArgumentTypeError(f"{text!r} should be {wanted}")
+            most = f", at most {high}" if unbounded and value > high and value != math.inf else ""
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            raise argparse.ArgumentTypeError(f"{shown!r} should be {wanted}{most}")
         return value
 
     return parse
 
 
-positive_int = number(int, 1)
-count = number(int, 0)
+positive_int = number(int, 1, MAX_COUNT)
+count = number(int, 0, MAX_COUNT)
 fraction = number(float, 0.0, 1.0)
 non_negative = number(float, 0.0)
 positive = number(float, 0.0, open_low=True)
@@ -103,7 +137,7 @@ def keyword(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"{text!r} should be NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return name, value
 
 

@@ -118,7 +118,7 @@ def check_finetune_options(args) -> None:
     parse_and_check_paths(args)
     if args.kfold == 1:
         raise UserError("--kfold 1: needs 2 or more folds")
-    if args.fold != "all" and not (args.fold.isdigit() and int(args.fold) < max(1, args.kfold)):
+    if args.fold != "all" and args.fold not in map(str, range(max(1, args.kfold))):
         raise UserError(f"--fold {args.fold}: should be 0 to {max(0, args.kfold - 1)}, or all")
     if args.kfold and args.val_split:
         raise UserError(f"--val_split {args.val_split}: not together with --kfold {args.kfold}")
