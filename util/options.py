@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(line, comments=True)
 
     def error(self, message: str):
-        raise UserError(message)
+        raise UserError(re.sub(r"(\S{200})\S+", r"\1...", message))  # a value of 5000 digits is no line to read
 
     def parse_args(self, args=None, namespace=None):
         try:
