@@ -19,40 +19,40 @@ import time
 from bench.common import ROOT
 
 FOLDER = ROOT / "bench"
+RESULTS = FOLDER / "results.json"
 # One thread: with another job on the machine, two would mostly wait for each other.
-COMMON = "--threads 1 --repeats 3"
+COMMON = "--threads 1 --repeats"
 ALL = "--variants product baseline other_attention glibc_default mmap_32mb"
-MEMORY = "--variants product glibc_default mmap_32mb"
+MEMORY = "--variants product baseline glibc_default mmap_32mb"
 
-# id: (what, module and flags, goal of issue 5)
+# id: (what, module and flags, rounds, goal of issue 5)
 ROWS = {
-    "finetune_vit_base": ("fine-tune step, ViT-B/16 224 px, batch 4", "finetune_step --batch_size 4 --repeats 2", 5.0),
-    "finetune_vit_small": (
-        "fine-tune step, ViT-S/16 224 px, batch 8",
-        f"finetune_step --model vit_small_patch16 --batch_size 8 {ALL}",
-        5.0,
-    ),
     "finetune_lite0": (
         "fine-tune step, EfficientNet-Lite0 224 px, batch 16",
-        "finetune_step --model tf_efficientnet_lite0 --variants product baseline glibc_default mmap_32mb",
-        5.0,
+        f"finetune_step --model tf_efficientnet_lite0 {MEMORY}", 3, 5.0,
     ),
-    "noprop_T1": ("NoProp step, T = 1, batch 128", f"noprop_step --T 1 {MEMORY}", None),
-    "noprop_T4": ("NoProp step, CIFAR defaults, batch 128, T = 4", f"noprop_step --T 4 {ALL}", 3.0),
-    "noprop_T10": ("NoProp step, T = 10", "noprop_step --T 10 --variants product baseline glibc_default mmap_32mb", 3.0),
-    "loader_small": ("32 px pipeline: flip, to float, normalise", "loader_small --images 10000 --workers 2", 15.0),
-    "loader_small_crop": ("the same with a padded random crop", "loader_small --images 10000 --workers 2 --crop", 15.0),
-    "jpeg_pretrain": ("JPEG 500 x 375 -> 224, crop and flip", "loader_jpeg --images 128", 2.5),
-    "jpeg_mae": ("the same with RandAugment and erasing", "loader_jpeg --images 128 --aug mae", 2.0),
-    "jpeg_photo": ("JPEG 2000 x 1500 -> 224, crop and flip", "loader_jpeg --images 32 --photo 2000 1500", 4.0),
-    "tta": ("12-view TTA, 2 small nets, 384 px", "tta --images 4 --repeats 2", 4.0),
+    "finetune_vit_small": (
+        "fine-tune step, ViT-S/16 224 px, batch 4",
+        "finetune_step --model vit_small_patch16 --batch_size 4 --variants product baseline other_attention", 2, 5.0,
+    ),
+    "finetune_vit_base": ("fine-tune step, ViT-B/16 224 px, batch 4", "finetune_step --batch_size 4", 1, 5.0),
+    "noprop_T1": ("NoProp step, CIFAR defaults, batch 64, T = 1", f"noprop_step --batch_size 64 --T 1 {MEMORY}", 2, None),
+    "noprop_T4": ("NoProp step, batch 64, T = 4", f"noprop_step --batch_size 64 --T 4 {ALL}", 2, 3.0),
+    "noprop_T10": ("NoProp step, batch 64, T = 10", f"noprop_step --batch_size 64 --T 10 {MEMORY}", 2, 3.0),
+    "loader_small": ("32 px pipeline: flip, to float, normalise", "loader_small --images 4096 --workers 2", 2, 15.0),
+    "loader_small_crop": ("the same with a padded random crop", "loader_small --images 4096 --workers 2 --crop", 2, None),
+    "jpeg_pretrain": ("JPEG 500 x 375 -> 224, crop and flip", "loader_jpeg --images 64", 3, 2.5),
+    "jpeg_mae": ("the same with RandAugment and erasing", "loader_jpeg --images 64 --aug mae", 3, 2.0),
+    "jpeg_photo": (
+        "JPEG 2000 x 1500 -> 224, crop and flip", "loader_jpeg --photo 2000 1500 --images 12 --batch_size 6", 3, 4.0
+    ),
+    "tta": ("12-view TTA, 2 small nets, 384 px", "tta --images 2", 1, 4.0),
 }  # fmt: skip
 
 
 def command_of(row: str) -> str:
-    flags = ROWS[row][1]
-    common = COMMON.replace("--repeats 3", "").strip() if "--repeats" in flags else COMMON
-    return f"python -m bench.{flags} {common}"
+    _, flags, rounds, _ = ROWS[row]
+    return f"python -m bench.{flags} {COMMON} {rounds}"
 
 
 def run(row: str) -> dict:
@@ -67,6 +67,14 @@ def run(row: str) -> dict:
     result = json.loads(process.stdout.splitlines()[-1])
     date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {**result, "command": command, "date": date, "commit": measured_commit(), "load": round(load, 1)}
+
+
+def stored() -> dict:
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+
+def store(results: dict) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 def measured_commit() -> str:
@@ -90,15 +98,15 @@ def write(results: dict) -> None:
         "| work | product | baseline | x (wall) | x (CPU) | goal | reached | product GiB | baseline GiB | load |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row, (what, _, goal) in ROWS.items():
+    for row, (what, _, _, goal) in ROWS.items():
         variants = results.get(row, {}).get("variants", {})
         if not {"product", "baseline"} <= set(variants):
             continue
         p, b = variants["product"], variants["baseline"]
         wall, cpu = b["s"] / p["s"], b["cpu_s"] / p["cpu_s"] if p["cpu_s"] else float("nan")
         speed = [f"{v['s']:.3g} s, {v['images'] / v['s']:,.3g} img/s" for v in (p, b)]
-        verdict = "yes" if min(wall, cpu) >= goal else "**no**"
-        lines.append(f"| {what} | {speed[0]} | {speed[1]} | {wall:.2f} | {cpu:.2f} | {goal:g} | {verdict} | "
+        verdict = "" if goal is None else "yes" if min(wall, cpu) >= goal else "**no**"
+        lines.append(f"| {what} | {speed[0]} | {speed[1]} | {wall:.2f} | {cpu:.2f} | {goal or ''} | {verdict} | "
                      f"{p['peak_gb']:.2f} | {b['peak_gb']:.2f} | {results[row]['load']} |")  # fmt: skip
     lines += [
         "", "## Choices inside the product", "",
@@ -108,7 +116,7 @@ def write(results: dict) -> None:
         "| work | variant | CPU s | wall s (range) | relative to product (CPU) | peak GiB | GiB above start |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row, (what, _, _) in ROWS.items():
+    for row, (what, *_) in ROWS.items():
         variants = {v: r for v, r in results.get(row, {}).get("variants", {}).items() if v != "baseline"}
         if len(variants) < 2:
             continue
@@ -116,24 +124,25 @@ def write(results: dict) -> None:
             lines.append(f"| {what} | {variant} | {r['cpu_s']:.2f} | {r['s']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | "
                          f"{r['cpu_s'] / variants['product']['cpu_s']:.2f} | {r['peak_gb']:.2f} | {r['peak_gb'] - r['start_gb']:.2f} |")  # fmt: skip
     lines += ["", "## Commands", "", "| work | command | date | commit |", "|---|---|---|---|"]
-    for row, (what, _, _) in ROWS.items():
+    for row, (what, *_) in ROWS.items():
         if row in results:
             r = results[row]
             lines.append(f"| {what} | `{r['command']}` | {r['date']} | {r['commit']} |")
-    notes = (FOLDER / "notes.md").read_text("utf-8").strip()
-    (FOLDER / "BENCH.md").write_text("\n".join(lines) + "\n\n" + notes + "\n", "utf-8")
+    parts = ["\n".join(lines)]
+    for name in ("scaling.md", "notes.md"):  # the first is written by bench/scaling.py
+        if (FOLDER / name).exists():
+            parts.append((FOLDER / name).read_text("utf-8").strip())
+    (FOLDER / "BENCH.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=None, help="rows to measure (default: all)")
     args = parser.parse_args()
-    store = FOLDER / "results.json"
-    results = json.loads(store.read_text("utf-8")) if store.exists() else {}
     for row in ROWS if args.only is None else args.only:
-        results[row] = run(row)
-        store.write_text(json.dumps(results, indent=1) + "\n", "utf-8")  # at once: a later row may fail
-    write(results)
+        result = run(row)
+        store({**stored(), row: result})  # at once: a later row may fail
+    write(stored())
     print(f"wrote {FOLDER / 'BENCH.md'}")
 
 
