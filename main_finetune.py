@@ -19,7 +19,7 @@ from models.rebuild import create_from_meta, require_complete
 from util import folds, options
 from util.checkpoint import peek_meta
 from util.data import Loader, load_data
-from util.datasets import DATASETS, ArrayDataset
+from util.datasets import DATASETS, ArrayDataset, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
 from util.dry_run import describe
 from util.ema import build_ema
@@ -134,10 +134,12 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     """One run: data, model, loop or evaluation, report. Returns the exit code."""
     source = peek_meta(args.finetune or (args.resume if args.eval else ""))
     train, val = load_data(
-        args.dataset, args.data_path, world, in_chans=args.in_chans or (source or {}).get("in_chans"),
-        val_split=args.val_split, kfold=args.kfold, fold=fold, seed=args.split_seed,
+        args.dataset, args.data_path, world, val_split=args.val_split, kfold=args.kfold, fold=fold,
+        seed=args.split_seed,
     )  # fmt: skip
     meta = resolve_meta(args, train.classes, source)
+    if isinstance(train, ArrayDataset):
+        train, val = to_channels(train, meta["in_chans"]), to_channels(val, meta["in_chans"])
     if args.eval and source and source.get("classes") and source["classes"] != meta["classes"]:
         raise UserError(
             f"--data_path {args.data_path}: its classes differ from those of {args.resume or args.finetune}"

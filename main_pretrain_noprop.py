@@ -92,7 +92,7 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
     out = net.reconstruct(images, args.mask_ratio, sampler=args.vis_type, generator=generator)
     picture = reconstruction_grid(
         images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"],
-        log.path(f"reconstruction_epoch_{epoch}.png"), [f"sigma {s:.3g}" for s in net.sigmas[:-1]],
+        log.path(f"reconstruction_epoch_{epoch}.png"), net.sigmas[:-1], mask=out["mask"],
     )  # fmt: skip
     log.image("reconstruction", picture, epoch * 1000)
 

@@ -270,9 +270,17 @@ def test_mixed_precision_trains_on_this_device(tmp_path, amp):
 def test_evaluating_incomplete_weights_is_an_error(tmp_path):
     """A file without the head would score at chance without a word."""
     state = create_model(
-        "vit_custom_patch2", num_classes=10, img_size=8, in_chans=1, embed_dim=24, depth=2, num_heads=3
+        "vit_custom_patch2", num_classes=10, img_size=8, embed_dim=24, depth=2, num_heads=3
     ).state_dict()
     torch.save({"model": {k: v for k, v in state.items() if not k.startswith("head")}}, tmp_path / "encoder.pth")
     for flag in ("--resume", "--finetune"):
         with pytest.raises(UserError, match=r"lacks weights.*head"):
-            finetune(*TINY, "--in_chans", 1, "--eval", flag, tmp_path / "encoder.pth")
+            finetune(*TINY, "--eval", flag, tmp_path / "encoder.pth")
+
+
+def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
+    save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
+    assert finetune("--dataset", "digits", "--model", "convnext_atto", "--finetune", tmp_path / "w.safetensors", "--input_size", 32, "--epochs", 1,
+                    "--batch_size", 256, "--device", "cpu", "--output_dir", tmp_path / "out") == 0  # fmt: skip
+    meta = read_checkpoint(str(tmp_path / "out" / "checkpoint-best.pth"))["meta"]
+    assert meta["in_chans"] == 3 and len(meta["mean"]) == 3

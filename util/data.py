@@ -65,7 +65,6 @@ def load_data(
     root: str,
     world: World,
     *,
-    in_chans: int | None = None,
     val_split: float = 0.0,
     kfold: int = 0,
     fold: int = 0,
@@ -87,8 +86,6 @@ def load_data(
         train, val = train.subset(train_index), train.subset(val_index)
     elif val is None:
         raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
-    if in_chans and isinstance(train, ArrayDataset):
-        train, val = to_channels(train, in_chans), to_channels(val, in_chans)
     return train, val
 
 

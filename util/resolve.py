@@ -29,7 +29,8 @@ def resolve_meta(args, classes: list[str], source: dict | None = None) -> dict:
     if not is_mae_name(model) and timm.is_model(model):
         pretrained_cfg = timm.get_pretrained_cfg(model)
         config = pretrained_cfg.to_dict() if pretrained_cfg else {}
-    foreign_weights = bool(args.pretrained or (args.finetune and not source))
+    named_file = args.finetune or (getattr(args, "eval", False) and args.resume)
+    foreign_weights = bool(args.pretrained or (named_file and not source))
 
     size = image_size(args.input_size) or _pair(source.get("img_size"))
     if size is None and config and (foreign_weights or spec.img_size >= 224 or config.get("fixed_input_size")):
