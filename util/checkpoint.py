@@ -139,6 +139,8 @@ class CheckpointWriter:
             write_atomic(self.path(name), lambda file: torch.save(state, file))
             return True
         except (OSError, RuntimeError) as error:
+            if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
+                raise
             self._warn(name, error)
             return False
 
