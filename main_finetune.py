@@ -101,6 +101,13 @@ def freeze_backbone(model) -> None:
         model.alpha_blend.train()
 
 
+def freeze_batchnorm(model) -> None:
+    """Normalise with the pretrained statistics: those of a small batch, or of a small folder, shift every feature."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
     """(model to call, optimizer) of a phase: the head on a frozen backbone, then all weights with layer decay."""
     head = {id(p) for p in net.get_classifier().parameters()}
@@ -211,10 +218,11 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
         if noise is not None:
             noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
+        freeze = freeze_backbone if in_head_phase else freeze_batchnorm if args.freeze_bn else None
         stats = train_one_epoch(
             model, train_loader, optimizer, criterion, precision, run, interrupts,
             lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-            mixup=None if in_head_phase else mixup, ema=ema, freeze=freeze_backbone if in_head_phase else None,
+            mixup=None if in_head_phase else mixup, ema=ema, freeze=freeze,
             seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
         )  # fmt: skip
         if stats is None:

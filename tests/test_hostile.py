@@ -549,32 +549,3 @@ def children(parent: int) -> list[int]:
         except OSError:
             continue
     return sorted(found)
-
-
-@pytest.mark.xfail(reason="after a restart gloo finds the dead rank's address: see util/dist.py", strict=False)
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-              "--monitor-interval=0.1"]  # fmt: skip
-    line = ["main_finetune.py", *NET, "--batch_size", "32", "--resume", "auto", "--epochs", "4"]
-
-    def start(out):
-        return subprocess.Popen([*launch, *line, "--output_dir", str(out)], cwd=ROOT, env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-    process = start(tmp_path / "killed")
-    for text in process.stdout:
-        if text.startswith("epoch 1:"):
-            os.kill(_rank_process(process.pid, "1"), signal.SIGKILL)
-            break
-    rest = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and "resume: " in rest, rest[-3000:]
-    whole = start(tmp_path / "whole")
-    assert whole.communicate(timeout=240) and whole.returncode == 0
-    for name in (LAST, BEST):
-        assert_same_state(comparable(tmp_path / "killed" / name), comparable(tmp_path / "whole" / name))
-    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
-
-
-def _rank_process(parent: int, rank: str) -> int:
-    return next(p for p in children(parent) if f"\0RANK={rank}\0" in Path("/proc", str(p), "environ").read_text())

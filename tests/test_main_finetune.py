@@ -284,3 +284,14 @@ def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
                     "--batch_size", 256, "--device", "cpu", "--output_dir", tmp_path / "out") == 0  # fmt: skip
     meta = read_checkpoint(str(tmp_path / "out" / "checkpoint-best.pth"))["meta"]
     assert meta["in_chans"] == 3 and len(meta["mean"]) == 3
+
+
+def test_frozen_batchnorm_keeps_its_statistics_while_the_weights_move(tmp_path):
+    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--lr", "1e-3", "--device", "cpu", "--batch_size", 256,
+            "--aug", "none", "--warmup_epochs", 0, "--drop_path", 0, "--freeze_bn", "--output_dir", tmp_path]  # fmt: skip
+    assert finetune(*line) == 0
+    main_finetune.seed_all(0, 0)
+    start = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1).state_dict()
+    end = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["model"]
+    assert all(torch.equal(v, end[k]) for k, v in start.items() if "running" in k)
+    assert not torch.equal(start["layer1.0.bn1.weight"], end["layer1.0.bn1.weight"])

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment.image import open_image
-from util.datasets import ArrayDataset, FileDataset, printable, read_split, to_channels
+from util.datasets import ArrayDataset, FileDataset, printable, read_split
 from util.dist import World, barrier
 from util.errors import UserError
 from util.seed import mix, sample_rng

@@ -99,6 +99,9 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
     group.add_argument("--head_lr", type=non_negative, default=1e-3)
+    group.add_argument(
+        "--freeze_bn", action="store_true", help="keep the pretrained BatchNorm statistics: for small data"
+    )
     group.add_argument("--patience", type=count, default=0, help="stop after this many epochs without gain (0: never)")
     group.add_argument("--eval_metric", choices=("acc1", "balanced_acc", "macro_f1", "loss"), default="acc1",
                        help="what checkpoint-best.pth and --patience go by")  # fmt: skip
