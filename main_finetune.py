@@ -12,7 +12,7 @@ import torch
 from timm.data import Mixup
 
 from augment.batch import BatchTransform
-from augment.image import build_eval_transform, build_train_transform
+from augment.image import SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.rebuild import create_from_meta, require_complete
@@ -49,17 +49,20 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
     size, aug = tuple(meta["img_size"]), args.aug
     in_memory = isinstance(train, ArrayDataset)
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
+    # Small images keep their pixels under a padded window; resampled crops are for photos, or on demand.
+    crop = "none" if aug == "none" else "rrc" if aug == "photo" or args.scale else "pad"
     batch_transform = BatchTransform(
         meta["mean"],
         meta["std"],
         size=size,
         # Files were cropped and flipped in the workers; in-memory sets are augmented here, by the batch.
-        crop={"none": "none", "photo": "rrc"}.get(aug, "pad") if in_memory else "none",
+        crop=crop if in_memory else "none",
         hflip=hflip if in_memory and aug != "none" else 0.0,
+        vflip=args.vflip if in_memory else 0.0,
         aa=args.aa if in_memory else None,
         color_jitter=args.color_jitter if in_memory and not args.aa else None,
         padding=min(4, max(1, size[0] // 8)),
-        scale=(0.7, 1.0),  # of --aug photo
+        scale=args.scale or SCALES["photo"],
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
@@ -71,14 +74,15 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
         num_workers=args.num_workers, pin_memory=args.pin_mem, on_bad_image=args.on_bad_image,
     )  # fmt: skip
     train_transform = build_train_transform(
-        size, aug, aa=args.aa, color_jitter=args.color_jitter, hflip=hflip, mean=meta["mean"]
-    )
+        size, aug, aa=args.aa, color_jitter=args.color_jitter, hflip=hflip, vflip=args.vflip, scale=args.scale,
+        mean=meta["mean"],
+    )  # fmt: skip
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     train_loader = Loader(
         train, transform=train_transform, batch_size=args.batch_size, train=True, even=mixing, world=world, **common
     )
     val_loader = Loader(
-        val, transform=build_eval_transform(size), batch_size=args.batch_size, train=False,
+        val, transform=build_eval_transform(size, args.crop_pct), batch_size=args.batch_size, train=False,
         world=world if args.dist_eval else World(device=world.device), **common,
     )  # fmt: skip
     return train_loader, val_loader
@@ -146,6 +150,8 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     )  # fmt: skip
     meta = resolve_meta(args, train.classes, source)
     if isinstance(train, ArrayDataset):
+        if args.crop_pct is not None:
+            raise UserError(f"--crop_pct {args.crop_pct}: cuts image files; {args.dataset} is evaluated whole")
         train, val = to_channels(train, meta["in_chans"]), to_channels(val, meta["in_chans"])
     if args.eval and source and source.get("classes") and source["classes"] != meta["classes"]:
         raise UserError(

@@ -18,7 +18,7 @@ from util.seed import counted_normal, counted_uniform
 CROPS = ("none", "pad", "rrc")
 ERASE_MODES = ("const", "rand", "pixel")
 ATTEMPTS = 10  # draws of a box that fits, as in torchvision's RandomResizedCrop and timm's RandomErasing
-_GEOMETRY, _ERASE, _ERASE_NOISE = 0, 1, 2  # streams of counted numbers; rand_augment.py uses 3 and 16 on
+_GEOMETRY, _ERASE, _ERASE_NOISE, _VFLIP = 0, 1, 2, 4  # streams of counted numbers; rand_augment.py uses 3 and 16 on
 
 
 def _check_uint8(x: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ class BatchTransform:
         crop: `none`, `pad` (zero padding, then a window of the stored size) or `rrc` (random resized crop to `size`).
         padding: pixels, for `pad`.
         scale, ratio: area fraction and aspect range, for `rrc`.
-        hflip: probability of a mirror image.
+        hflip, vflip: probability of a mirror image, of one upside down.
         aa: RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none.
         color_jitter: strength of brightness, contrast and saturation changes; None for none.
         reprob, remode, recount, re_area: random erasing (see random_erase).
@@ -236,6 +236,7 @@ class BatchTransform:
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.0,
+        vflip: float = 0.0,
         aa: str | None = None,
         color_jitter: float | None = None,
         reprob: float = 0.0,
@@ -249,14 +250,15 @@ class BatchTransform:
             raise ValueError(f"crop {crop!r}: must be one of {', '.join(CROPS)}")
         if remode not in ERASE_MODES:
             raise ValueError(f"remode {remode!r}: must be one of {', '.join(ERASE_MODES)}")
-        for name, p in (("hflip", hflip), ("reprob", reprob)):
+        for name, p in (("hflip", hflip), ("vflip", vflip), ("reprob", reprob)):
             if not 0.0 <= p <= 1.0:
                 raise ValueError(f"{name} {p}: must be in [0, 1]")
         if recount < 1:
             raise ValueError(f"recount {recount}: must be 1 or more")
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = (size, size) if isinstance(size, int) else size
-        self.crop, self.padding, self.scale, self.ratio, self.hflip = crop, padding, scale, ratio, hflip
+        self.crop, self.padding, self.scale, self.ratio = crop, padding, scale, ratio
+        self.hflip, self.vflip = hflip, vflip
         self.aa, self.color_jitter = parse_rand_augment(aa) if aa else None, color_jitter
         self.erase = {"prob": reprob, "mode": remode, "recount": recount, "area": re_area}
         self.channels_last, self.seed = channels_last, seed
@@ -269,6 +271,9 @@ class BatchTransform:
             raise ValueError(f"images have {x.shape[1]} channels, mean has {len(self.mean)}")
         if train:
             x = self._geometry(x, index, epoch)
+            if self.vflip > 0:
+                flip = counted_uniform(self.seed, epoch, index, 1, _VFLIP)[:, 0] < self.vflip
+                x = torch.where(flip.to(x.device, non_blocking=True)[:, None, None, None], x.flip(-2), x)
             if self.aa is not None:
                 fill = [min(255, round(255 * m)) for m in self.mean]
                 x = rand_augment(x, self.aa, seed=self.seed, epoch=epoch, index=index, fill=fill)

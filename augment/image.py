@@ -90,6 +90,7 @@ def build_train_transform(
     color_jitter: float | None = None,
     interpolation: str = "bicubic",
     hflip: float = 0.5,
+    vflip: float = 0.0,
     scale: tuple[float, float] | None = None,
     ratio: tuple[float, float] = RATIO,
     mean: tuple[float, ...] = IMAGENET_MEAN,
@@ -105,7 +106,7 @@ def build_train_transform(
         none      what evaluation sees, without its border cut.
 
     aa: timm's policy string, `mae` only. color_jitter: strength for `mae` (without aa) and `photo`.
-    hflip: mirror probability. scale, ratio: the crop's area fraction, and its aspect over size's. mean: pixel mean in [0, 1] per
+    hflip, vflip: probability of a mirror image, of one upside down. scale, ratio: the crop's area fraction, and its aspect over size's. mean: pixel mean in [0, 1] per
     channel; geometric operations fill uncovered corners with it.
     """
     if preset not in PRESETS:
@@ -121,8 +122,8 @@ def build_train_transform(
     ratio = tuple(r * size[1] / size[0] for r in ratio)
     if preset != "photo":
         return create_transform(
-            tuple(size), is_training=True, scale=scale, ratio=ratio, hflip=hflip, color_jitter=color_jitter,
-            auto_augment=aa, interpolation=interpolation, mean=mean, normalize=False,
+            tuple(size), is_training=True, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
+            color_jitter=color_jitter, auto_augment=aa, interpolation=interpolation, mean=mean, normalize=False,
         )  # fmt: skip
     strength = 0.3 if color_jitter is None else color_jitter
     fill = [round(255 * m) for m in mean]
@@ -132,6 +133,7 @@ def build_train_transform(
         [
             transforms.RandomResizedCrop(size, scale, ratio, InterpolationMode(interpolation)),
             transforms.RandomHorizontalFlip(hflip),
+            transforms.RandomVerticalFlip(vflip),
             transforms.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR, fill=fill),
             transforms.ColorJitter(strength, strength, strength, 0.05),
             transforms.PILToTensor(),

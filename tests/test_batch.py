@@ -89,6 +89,14 @@ def test_pad_crop_offsets_are_uniform_and_flips_have_their_probability():
     assert ((y == 0).any(2).any(1) == ((top != 0) | (left != 0))).all()  # zero padding shows where it moved
 
 
+def test_vflip_turns_its_share_upside_down_and_nothing_else():
+    x = torch.arange(12, dtype=torch.uint8).view(1, 1, 4, 3).repeat(4000, 1, 1, 1)
+    y = BatchTransform((0.0,), (1.0,), vflip=0.3)(x, torch.arange(4000), 0, True).mul(255).round().to(torch.uint8)
+    turned = (y == x.flip(-2)).flatten(1).all(1)
+    assert (turned | (y == x).flatten(1).all(1)).all()
+    assert abs(turned.float().mean() - 0.3) < 0.03
+
+
 # ---- random resized crop
 
 
@@ -294,6 +302,7 @@ def test_channels_last_changes_the_layout_and_no_value():
         (dict(crop="random"), "crop 'random'"),
         (dict(remode="black"), "remode 'black'"),
         (dict(hflip=1.2), r"hflip 1\.2"),
+        (dict(vflip=-0.1), r"vflip -0\.1"),
         (dict(reprob=-0.1), r"reprob -0\.1"),
         (dict(recount=0), "recount 0"),
         (dict(aa="rand-x"), "aa 'rand-x'"),

@@ -201,15 +201,27 @@ def test_presets_give_uint8_of_the_size_and_repeat_with_the_sample(preset, in_ch
 
 
 @pytest.mark.parametrize("preset", ["mae", "photo", "light", "pretrain"])
-def test_hflip_zero_never_mirrors(preset):
-    """A ramp from left to right stays one."""
-    ramp = Image.fromarray(np.tile(np.arange(0, 250, 2, dtype=np.uint8), (60, 1)))
+@pytest.mark.parametrize("hflip,vflip", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_flips_turn_a_ramp_exactly_when_they_are_asked_for(preset, hflip, vflip):
+    ramp = np.arange(0, 120, 2, dtype=np.uint8)
+    ramp = Image.fromarray(ramp[:, None] + ramp)  # rises to the right and downwards
     jitter = 0.0 if preset == "photo" else None
-    transform = build_train_transform((20, 20), preset, hflip=0.0, color_jitter=jitter, mean=(0.5,))
-    for index in range(20):
+    transform = build_train_transform((20, 20), preset, hflip=hflip, vflip=vflip, color_jitter=jitter, mean=(0.5,))
+    for index in range(10):
         with sample_rng(0, 0, index):
             out = transform(ramp).float()[0]
-        assert out[10, 14] > out[10, 5]
+        assert (out[10, 13] > out[10, 6]) == (hflip == 0.0)
+        assert (out[13, 10] > out[6, 10]) == (vflip == 0.0)
+
+
+def test_scale_is_the_area_share_of_the_crop():
+    """A crop of exactly a quarter of a ramp spans half of its values; the preset's own may not."""
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1)))
+    transform = build_train_transform((50, 50), "light", hflip=0.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    for index in range(5):
+        with sample_rng(0, 0, index):
+            out = transform(ramp).int()[0]
+        assert abs((out[25, 49] - out[25, 0]).item() - 98) <= 2  # centres of the first and last of 50 pixels, 2 wide
 
 
 @pytest.mark.parametrize(

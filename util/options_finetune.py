@@ -77,6 +77,11 @@ def add_finetune_options(parser: Parser) -> None:
                        help="RandAugment policy of --aug mae; `none` for none")  # fmt: skip
     group.add_argument("--color_jitter", type=non_negative, default=None, help="used without --aa")
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
+    group.add_argument("--vflip", type=fraction, default=0.0, help="upside-down probability: for views from above")
+    group.add_argument("--scale", type=fraction, nargs=2, default=None, metavar=("MIN", "MAX"),
+                       help="area share of the random crop (default: 0.08 1; photo: 0.7 1)")  # fmt: skip
+    group.add_argument("--crop_pct", type=number(float, 0, 1, open_low=True), default=None,
+                       help="share of the resized image that evaluation sees (default: 0.875 up to 224 pixels, else 1)")  # fmt: skip
     group.add_argument("--smoothing", type=number(float, 0, 1, open_high=True), default=0.1, help="label smoothing")
     group.add_argument(
         "--reprob", type=fraction, default=None, help="random erasing (default: 0.25; photo: 0.2; light, none: 0)"
@@ -137,6 +142,10 @@ def check_finetune_options(args) -> None:
         raise UserError("--resume auto: with --eval name the checkpoint file")
     if args.cutmix_minmax is not None and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
         raise UserError(f"--cutmix_minmax {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}: should be MIN MAX")
+    if args.scale is not None and not 0 < args.scale[0] <= args.scale[1]:
+        raise UserError(f"--scale {args.scale[0]} {args.scale[1]}: should be MIN MAX above 0")
+    if args.aug == "none" and (args.scale or args.vflip):
+        raise UserError("--aug none: neither crops nor flips; leave --scale and --vflip away")
     if args.reprob is None:
         args.reprob = {"mae": 0.25, "photo": 0.2}.get(args.aug, 0.0)
     if args.aug != "mae":
