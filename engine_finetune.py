@@ -1,6 +1,5 @@
 """One epoch of supervised fine-tuning, and evaluation."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,11 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from util.dist import all_reduce, gather_objects
-from util.errors import UserError
-from util.log import Progress, batches_of
-from util.lr_sched import set_lr
-from util.optim import optimizer_step
-from util.seed import seed_all
+from util.log import batches_of
+from util.steps import Steps
 
 
 class Criterion(nn.Module):
@@ -34,102 +30,30 @@ class Criterion(nn.Module):
         return F.cross_entropy(logits.float(), targets, weight=self.weight)
 
 
-def train_one_epoch(model, loader, optimizer, criterion, precision, run, interrupts, *, lr_at_epoch, accum_iter=1,
-                    clip_grad=None, mixup=None, ema=None, freeze=None, seed=0, print_freq=20, max_bad_steps=10):  # fmt: skip
-    """Train from run.position to the end of its epoch; returns (metrics or None if a signal stopped it, save callback due).
+def train_one_epoch(model, loader, optimizer, criterion, precision, run, interrupts, *, mixup=None, freeze=None,
+                    ema=None, **settings):  # fmt: skip
+    """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
 
-    lr_at_epoch(fractional epoch) -> lr. mixup(images, targets) -> mixed. freeze(model) runs after model.train().
-    Every micro-step seeds the generators by (seed, epoch, step, rank), so dropout, mixing and noise are the same
-    whether or not the run was interrupted before it.
+    mixup(images, targets) -> mixed. freeze(model) runs after model.train(). settings: lr_at_epoch, accum_iter,
+    clip_grad, seed, print_freq and max_bad_steps, as util/steps.py takes them.
     """
-    position, log, world = run.position, run.log, run.world
-    epoch, steps = position.epoch, len(loader)
     net = model.module if hasattr(model, "module") else model
     model.train()
     if freeze is not None:
         freeze(net)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    progress = Progress(f"Epoch: [{epoch}]", steps, every=print_freq, start=position.step, enabled=world.is_main)
-    loss_sum = torch.tensor(position.sums.get("loss", 0.0), device=world.device)
-    bad_recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
-    group_loss = torch.zeros((), device=world.device)
-    group_index: list[torch.Tensor] = []
-
-    for batch in loader.epoch(epoch, position.step):
-        step = position.step
-        first = step - step % accum_iter  # of the accumulation group; the epoch's last group may be shorter
-        group = min(accum_iter, steps - first)
-        last = step == first + group - 1
-        if step == first:
-            lr = lr_at_epoch(epoch + step / steps)
-            set_lr(optimizer, lr)
-        seed_all(seed, epoch, step, world.rank)
+    steps = Steps(
+        model, net, ["loss"], loader, optimizer, precision.scaler, run, interrupts, ema=ema, **settings
+    )  # fmt: skip
+    for batch in steps:
         images, targets = batch.images, batch.targets
         if mixup is not None:
             images, targets = mixup(images, targets)
-
-        with nullcontext() if last or world.size == 1 else model.no_sync():
+        with steps.sync():
             with precision.autocast():
                 loss = criterion(model(images), targets)
-            precision.scaler.scale(loss / group).backward()
-        group_loss += loss.detach() / group
-        group_index.append(batch.index)
-        position.step = progress.step = step + 1
-        if not last:
-            progress.update()
-            continue
-
-        norm = optimizer_step(optimizer, precision.scaler, parameters, clip_grad)
-        position.updates += 1
-        if ema is not None:
-            ema.update(net, step=position.updates)
-        # With fp16 an infinite norm alone is the GradScaler's daily business; a non-finite loss is not.
-        bad = ~torch.isfinite(group_loss if precision.scaler.is_enabled() else norm)
-        loss_sum += torch.where(bad, 0.0, group_loss * group)
-        bad_recent.append((bad, torch.cat(group_index)))
-        shown = None
-        if progress.due or len(bad_recent) >= print_freq:
-            check_bad_steps(bad_recent, position, max_bad_steps, run)
-            bad_recent = []
-            shown = {"lr": lr, "loss": group_loss.item(), "grad_norm": norm.item()}
-            log.scalars({"train_loss": shown["loss"], "lr": lr}, int((epoch + position.step / steps) * 1000))
-        group_loss, group_index = torch.zeros_like(group_loss), []
-        progress.update(shown)
-
-        stop, save = interrupts.poll()
-        if (stop or save) and position.step < steps:
-            check_bad_steps(bad_recent, position, max_bad_steps, run)
-            bad_recent = []
-            position.sums = {"loss": loss_sum.item()}
-            run.save(run.state(net, optimizer, precision.scaler, ema))
-        if stop and position.step < steps:
-            progress.close()
-            return None
-    check_bad_steps(bad_recent, position, max_bad_steps, run)
-    progress.close()
-    position.sums = {"loss": loss_sum.item()}  # for a checkpoint written during the evaluation that follows
-    mean_loss = all_reduce(loss_sum.double().cpu()).item() / (steps * world.size)
-    return {"loss": mean_loss, "lr": lr_at_epoch(epoch + (steps - 1) / steps)}
-
-
-def check_bad_steps(recent: list, position, limit: int, run) -> None:
-    """Count and report non-finite steps since the last look; all ranks give up together after `limit` in a row."""
-    for bad, index in recent:
-        if bool(bad):
-            position.bad_in_a_row += 1
-            position.bad_total += 1
-            samples = ", ".join(run.names(index[:8])) + (", ..." if len(index) > 8 else "")
-            run.log.say(
-                f"warning: epoch {position.epoch}: non-finite loss or gradient, step skipped; samples {samples}"
-            )
-        else:
-            position.bad_in_a_row = 0
-    worst = int(all_reduce(torch.tensor([position.bad_in_a_row]), "max"))
-    if worst >= limit:
-        raise UserError(
-            f"--max_bad_steps {limit}: {worst} non-finite steps in a row in epoch {position.epoch}; "
-            "the last checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
-        )
+            precision.scaler.scale(loss / steps.group).backward()
+        steps.done(loss.detach(), batch.index)
+    return steps.metrics()
 
 
 @dataclass

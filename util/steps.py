@@ -1,0 +1,152 @@
+"""The micro-steps of one training epoch, the same for both engines: all of a step but its forward and backward pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from util.dist import all_reduce
+from util.errors import UserError
+from util.log import Progress
+from util.lr_sched import set_lr
+from util.optim import optimizer_step
+from util.seed import seed_all
+
+
+class Steps:
+    """Goes from run.position to the end of its epoch. An engine is
+
+        steps = Steps(model, net, names, loader, optimizer, precision.scaler, run, interrupts, ...)
+        for batch in steps:
+            with steps.sync():
+                loss = ...
+                scale(loss / steps.group).backward()
+            steps.done(losses, batch.index)
+        return steps.metrics()
+
+    model: the module that is called, DDP's wrapper where there are ranks; net: the one that is saved. names: of the
+    losses given to `done`. lr_at_epoch(fractional epoch) -> lr. An update takes the gradients of accum_iter
+    micro-steps; the epoch's last group may be shorter. Every micro-step seeds the generators by (seed, epoch, step,
+    rank), so what it draws is the same whether or not the run was interrupted before it.
+    """
+
+    def __init__(self, model: nn.Module, net: nn.Module, names: list[str], loader, optimizer, scaler, run, interrupts, *,
+                 lr_at_epoch: Callable[[float], float], accum_iter: int = 1, clip_grad: float | None = None, ema=None,
+                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10):  # fmt: skip
+        self.model, self.net, self.names, self.loader = model, net, names, loader
+        self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
+        self.run, self.interrupts, self.position = run, interrupts, run.position
+        self.lr_at_epoch, self.accum_iter, self.clip_grad = lr_at_epoch, accum_iter, clip_grad
+        self.seed, self.print_freq, self.max_bad_steps = seed, print_freq, max_bad_steps
+        self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.epoch, self.total = self.position.epoch, len(loader)  # total: micro-steps of this rank
+        self.stopped = False
+        device = run.world.device
+        self.sums = torch.tensor([self.position.sums.get(n, 0.0) for n in names], device=device)
+        self.group_losses = torch.zeros(len(names), device=device)  # mean over the accumulation group so far
+        self.group_index: list[torch.Tensor] = []
+        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
+        self.progress = Progress(f"Epoch: [{self.epoch}]", self.total, every=print_freq, start=self.position.step,
+                                 enabled=run.world.is_main)  # fmt: skip
+
+    def __iter__(self) -> Iterator:
+        """The rest of this epoch's batches, each with lr and generators set; ends early if a signal stops the run."""
+        for batch in self.loader.epoch(self.epoch, self.position.step):
+            step = self.position.step
+            first = step - step % self.accum_iter
+            self.group = min(self.accum_iter, self.total - first)  # micro-steps of this update
+            self.last = step == first + self.group - 1
+            if step == first:
+                self.lr = self.lr_at_epoch(self.epoch + step / self.total)
+                set_lr(self.optimizer, self.lr)
+            seed_all(self.seed, self.epoch, step, self.run.world.rank)
+            yield batch
+            if self.stopped:
+                break
+        self.progress.close()
+
+    def sync(self):
+        """Around forward and backward: ranks exchange gradients only in an update's last micro-step."""
+        return nullcontext() if self.last or self.run.world.size == 1 else self.model.no_sync()
+
+    def done(self, losses: torch.Tensor, index: torch.Tensor) -> None:
+        """After a micro-step's backward pass: the update and all that follows it, where one is due.
+
+        losses: [len(names)], detached, not divided by the group's size. index: int64 [B], the samples' numbers.
+        """
+        self.group_losses += losses / self.group
+        self.group_index.append(index)
+        self.position.step = self.progress.step = self.position.step + 1
+        if self.last:
+            shown = self._update()
+            self.progress.update(shown)
+            self._poll()
+        else:
+            self.progress.update()
+
+    def _update(self) -> dict[str, float] | None:
+        """One optimizer update; returns what the progress line shows, on the steps that show one."""
+        norm = optimizer_step(self.optimizer, self.scaler, self.parameters, self.clip_grad)
+        self.position.updates += 1
+        if self.ema is not None:
+            self.ema.update(self.net, step=self.position.updates)
+        # With fp16 an infinite norm alone is the GradScaler's daily business; a non-finite loss is not.
+        bad = ~torch.isfinite(self.group_losses.sum() if self.scaler.is_enabled() else norm)
+        self.sums += torch.where(bad, 0.0, self.group_losses * self.group)
+        self.recent.append((bad, torch.cat(self.group_index)))
+        shown = None
+        if self.progress.due or len(self.recent) >= self.print_freq:
+            self._check_bad_steps()
+            values = self.group_losses.tolist()
+            shown = {"lr": self.lr, "loss": sum(values), "grad_norm": norm.item()}
+            scalars = {"loss": shown["loss"], **dict(zip(self.names, values))}
+            scalars = {**{f"train_{n}": v for n, v in scalars.items()}, "lr": self.lr}
+            self.run.log.scalars(scalars, int((self.epoch + self.position.step / self.total) * 1000))
+        self.group_losses, self.group_index = torch.zeros_like(self.group_losses), []
+        return shown
+
+    def _poll(self) -> None:
+        """Save and stop where a signal or the timer asks for it; the epoch's end saves by itself."""
+        stop, save = self.interrupts.poll()
+        if self.position.step == self.total:
+            return
+        if stop or save:
+            self._check_bad_steps()
+            self._keep_sums()
+            self.run.save(self.run.state(self.net, self.optimizer, self.scaler, self.ema))
+        self.stopped = stop
+
+    def _keep_sums(self) -> None:
+        self.position.sums = dict(zip(self.names, self.sums.tolist()))
+
+    def _check_bad_steps(self) -> None:
+        """Count and report non-finite steps since the last look; all ranks give up together after too many in a row."""
+        position = self.position
+        for bad, index in self.recent:
+            if bool(bad):
+                position.bad_in_a_row += 1
+                position.bad_total += 1
+                samples = ", ".join(self.run.names(index[:8])) + (", ..." if len(index) > 8 else "")
+                self.run.log.say(
+                    f"warning: epoch {self.epoch}: non-finite loss or gradient, step skipped; samples {samples}"
+                )
+            else:
+                position.bad_in_a_row = 0
+        self.recent = []
+        worst = int(all_reduce(torch.tensor([position.bad_in_a_row]), "max"))
+        if worst >= self.max_bad_steps:
+            raise UserError(
+                f"--max_bad_steps {self.max_bad_steps}: {worst} non-finite steps in a row in epoch {self.epoch}; "
+                "the last checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+            )
+
+    def metrics(self) -> dict[str, float] | None:
+        """Means over the epoch's micro-steps and ranks, `loss` (the sum of all names) first; None if it was stopped."""
+        if self.stopped:
+            return None
+        self._check_bad_steps()
+        self._keep_sums()  # for a checkpoint written during the evaluation that follows
+        means = (all_reduce(self.sums.double().cpu()) / (self.total * self.run.world.size)).tolist()
+        lr = self.lr_at_epoch(self.epoch + (self.total - 1) / self.total)
+        return {"loss": sum(means), **dict(zip(self.names, means)), "lr": lr}
