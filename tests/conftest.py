@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests_common import NET
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -47,3 +48,13 @@ def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240,
 @pytest.fixture(scope="session")
 def run():
     return run_script
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """An output folder of NET's run that nothing disturbed."""
+    import main_finetune
+
+    out = tmp_path_factory.mktemp("whole")
+    assert main_finetune.main([*NET, "--output_dir", str(out)]) == 0
+    return out

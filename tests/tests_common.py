@@ -1,9 +1,16 @@
-"""Comparisons that several tests make."""
+"""What several tests share: a small run's flags, comparisons."""
+
+import os
+import resource
+from contextlib import contextmanager
 
 import torch
 
 from util.checkpoint import read_checkpoint
 from util.log import read_log
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
 
 
 def assert_same_state(a: dict, b: dict, path: str = "") -> None:
@@ -30,3 +37,22 @@ def comparable(path) -> dict:
 
 def log_without_times(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(str(folder / "log.txt"))]
+
+
+def one_line(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text and 0 < len(text) < 600, text
+    return text
+
+
+@contextmanager
+def peak_memory_below(megabytes: int):
+    """A cap on this process's address space, relative to now: what asks for more gets MemoryError."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

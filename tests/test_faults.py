@@ -1,0 +1,120 @@
+"""Faults around a run: full disks, places that cannot be written to, processes that are killed."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests_common import NET, ROOT, assert_same_state, comparable, log_without_times, one_line
+
+import main_finetune
+from util.checkpoint import BEST, LAST, read_checkpoint
+from util.errors import UserError
+from util.log import RunLog, read_log
+from util.options import known_failure
+
+
+@contextmanager
+def largest_file(size: int):
+    """As a full disk: no file of this process grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_that_is_full_for_an_epoch_costs_nothing_in_the_end(whole_run, tmp_path, capsys, monkeypatch):
+    """Epoch 1 cannot write its checkpoints and its picture; epoch 2 can, and all ends as if nothing had been."""
+    from util import log
+
+    real, limit = log.RunLog.epoch, largest_file(5000)
+    seen = {}
+
+    def epoch(self, line):
+        real(self, line)
+        if line["epoch"] == 1:
+            limit.__enter__()
+        if line["epoch"] == 2:
+            seen.update(read_checkpoint(str(tmp_path / LAST)))
+            limit.__exit__(None, None, None)
+
+    monkeypatch.setattr(log.RunLog, "epoch", epoch)
+    assert main_finetune.main([*NET, "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert "checkpoint-next.pth: not written" in said and "try again" in said
+    assert seen["epoch"] == 1, "the checkpoint of epoch 0 was kept"
+    for name in (LAST, BEST):
+        assert_same_state(comparable(tmp_path / name), comparable(whole_run / name))
+    assert log_without_times(tmp_path) == log_without_times(whole_run)
+
+
+def test_disk_that_stays_full_ends_in_one_line_that_says_what_is_lost(tmp_path):
+    with largest_file(20_000), pytest.raises(UserError, match="could not be written; make room") as caught:
+        main_finetune.main([*NET, "--epochs", "1", "--output_dir", str(tmp_path)])
+    one_line(caught)
+    assert not os.path.exists(tmp_path / LAST) and os.path.exists(tmp_path / "log.txt")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer dies
+def test_log_and_tensorboard_faults_do_not_end_a_run(tmp_path, capsys):
+    log = RunLog(str(tmp_path))
+    log.start()
+    with largest_file(0):
+        for i in range(30):
+            log.scalars({"x": 1.0}, i)
+        log.flush()
+        log.epoch({"epoch": 0})
+        log.scalars({"x": 1.0}, 99), log.flush()
+    with largest_file(5):
+        log.epoch({"epoch": 1})
+    log.epoch({"epoch": 2})
+    log.close()
+    said = capsys.readouterr().err
+    assert "log.txt: not written" in said and "TensorBoard's file is not written any more" in said
+    assert read_log(str(tmp_path / "log.txt")) == [{"epoch": 2}]
+
+
+def test_output_dir_that_is_a_file_or_not_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "bad\0name"):
+        with pytest.raises(UserError, match="--output_dir") as caught:
+            main_finetune.main([*NET, "--output_dir", str(path)])
+        one_line(caught)
+    with pytest.raises(UserError, match="--log_dir"):
+        main_finetune.main([*NET, "--output_dir", str(tmp_path / "a"), "--log_dir", str(tmp_path / "file")])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"--output_dir .*no permission to write"):
+        main_finetune.main([*NET, "--output_dir", str(tmp_path / "b")])
+
+
+def test_killed_loader_process_ends_the_run_in_one_line(photo_folder, tmp_path):
+    """torch raises where it notices, in the middle of anything: in the loader or in a step."""
+    command = [sys.executable, "main_finetune.py", "--data_path", str(photo_folder), "--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16", "--epochs", "10000", "--batch_size", "4", "--num_workers", "1", "--device", "cpu", "--save_freq", "0", "--output_dir", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    for text in process.stdout:
+        if text.startswith("epoch 1:"):
+            os.kill(children(process.pid)[0], signal.SIGKILL)
+            break
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 2 and said.count("\n") == 1 and "--num_workers" in said, said
+    assert read_checkpoint(str(tmp_path / LAST))["epoch"] >= 1
+    assert known_failure(RuntimeError("something else")) is None
+
+
+def children(parent: int) -> list[int]:
+    """Process ids, oldest first."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent:
+                found.append(int(pid))
+        except OSError:
+            continue
+    return sorted(found)
