@@ -13,7 +13,7 @@ import torch
 
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform
-from models.noprop_mae import SAMPLERS
+from models.noprop_config import SAMPLERS
 from util import options
 from util.data import Loader
 from util.datasets import DATASETS, ArrayDataset, FileDataset, find_images, read_split, to_channels

@@ -1,6 +1,6 @@
 """Command-line options of main_pretrain_noprop.py."""
 
-from models.noprop_mae import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
+from models.noprop_config import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
 from util.errors import UserError
 from util.options import Parser, count, fraction, number, parse_and_check_paths, positive, positive_int
 
