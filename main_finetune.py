@@ -7,6 +7,7 @@
 
 import copy
 import time
+from functools import partial
 
 import torch
 from timm.data import Mixup
@@ -26,7 +27,7 @@ from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog, write_args
 from util.lr_sched import lr_at
-from util.optim import build_adamw, param_groups
+from util.optim import build_adamw, layer_ids, param_groups
 from util.options_finetune import add_finetune_options, add_noise_options, check_finetune_options, noise_from_options
 from util.plots import plot_confusion
 from util.report import write_finetune_report
@@ -105,18 +106,29 @@ def freeze_backbone(model) -> None:
         model.alpha_blend.train()
 
 
-def freeze_batchnorm(model) -> None:
-    """Normalise with the pretrained statistics: those of a small batch, or of a small folder, shift every feature."""
+def freeze_batchnorm(model, everywhere: bool) -> None:
+    """Keep the BatchNorm statistics of frozen layers; `everywhere` (--freeze_bn), of all.
+
+    The statistics of a small batch, or of a small folder, shift every feature.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            continue
+        if everywhere or (module.affine and not module.weight.requires_grad):
             module.eval()
 
 
 def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
-    """(model to call, optimizer) of a phase: the head on a frozen backbone, then all weights with layer decay."""
+    """(model to call, optimizer) of a phase: the head on a frozen backbone, then all but --freeze_layers, with layer decay."""
     head = {id(p) for p in net.get_classifier().parameters()}
-    for p in net.parameters():
-        p.requires_grad_(not in_head_phase or id(p) in head)
+    layers, last = layer_ids(net)
+    if args.freeze_layers > last:
+        raise UserError(
+            f"--freeze_layers {args.freeze_layers}: {args.model} has {last + 1} layers; should be 0 to {last}"
+        )
+    for name, p in net.named_parameters():
+        wanted = id(p) in head if in_head_phase else layers[name] >= args.freeze_layers
+        p.requires_grad_(wanted)
     groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=1.0 if in_head_phase else args.layer_decay)
     return wrap_ddp(net, world), build_adamw(groups, lr=lr)
 
@@ -224,7 +236,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
         if noise is not None:
             noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
-        freeze = freeze_backbone if in_head_phase else freeze_batchnorm if args.freeze_bn else None
+        freeze = freeze_backbone if in_head_phase else partial(freeze_batchnorm, everywhere=args.freeze_bn)
         stats = train_one_epoch(
             model, train_loader, optimizer, criterion, precision, run, interrupts,
             lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,

@@ -286,12 +286,29 @@ def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
     assert meta["in_chans"] == 3 and len(meta["mean"]) == 3
 
 
-def test_frozen_batchnorm_keeps_its_statistics_while_the_weights_move(tmp_path):
+@pytest.mark.parametrize(
+    "flags,weights_stay,statistics_stay",
+    [
+        (["--freeze_bn"], (), ("",)),
+        (["--freeze_layers", 2], ("conv1", "bn1", "layer1"), ("conv1", "bn1", "layer1")),
+    ],
+)
+def test_what_is_frozen_stays_and_the_rest_moves(tmp_path, flags, weights_stay, statistics_stay):
+    """Timm's layers of a ResNet: the stem, then one per block; resnet10t has one block in each of layer1 to layer4."""
     line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--lr", "1e-3", "--device", "cpu", "--batch_size", 256,
-            "--aug", "none", "--warmup_epochs", 0, "--drop_path", 0, "--freeze_bn", "--output_dir", tmp_path]  # fmt: skip
+            "--aug", "none", "--warmup_epochs", 0, "--drop_path", 0, *flags, "--output_dir", tmp_path]  # fmt: skip
     assert finetune(*line) == 0
     main_finetune.seed_all(0, 0)
-    start = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1).state_dict()
+    net = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1)
     end = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["model"]
-    assert all(torch.equal(v, end[k]) for k, v in start.items() if "running" in k)
-    assert not torch.equal(start["layer1.0.bn1.weight"], end["layer1.0.bn1.weight"])
+    trained = dict(net.named_parameters())
+    for name, start in net.state_dict().items():
+        if name in trained:
+            assert torch.equal(start, end[name]) == name.startswith(weights_stay), name
+        elif "running" in name:
+            assert torch.equal(start, end[name]) == name.startswith(statistics_stay), name
+
+
+def test_freezing_more_layers_than_there_are_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"--freeze_layers 4: .* has 4 layers; should be 0 to 3"):
+        finetune(*TINY, "--output_dir", tmp_path, "--freeze_layers", 4)

@@ -104,6 +104,8 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
     group.add_argument("--head_lr", type=non_negative, default=1e-3)
+    group.add_argument("--freeze_layers", type=count, default=0,
+                       help="keep the first N layers as they are (1: the embedding): cheaper, for small data")  # fmt: skip
     group.add_argument(
         "--freeze_bn", action="store_true", help="keep the pretrained BatchNorm statistics: for small data"
     )
