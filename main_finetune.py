@@ -195,7 +195,7 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     run.global_batch = loaders[0].order.batch_size * world.size
     if not args.resume:
         folds.refuse_overwrite(output_dir, args.overwrite, world)
-    interrupts = Interrupts(args.save_every_minutes)
+    interrupts = Interrupts(args.save_every_minutes, args.timeout_minutes)
     try:
         return fit(args, world, fold, run, net, noise, loaders, precision, interrupts, lr)
     finally:
@@ -300,7 +300,7 @@ def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_finetune_options(args)
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.timeout_minutes)
     if args.kfold and args.fold == "all":
         return folds.run_all(args, world, run_fold)
     output_dir = args.output_dir

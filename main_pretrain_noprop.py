@@ -100,7 +100,7 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_pretrain_options(args)
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, args.timeout_minutes)
     spec = DATASETS[args.dataset]
     in_chans = args.in_chans or spec.in_chans
     size = options.image_size(args.input_size) or (spec.img_size, spec.img_size)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(world, log, kind="pretrain", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
     run.names = lambda index: [train.name(int(i)) for i in index]
     run.global_batch = loader.order.batch_size * world.size
-    interrupts = Interrupts(args.save_every_minutes)
+    interrupts = Interrupts(args.save_every_minutes, args.timeout_minutes)
     try:
         return fit(args, world, run, net, groups, (loader, picture_loader), precision, interrupts, lr)
     finally:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests_common import NET, ROOT, assert_same_state, comparable, log_without_times, one_line
+from tests_common import NET, ROOT, assert_same_state, comparable, in_ranks, log_without_times, one_line
 
 import main_finetune
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.errors import UserError
 from util.log import RunLog, read_log
-from util.options import known_failure
+from util.options import known_failure, run_main
 
 
 @contextmanager
@@ -118,3 +118,54 @@ def children(parent: int) -> list[int]:
         except OSError:
             continue
     return sorted(found)
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    return next(p for p in children(launcher) if f"\0RANK={rank}\0" in Path("/proc", str(p), "environ").read_text())
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(tmp_path):
+    line = [*NET, "--batch_size", "32", "--epochs", "4", "--resume", "auto", "--output_dir"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+               "--monitor-interval=0.1", "main_finetune.py", *line, str(tmp_path / "killed")]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    said, killed = [], False
+    for text in process.stdout:
+        said.append(text)
+        if text.startswith("epoch 1:") and not killed:
+            os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+            killed = True
+    assert process.wait(timeout=60) == 0 and any(text.startswith("resume: ") for text in said), "".join(said)[-4000:]
+    errors = [text for text in said if "main_finetune.py: error: " in text]
+    assert len(errors) == 1 and "rank 0 of 2: another rank died" in errors[0], "".join(said)[-4000:]
+    assert in_ranks(2, lambda: main_finetune.main([*line, str(tmp_path / "whole")])) == [0, 0]
+    for name in (LAST, BEST):
+        assert_same_state(comparable(tmp_path / "killed" / name), comparable(tmp_path / "whole" / name))
+    assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+
+
+def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):
+    """Rank 1 stops for good in its second epoch; rank 0 waits the 9 s that it was told to, and longer for nothing else."""
+    import torch.utils.tensorboard  # noqa: F401 (seconds on a busy machine: not between the ranks)
+
+    real = main_finetune.train_one_epoch
+
+    def hangs(model, loader, optimizer, criterion, precision, run, *args, **kwargs):
+        if run.world.rank == 1 and run.position.epoch == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(model, loader, optimizer, criterion, precision, run, *args, **kwargs)
+
+    monkeypatch.setattr(main_finetune, "train_one_epoch", hangs)
+    line = [*NET, "--batch_size", "32", "--timeout_minutes", "0.15", "--output_dir", str(tmp_path)]
+
+    def call() -> None:
+        run_main(lambda: main_finetune.main(line))
+
+    assert in_ranks(2, call, tmp_path / "said.txt") == [2, -signal.SIGKILL]
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    errors = [text for text in said if "error: " in text]
+    assert errors == said[-1:] and "rank 0 of 2: waited for another rank longer than --timeout_minutes" in said[-1], (
+        said
+    )
+    assert read_checkpoint(str(tmp_path / LAST))["epoch"] == 1

@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
 def init_world(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10.0) -> World:
     """Join torchrun's process group (gloo on CPU, nccl on CUDA) if there is one.
 
-    A rank that hangs or dies ends the others' collectives after `timeout_minutes` with a message.
+    A rank that hangs ends the others' collectives after `timeout_minutes`, one that dies at once: see `lost_rank`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -82,7 +82,15 @@ def init_world(device: str = "auto", dist_url: str = "env://", timeout_minutes: 
     if "RANK" in os.environ and size > 1:
         # gloo beside nccl: objects, flags and barriers travel on the CPU and never wait for a kernel.
         backend = "cpu:gloo,cuda:nccl" if dev.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        try:
+            store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(f"--dist_url {dist_url}: the processes cannot meet ({error})") from None
+        # torchrun --max-restarts starts the ranks again but keeps its store, where gloo would find the addresses of the
+        # dead: keys of its own for each attempt.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         size, rank = 1, 0
     return World(rank, size, local_rank, dev)
@@ -91,6 +99,24 @@ def init_world(device: str = "auto", dist_url: str = "env://", timeout_minutes: 
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_rank(error: RuntimeError) -> UserError | None:
+    """What happened, if a collective failed because another rank hangs or is gone; None for any other error."""
+    text = " ".join(str(error).split())
+    hangs = "timed out" in text.lower() or "timeout" in text.lower()
+    gone = any(words in text for words in ("onnection closed", "onnection reset", "onnection refused", "Broken pipe"))
+    if not dist.is_initialized() or not (hangs or gone):
+        return None
+    happened = (
+        "waited for another rank longer than --timeout_minutes: one that reports nothing hangs"
+        if hangs
+        else "another rank died; what it said last is above"
+    )
+    return UserError(
+        f"rank {dist.get_rank()} of {dist.get_world_size()}: {happened} ({text[:120]}); the last checkpoint is kept, "
+        "--resume auto goes on; torchrun's --max-restarts does so by itself"
+    )
 
 
 def barrier() -> None:

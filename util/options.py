@@ -14,7 +14,7 @@ import signal
 import sys
 
 from util.datasets import DATASETS
-from util.dist import shutdown
+from util.dist import lost_rank, shutdown
 from util.errors import UserError
 
 
@@ -77,6 +77,8 @@ def run_main(main) -> None:
 
 def known_failure(error: RuntimeError) -> UserError | None:
     """What the user can do about a failure that torch reports where it happens to notice it; None for any other."""
+    if lost := lost_rank(error):
+        return lost
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return UserError(
@@ -196,6 +198,8 @@ def add_run_options(
     group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
     group.add_argument("--dry_run", action="store_true", help="print what would run, and its memory, then stop")
     group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
+    group.add_argument("--timeout_minutes", type=number(float, 0, 1e6, open_low=True), default=10.0,
+                       help="end the job when a process has waited that long for another one")  # fmt: skip
 
 
 def add_optimizer_options(

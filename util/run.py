@@ -3,6 +3,7 @@
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,11 +43,12 @@ class Interrupts:
     second SIGINT interrupts at once.
     """
 
-    def __init__(self, save_every_minutes: float = 0.0):
+    def __init__(self, save_every_minutes: float = 0.0, timeout_minutes: float = 10.0):
         self.stop = False
         self.period = 60.0 * save_every_minutes
         self.next_save = time.monotonic() + self.period
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.pending = None
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
