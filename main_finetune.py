@@ -80,8 +80,9 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
     )  # fmt: skip
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     train_loader = Loader(
-        train, transform=train_transform, batch_size=args.batch_size, train=True, even=mixing, world=world, **common
-    )
+        train, transform=train_transform, batch_size=args.batch_size, train=True, even=mixing, world=world,
+        fast=args.loader == "fast", **common,
+    )  # fmt: skip
     val_loader = Loader(
         val, transform=build_eval_transform(size, args.crop_pct), batch_size=args.batch_size, train=False,
         world=world if args.dist_eval else World(device=world.device), **common,

@@ -61,7 +61,7 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
     )  # fmt: skip
     train_loader = Loader(
         train, transform=build_train_transform(size, "pretrain", hflip=hflip), batch_size=args.batch_size, train=True,
-        world=world, num_workers=args.num_workers, **common,
+        world=world, num_workers=args.num_workers, fast=args.loader == "fast", **common,
     )  # fmt: skip
     few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
     picture_loader = Loader(

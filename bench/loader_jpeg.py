@@ -52,6 +52,7 @@ def product(variant: str, paths: list[str], args):
         FileDataset(paths, torch.zeros(len(paths), dtype=torch.long)),
         transform=build_train_transform((args.img_size, args.img_size), args.aug, aa=AA if mae else None),
         batch_transform=BatchTransform(IMAGENET_MEAN, IMAGENET_STD, size=args.img_size, reprob=0.25 if mae else 0.0),
+        fast=True,
         batch_size=args.batch_size, train=True, world=world, num_workers=args.workers,
     )  # fmt: skip
     return lambda: (batch.images for batch in loader.epoch())

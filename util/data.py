@@ -8,12 +8,14 @@ and resumes do not change which samples a step sees. Augmentation is counted by 
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from augment.fast_image import FastTrainTransform, can_be_fast
 from augment.image import open_image
 from util.datasets import ArrayDataset, FileDataset, printable, read_split
 from util.dist import World, barrier
@@ -130,12 +132,14 @@ class EpochOrder:
 class SampleReader:
     """Decode and augment one file: (epoch, index) -> (uint8 [C, H, W], target, index, bad), in a loader worker.
 
+    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what fails there gets the plain way.
     bad lists (path, reason) of images that could not be read. In training the next readable image takes the place,
     so that batches keep their size on every rank; in evaluation the image is None and drops out.
     """
 
-    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool):
+    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False):
         self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
+        self.fast = FastTrainTransform(transform, in_chans) if fast and train and can_be_fast(transform) else None
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
@@ -144,13 +148,20 @@ class SampleReader:
             i = (index + attempt) % len(self.data)
             path = self.data.paths[i]
             try:
-                image = open_image(path, self.in_chans)
-                with sample_rng(self.seed, epoch, index):
-                    return self.transform(image), int(self.data.targets[i]), i, bad
+                return self.read(path, epoch, index), int(self.data.targets[i]), i, bad
             except Exception as error:  # PIL and its plugins raise anything on a broken file
                 reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
                 bad.append((path, reason[0].strip()[:160]))
         return None, -1, index, bad
+
+    def read(self, path: str, epoch: int, index: int) -> torch.Tensor:
+        """One file's pixels, augmented with the random numbers of (seed, epoch, index)."""
+        if self.fast is not None:
+            with suppress(Exception), sample_rng(self.seed, epoch, index):
+                return self.fast(path)
+        image = open_image(path, self.in_chans)
+        with sample_rng(self.seed, epoch, index):
+            return self.transform(image)
 
 
 def collate(samples: list) -> tuple:
@@ -185,6 +196,7 @@ class Loader:
         num_workers: int = 0,
         pin_memory: bool = True,
         on_bad_image: str = "error",
+        fast: bool = False,
     ):
         self.data, self.batch_transform, self.world, self.train = data, batch_transform, world, train
         self.order = EpochOrder(len(data), batch_size, world=world, seed=seed, train=train, even=even)
@@ -197,7 +209,7 @@ class Loader:
                 num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             )
             self.files = DataLoader(
-                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train),
+                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast),
                 batch_sampler=self.order,
                 collate_fn=collate,
                 num_workers=workers,

@@ -191,6 +191,9 @@ def add_run_options(
     group.add_argument(
         "--keep", type=count, default=0, help="kept checkpoint-{epoch}.pth files; older ones go (0: all)"
     )
+    group.add_argument("--loader", choices=("pil", "fast"), default="fast",
+                       help="training's JPEG files: `fast` decodes and resizes them at the scale their crop needs (the same "
+                       "crops, pixels within a few levels); evaluation is always `pil`")  # fmt: skip
     group.add_argument("--print_freq", type=positive_int, default=20, help="steps between lines of progress")
     group.add_argument("--max_bad_steps", type=positive_int, default=10,
                        help="non-finite steps in a row (each is skipped) that end the run")  # fmt: skip
