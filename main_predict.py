@@ -2,6 +2,7 @@
 
 python main_predict.py --checkpoints out/swin out/convnext --data_path photos/test --output_dir predictions
 torchrun --nproc_per_node=8 main_predict.py --checkpoints out/*/checkpoint-best.pth --data_path test --labels labels.csv
+python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir out_of_fold
 """
 
 import argparse
@@ -21,6 +22,7 @@ from util.errors import UserError
 from util.labels import read_images
 from util.log import make_folder, write_args
 from util.members import find_members, load_nets, short_names
+from util.out_of_fold import fold_of_images, fold_of_nets, predict_out_of_fold
 from util.predict_report import write_all
 
 
@@ -60,6 +62,9 @@ def get_args_parser() -> options.Parser:
     parser.add_argument(
         "--labels", default=None, metavar="CSV", help="labels of some or all images: ID (path or file name),label"
     )
+    parser.add_argument("--out_of_fold", action="store_true",
+                        help="--data_path is what k-fold members were trained on: each image by the networks that had "
+                        "not seen it")  # fmt: skip
     parser.add_argument("--output_dir", default="./predictions", help="where predictions.csv and report.md go")
     parser.add_argument("--batch_size", type=options.positive_int, default=64, help="images x views per process")
     parser.add_argument("--num_workers", type=options.count, default=10, help="loader processes, at most one per core")
@@ -107,6 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     combiners = build_combiners(members, classes, args.weights)
     data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
     notes += combiners.notes
+    if args.out_of_fold:
+        fold_of_nets(members)  # a single network is refused before its weights are read
+        image_folds = fold_of_images(members, classes, ids)
+        notes.append("out of fold: each image is predicted by the networks that had not seen it")
     if world.is_main:
         make_folder(args.output_dir, "--output_dir")
         write_args(os.path.join(args.output_dir, "args.json"), vars(args))
@@ -117,10 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, {len(args.views)} view(s); "
         f"{world.size} x {world.device}, amp {precision.name}", flush=True)  # fmt: skip
 
-    prediction = predict(
-        nets, data, args.views, world=world, precision=precision, batch_size=args.batch_size,
-        num_workers=args.num_workers, on_bad_image=args.on_bad_image,
-    )  # fmt: skip
+    how = dict(world=world, precision=precision, batch_size=args.batch_size, num_workers=args.num_workers,
+               on_bad_image=args.on_bad_image)  # fmt: skip
+    if args.out_of_fold:
+        prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
+        combiners.cross_fit(image_folds[prediction.index])
+    else:
+        prediction = predict(nets, data, args.views, **how)
     if not world.is_main:
         return 0
     for i, reason in prediction.bad.items():

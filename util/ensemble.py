@@ -65,6 +65,11 @@ class Combiners:
     oof: "OutOfFold | None" = None
     balanced: bool = False  # of the stacked regression
 
+    def cross_fit(self, folds: np.ndarray) -> None:
+        """For images of the folds themselves, int64 [n]: the regression must not have seen what it predicts."""
+        if "stacked" in self.ways:
+            self.ways["stacked"] = CrossStacked(self.oof, folds, balanced=self.balanced)
+
 
 def build_combiners(members: list[Member], classes: list[str], wanted: str) -> Combiners:
     """UserError if the files do not allow the `wanted` one; others just stay out of the comparison.
@@ -129,53 +134,67 @@ class OutOfFold:
     folds: np.ndarray
     targets: np.ndarray
     probabilities: np.ndarray
+    same_folds: bool = True  # every member held the same images out together
 
     def stack(self, *, balanced: bool, rows=slice(None)) -> Stacked:
         return Stacked(self.probabilities[:, rows], self.targets[rows], balanced=balanced)
 
     def cross_stacked(self, *, balanced: bool) -> np.ndarray | None:
-        """Stacked probabilities [N, C], each fold by a regression fitted on the others; None for a single fold."""
-        if len(set(self.folds)) < 2:
+        """Stacked probabilities [N, C], each fold by a regression fitted on the others; None where that is impossible."""
+        if len(set(self.folds)) < 2 or not self.same_folds:
             return None
-        out = np.empty(self.probabilities.shape[1:])
-        for fold in sorted(set(self.folds)):
+        return CrossStacked(self, self.folds, balanced=balanced)(self.probabilities)
+
+
+class CrossStacked(Stacked):
+    """Stacking that has not seen what it predicts: each fold by the regression fitted on the others' oof.csv.
+
+    [M, n, C] -> [n, C], rows in the order of `folds` [n].
+    """
+
+    def __init__(self, oof: OutOfFold, folds: np.ndarray, *, balanced: bool):
+        self.oof, self.folds, self.balanced = oof, folds, balanced
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        out = np.empty(probabilities.shape[1:])
+        for fold in sorted(set(self.folds.tolist())):
             inside = self.folds == fold
-            out[inside] = self.stack(balanced=balanced, rows=~inside)(self.probabilities[:, inside])
+            fitted = self.oof.stack(balanced=self.balanced, rows=self.oof.folds != fold)
+            out[inside] = fitted(probabilities[:, inside])
         return out
 
 
-def read_oof(members: list[Member], classes: list[str]) -> OutOfFold:
+def read_oof(members: list[Member], classes: list[str], flag: str = "--weights stacked") -> OutOfFold:
     """The members' oof.csv files, matched by image; all must be of the same images with the same labels."""
-    tables = [_oof_of(member, classes) for member in members]
+    tables = [_oof_of(member, classes, flag) for member in members]
     first = tables[0]
     for member, table in zip(members[1:], tables[1:]):
         differing = sorted(set(first) ^ set(table))
         if differing:
             raise UserError(
-                f"--weights stacked: oof.csv of {members[0].name} and {member.name} are of different images "
+                f"{flag}: oof.csv of {members[0].name} and {member.name} are of different images "
                 f"({len(differing)} in one only, e.g. {differing[0]}); train both on the same --data_path"
             )
         relabelled = [i for i in first if first[i][1] != table[i][1]]
         if relabelled:
-            raise UserError(
-                f"--weights stacked: {relabelled[0]} has different labels in {members[0].name} and {member.name}"
-            )
+            raise UserError(f"{flag}: {relabelled[0]} has different labels in {members[0].name} and {member.name}")
     ids = sorted(first)
     return OutOfFold(
         ids,
         np.array([first[i][0] for i in ids]),
         np.array([first[i][1] for i in ids]),
         np.array([[table[i][2] for i in ids] for table in tables]),
+        all(table[i][0] == first[i][0] for table in tables for i in ids),
     )
 
 
-def _oof_of(member: Member, classes: list[str]) -> dict[str, tuple[int, int, list[float]]]:
+def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[int, int, list[float]]]:
     """image -> (fold, class number, probabilities), from oof.csv beside each of the member's checkpoints."""
     number, table = {spreadsheet_safe(c): i for i, c in enumerate(classes)}, {}
     for path in (os.path.join(os.path.dirname(p), "oof.csv") for p in member.paths):
         if not os.path.isfile(path):
             raise UserError(
-                f"--weights stacked: {member.name} has no out-of-fold file ({path}); "
+                f"{flag}: {member.name} has no out-of-fold file ({path}); "
                 "train it with main_finetune.py --kfold 5 and give that --output_dir"
             )
         try:
@@ -193,7 +212,7 @@ def _oof_of(member: Member, classes: list[str]) -> dict[str, tuple[int, int, lis
                 table[name] = (int(fold), number[spreadsheet_safe(true)], p)
         except (ValueError, KeyError, csv.Error) as error:
             reason = f"unknown class {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"--weights stacked: {path}: not readable as an out-of-fold file ({reason})") from None
+            raise UserError(f"{flag}: {path}: not readable as an out-of-fold file ({reason})") from None
     if not table:
-        raise UserError(f"--weights stacked: the out-of-fold files of {member.name} are empty")
+        raise UserError(f"{flag}: the out-of-fold files of {member.name} are empty")
     return table

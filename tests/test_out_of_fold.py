@@ -1,0 +1,85 @@
+"""main_predict.py --out_of_fold: every image by the networks that had not seen it, and by no other."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from test_predict import CONV, VIT, predict, read_csv, reference, save_member, values
+
+from util.errors import UserError
+
+VIEWS = [0, 1, 6]  # 1,2,7 on the command line
+
+
+def held_out(name: str) -> int:
+    return int(name[-5]) % 2  # blue_03.png -> fold 1
+
+
+@pytest.fixture(scope="module")
+def members(photo_folder, tmp_path_factory):
+    """Two runs of two folds on photo_folder's val images, with their oof.csv; nets as {(member, fold): (net, meta)}."""
+    root, nets = tmp_path_factory.mktemp("kfold"), {}
+    names = sorted(f"{p.parent.name}/{p.name}" for p in (photo_folder / "val").glob("*/*.png"))
+    rng = np.random.default_rng(0)
+    for m, family in enumerate((VIT, CONV)):
+        for fold in (0, 1):
+            folder = root / "ab"[m] / f"fold-{fold}"
+            nets[m, fold] = save_member(folder / "checkpoint-best.pth", family, seed=1 + 2 * m + fold, kfold=2)
+            (folder / "result.json").write_text(json.dumps({"options": {"kfold": 2}}))
+            rows = [n for n in names if held_out(n) == fold]
+            with open(folder / "oof.csv", "w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["ID", "fold", "True", "blue", "red"])
+                for name in rows:
+                    p = round(rng.uniform(0.1, 0.9), 6)
+                    table.writerow([name, fold, name.split("/")[0], p, round(1 - p, 6)])
+    return root, names, nets
+
+
+def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, photo_folder, tmp_path):
+    root, names, nets = members
+    line = ["--checkpoints", root / "a", root / "b", "--data_path", photo_folder / "val", "--out_of_fold", "--views", "1,2,7"]  # fmt: skip
+    assert predict(*line, "--weights", "stacked", "--output_dir", tmp_path) == 0
+    p = np.array([[reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).mean(0) for n in names] for m in (0, 1)])  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    accuracy = {(r["name"], r["views"]): r["accuracy"] for r in results}
+    true = np.array([n.startswith("red") for n in names])
+    for m, name in enumerate("ab"):
+        assert accuracy[name, 3] == pytest.approx(100 * (p[m].argmax(1) == true).mean())
+    # Stacked, by scikit-learn: the regression that predicts a fold was fitted on the other fold's oof.csv.
+    _, rows = read_csv(tmp_path)
+    for fold in (0, 1):
+        tables = [list(csv.reader(open(root / m / f"fold-{1 - fold}" / "oof.csv")))[1:] for m in "ab"]
+        x = np.log([[float(v) for table in tables for v in table[i][3:]] for i in range(len(tables[0]))])
+        fitted = LogisticRegression(max_iter=2000).fit(x, [row[2] == "red" for row in tables[0]])
+        for i, name in enumerate(names):
+            if held_out(name) == fold:
+                expected = fitted.predict_proba(np.log(np.concatenate([p[0, i], p[1, i]]).clip(1e-6))[None])[0]
+                np.testing.assert_allclose(values(rows, name), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "checkpoints,data,words",
+    [
+        (["a/fold-1"], "val", ["--out_of_fold", "blue/blue_00.png", "no fold of a/fold-1"]),
+        (["single.pth"], "val", ["--out_of_fold", "single.pth", "single network"]),
+        (["a"], "train", ["--out_of_fold", "blue/blue_06.png", "no fold of"]),
+        (["a", "shifted"], "val", ["--out_of_fold", "different folds"]),
+    ],
+)
+def test_what_cannot_be_out_of_fold_is_one_line(members, photo_folder, tmp_path, monkeypatch, checkpoints, data, words):
+    root, names, _ = members
+    monkeypatch.chdir(root)
+    if checkpoints == ["single.pth"] and not (root / "single.pth").exists():
+        save_member(root / "single.pth", VIT, seed=1)
+    if "shifted" in checkpoints:
+        for fold in (0, 1):
+            save_member(root / "shifted" / f"fold-{fold}" / "checkpoint-best.pth", VIT, kfold=2)
+            (root / "shifted" / f"fold-{fold}" / "result.json").write_text(json.dumps({"options": {"kfold": 2}}))
+            lines = (root / "a" / f"fold-{1 - fold}" / "oof.csv").read_text().replace(f",{1 - fold},", f",{fold},")
+            (root / "shifted" / f"fold-{fold}" / "oof.csv").write_text(lines)
+    with pytest.raises(UserError) as caught:
+        predict("--checkpoints", *checkpoints, "--data_path", photo_folder / data, "--out_of_fold", "--output_dir", tmp_path)  # fmt: skip
+    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)

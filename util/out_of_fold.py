@@ -1,0 +1,64 @@
+"""k-fold members on their own training images: each image is predicted by the networks that had not seen it.
+
+What the views, the weights and the ensemble are worth on new images, without a test set.
+"""
+
+import os
+import re
+
+import numpy as np
+import torch
+
+from engine_predict import Prediction, predict
+from util.ensemble import read_oof
+from util.errors import UserError
+from util.labels import spreadsheet_safe
+from util.members import Member, Net
+
+
+def fold_of_nets(members: list[Member]) -> list[int]:
+    """The fold that each network was validated on, in the order of load_nets."""
+    folds = []
+    for member in members:
+        for path in member.paths:
+            match = re.fullmatch(r"fold-(\d+)", os.path.basename(os.path.dirname(path)))
+            if match is None:
+                raise UserError(
+                    f"--out_of_fold: {member.name} is a single network; give the --output_dir of main_finetune.py --kfold"
+                )
+            folds.append(int(match[1]))
+    return folds
+
+
+def fold_of_images(members: list[Member], classes: list[str], ids: list[str]) -> np.ndarray:
+    """Per image the fold it was held out in, int64 [N].
+
+    UserError if the members were split differently, or an image is in none of their folds.
+    """
+    oof = read_oof(members, classes, "--out_of_fold")
+    if not oof.same_folds:
+        raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
+    fold_of = dict(zip(oof.ids, oof.folds))
+    strange = next((i for i in ids if spreadsheet_safe(i) not in fold_of), None)
+    if strange is not None:
+        raise UserError(
+            f"--out_of_fold: {strange} is in no fold of {members[0].name}; --data_path should be what it was trained on"
+        )
+    return np.array([fold_of[spreadsheet_safe(i)] for i in ids])
+
+
+def predict_out_of_fold(
+    nets: list[Net], net_folds: list[int], data, image_folds: np.ndarray, views: list[int], **options
+) -> Prediction:
+    """`predict`, fold by fold, with that fold's networks on that fold's images."""
+    parts, bad = [], {}
+    for fold in sorted(set(image_folds.tolist())):
+        rows = np.flatnonzero(image_folds == fold)
+        own = [net for net, f in zip(nets, net_folds) if f == fold]
+        part = predict(own, data.subset(torch.from_numpy(rows)), views, **options)
+        parts.append((rows[part.index], part.one_view, part.all_views))
+        bad.update({int(rows[i]): reason for i, reason in part.bad.items()})
+    index = np.concatenate([p[0] for p in parts])
+    order = np.argsort(index)
+    one, many = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2))
+    return Prediction(index[order], one, many, dict(sorted(bad.items())))
