@@ -51,7 +51,9 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
     # Stacked, by scikit-learn: the regression that predicts a fold was fitted on the other fold's oof.csv.
     _, rows = read_csv(tmp_path)
     for fold in (0, 1):
-        tables = [list(csv.reader(open(root / m / f"fold-{1 - fold}" / "oof.csv")))[1:] for m in "ab"]
+        tables = [
+            list(csv.reader((root / m / f"fold-{1 - fold}" / "oof.csv").read_text().splitlines()))[1:] for m in "ab"
+        ]
         x = np.log([[float(v) for table in tables for v in table[i][3:]] for i in range(len(tables[0]))])
         fitted = LogisticRegression(max_iter=2000).fit(x, [row[2] == "red" for row in tables[0]])
         for i, name in enumerate(names):
@@ -70,7 +72,7 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
     ],
 )
 def test_what_cannot_be_out_of_fold_is_one_line(members, photo_folder, tmp_path, monkeypatch, checkpoints, data, words):
-    root, names, _ = members
+    root = members[0]
     monkeypatch.chdir(root)
     if checkpoints == ["single.pth"] and not (root / "single.pth").exists():
         save_member(root / "single.pth", VIT, seed=1)
