@@ -106,8 +106,8 @@ def build_train_transform(
         none      what evaluation sees, without its border cut.
 
     aa: timm's policy string, `mae` only. color_jitter: strength for `mae` (without aa) and `photo`.
-    hflip, vflip: probability of a mirror image, of one upside down. scale, ratio: the crop's area fraction, and its aspect over size's. mean: pixel mean in [0, 1] per
-    channel; geometric operations fill uncovered corners with it.
+    hflip, vflip: probability of a mirror image, of one upside down. scale, ratio: the crop's area fraction, and its
+    aspect over size's. mean: pixel mean in [0, 1] per channel; geometric operations fill uncovered corners with it.
     """
     if preset not in PRESETS:
         raise ValueError(f"aug {preset!r}: must be one of {', '.join(PRESETS)}")

@@ -75,7 +75,8 @@ def add_finetune_options(parser: Parser) -> None:
                        help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip")  # fmt: skip
     group.add_argument("--aa", type=choice_or_none, default="rand-m9-mstd0.5-inc1",
                        help="RandAugment policy of --aug mae; `none` for none")  # fmt: skip
-    group.add_argument("--color_jitter", type=non_negative, default=None, help="used without --aa")
+    group.add_argument("--color_jitter", type=non_negative, default=None,
+                       help="strength (default: photo: 0.3; mae: none, and used without --aa only)")  # fmt: skip
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
     group.add_argument("--vflip", type=fraction, default=0.0, help="upside-down probability: for views from above")
     group.add_argument("--scale", type=fraction, nargs=2, default=None, metavar=("MIN", "MAX"),
@@ -150,5 +151,9 @@ def check_finetune_options(args) -> None:
         raise UserError("--aug none: neither crops nor flips; leave --scale and --vflip away")
     if args.reprob is None:
         args.reprob = {"mae": 0.25, "photo": 0.2}.get(args.aug, 0.0)
+    if args.color_jitter is not None and args.aug in ("light", "none"):
+        raise UserError(
+            f"--color_jitter {args.color_jitter}: --aug {args.aug} leaves colours alone; use --aug photo, or mae with --aa none"
+        )
     if args.aug != "mae":
-        args.aa = args.color_jitter = None
+        args.aa = None
