@@ -1,19 +1,21 @@
 """Kill a run at random moments until it has finished, and compare what it leaves with a run that nobody disturbed.
 
     python -m bench.chaos --kills 30                       # fine-tuning on one process
-    python -m bench.chaos --kills 30 --ranks 2 --main pretrain
+    python -m bench.chaos --kills 30 --ranks 2 --main pretrain --num_workers 2
 
-Each disturbance is SIGKILL or SIGTERM, drawn by --seed, after a random time of up to the last start's length; then the
-same line is started again with --resume auto. Compared bit for bit: weights, optimizer, EMA, best metric, generators,
-checkpoint-best.pth, log.txt (but for seconds) and TensorBoard's steps. Exit code 0 only if all are equal.
+Each disturbance is SIGKILL, SIGTERM, SIGUSR1 or SIGINT to all ranks, or to one of them alone, drawn by --seed, after a
+random time of up to the undisturbed run's length; then the same line is started again with --resume auto. Compared bit
+for bit: weights, optimizer, EMA, best metric, generators, checkpoint-best.pth, log.txt (but for seconds), and every
+scalar of TensorBoard with its step. Exit code 0 only if all are equal. The ranks are forks (bench/ranks.py); that torchrun
+starts them again by itself is tests/test_faults.py's.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,58 +23,56 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard
+from PIL import Image
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_finetune
+import main_pretrain_noprop
+from bench.ranks import Ranks
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.log import read_log
+from util.options import run_main
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-COMMON = ["--dataset", "digits", "--epochs", "6", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2", "--device", "cpu",
-          "--save_every_minutes", "0.01", "--print_freq", "5"]  # fmt: skip
+COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "5", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
+          "--device", "cpu", "--accum_iter", "2", "--save_every_minutes", "0.003", "--print_freq", "3", "--timeout_minutes", "1"]  # fmt: skip
 LINES = {
-    "finetune": ["main_finetune.py", *COMMON, "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2",
-                 "num_heads=3", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--drop_path", "0.1"],
-    "pretrain": ["main_pretrain_noprop.py", *COMMON, "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--T", "3",
-                 "--decoder_embed_dim", "24", "--decoder_depth", "1", "--mask_ratio_max", "1", "--vis_freq", "0"],
+    "finetune": (main_finetune.main, [*COMMON, "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3",
+                 "--aug", "light", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--drop_path", "0.1"]),
+    "pretrain": (main_pretrain_noprop.main, [*COMMON, "--patch_size", "2", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--T", "3",
+                 "--decoder_embed_dim", "24", "--decoder_depth", "1", "--mask_ratio_max", "1", "--vis_freq", "2"]),
 }  # fmt: skip
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+# 75: saved and stopped. 130 and -N: the signal came before the run had its handlers. 2: another rank died.
+EXPECTED = {75, 130, 2, *(-s for s in SIGNALS)}
 
 
-def start(args, output_dir: str) -> subprocess.Popen:
-    command = [sys.executable]
-    if args.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
-    command += [
-        *LINES[args.main],
-        "--batch_size",
-        str(64 // args.ranks),
-        "--resume",
-        "auto",
-        "--output_dir",
-        output_dir,
-    ]
-    log = open(os.path.join(output_dir, "output.txt"), "ab")  # noqa: SIM115 (the child keeps it)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+def write_photos(folder: str) -> None:
+    """Digits as files, so that loader processes have something to do: 40 for training and 10 for validation per class."""
+    data = load_digits()
+    for c in range(10):
+        for i, pixels in enumerate(data.images[data.target == c][:50]):
+            path = Path(folder, "train" if i < 40 else "val", str(c), f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15.9375).astype("uint8")).save(path)
 
 
-def disturb(pid: int, number: int) -> None:
-    """SIGKILL to the launcher and to every process it started (torchrun's ranks live in sessions of their own), as when
-    a machine dies; SIGTERM to the launcher, which passes it on."""
-    family = [pid]
-    if number == signal.SIGKILL:
-        os.kill(pid, signal.SIGSTOP)  # starts no more of them meanwhile
-        parents = {}
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-        for parent in family:
-            family += [child for child, its in parents.items() if its == parent]
-    for one in family:
-        try:
-            os.kill(one, number)
-        except ProcessLookupError:
-            continue
+def start(args, photos: str, output_dir: str) -> Ranks:
+    main, line = LINES[args.main]
+    line = [*line, "--data_path", photos, "--num_workers", str(args.num_workers), "--batch_size", str(32 // args.ranks),
+            "--resume", "auto", "--output_dir", output_dir]  # fmt: skip
+    os.makedirs(output_dir, exist_ok=True)
+    return Ranks(args.ranks, lambda: run_main(lambda: main(line)), os.path.join(output_dir, "output.txt"))
+
+
+def disturb(ranks: Ranks, rng: random.Random) -> str:
+    """One signal to all ranks or to one; returns what was done."""
+    number, alone = rng.choice(SIGNALS), len(ranks.processes) > 1 and rng.random() < 0.5
+    for process in [rng.choice(ranks.processes)] if alone else ranks.processes:
+        if process.is_alive():
+            os.kill(process.pid, number)
+    return number.name + (" to one rank" if alone else "")
 
 
 def differences(a, b, path: str = "") -> list[str]:
@@ -86,13 +86,11 @@ def differences(a, b, path: str = "") -> list[str]:
     return [] if same else [path]
 
 
-def tensorboard_steps(folder: str) -> dict[str, list[int]]:
-    """tag -> steps, as a reader that honours purges sees them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(folder, size_guidance={"scalars": 0})
+def tensorboard_scalars(folder: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
+    """tag -> (step, value), as a reader sees them that honours the purges of resumed runs."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("val/")}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def compare(killed: str, whole: str) -> dict[str, list[str]]:
@@ -108,62 +106,48 @@ def compare(killed: str, whole: str) -> dict[str, list[str]]:
     logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(os.path.join(folder, "log.txt"))]
             for folder in (killed, whole)]  # fmt: skip
     result["log.txt"] = [] if json.dumps(logs[0]) == json.dumps(logs[1]) else ["lines differ"]
-    steps = [tensorboard_steps(folder) for folder in (killed, whole)]
-    result["TensorBoard's epochs"] = [tag for tag in steps[1] if steps[0].get(tag) != steps[1][tag]]
+    result["TensorBoard"] = differences(*(tensorboard_scalars(folder) for folder in (killed, whole)))
     return result
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="disturbances, spread over as many runs as it takes")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--main", choices=sorted(LINES), default="finetune")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes per rank")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # before the forks: OpenMP's threads do not survive one
     rng, tally, wrong = random.Random(args.seed), Counter(), Counter()
     with tempfile.TemporaryDirectory() as scratch:
-        whole = os.path.join(scratch, "whole")
-        os.mkdir(whole)
+        photos, whole = os.path.join(scratch, "photos"), os.path.join(scratch, "whole")
+        write_photos(photos)
         tic = time.time()
-        if start(args, whole).wait() != 0:
+        if any(start(args, photos, whole).exit_codes()):
             raise SystemExit(f"the undisturbed run failed:\n{Path(whole, 'output.txt').read_text()[-2000:]}")
-        seconds = time.time() - tic
-        done = 0
-        while done < args.kills:
-            folder = os.path.join(scratch, f"run{tally['runs']}")
-            os.mkdir(folder)
-            tally["runs"] += 1
-            while True:
-                process = start(args, folder)
-                if done < args.kills:
-                    number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-                    try:
-                        process.wait(rng.uniform(0.2, 1.0) * seconds)
-                    except subprocess.TimeoutExpired:
-                        disturb(process.pid, number)
-                        done += 1
-                        tally[number.name] += 1
-                code = process.wait()
-                tally[f"exit {code}"] += 1
-                if code == 0:
-                    break
-                # 75: saved and stopped; torchrun makes 1 of it. Negative: the signal came before there was a handler.
-                if code not in (75, -signal.SIGKILL, -signal.SIGTERM) and not (code == 1 and args.ranks > 1):
-                    raise SystemExit(f"exit code {code}:\n{Path(folder, 'output.txt').read_text()[-2000:]}")
-                if sum(tally.values()) > 10 * (args.kills + 10):
-                    raise SystemExit(f"does not come to an end:\n{Path(folder, 'output.txt').read_text()[-2000:]}")
-            for name, where in compare(folder, whole).items():
-                tally["comparisons"] += 1
+        seconds, kills, runs, starts = time.time() - tic, 0, 0, 0
+        while kills < args.kills:
+            folder = os.path.join(scratch, "killed")
+            runs, codes = runs + 1, None
+            while codes is None or any(codes):
+                if (codes and not set(codes) <= {0, *EXPECTED}) or starts > 10 * (args.kills + 10):
+                    raise SystemExit(f"exit codes {codes}:\n{Path(folder, 'output.txt').read_text()[-2000:]}")
+                ranks, starts = start(args, photos, folder), starts + 1
+                if kills < args.kills and not ranks.wait(rng.uniform(0.05, 1.0) * seconds):
+                    tally[disturb(ranks, rng)] += 1
+                    kills += 1
+                codes = ranks.exit_codes()
+            compared = compare(folder, whole)
+            for name, where in compared.items():
                 if where:
                     wrong[f"{name}: {', '.join(where[:3])}"] += 1
-            print(
-                f"run {tally['runs']}: {done} of {args.kills} disturbances, {sum(wrong.values())} differences",
-                flush=True,
-            )
-    print(f"{args.main}, {args.ranks} rank(s), {seconds:.0f} s undisturbed; " + ", ".join(f"{k}: {v}" for k, v in sorted(tally.items())))  # fmt: skip
-    print(
-        "all equal, bit for bit" if not wrong else "DIFFERENT:\n" + "\n".join(f"  {k} ({v})" for k, v in wrong.items())
-    )
+            print(f"run {runs}: {kills} of {args.kills} disturbances, {starts} starts, {len(compared)} comparisons, "
+                  f"{sum(map(bool, compared.values()))} differ", flush=True)  # fmt: skip
+            shutil.rmtree(folder)
+    print(f"{args.main}, {args.ranks} rank(s), {args.num_workers} workers, {seconds:.1f} s undisturbed: "
+          + ", ".join(f"{v} {k}" for k, v in sorted(tally.items())))  # fmt: skip
+    print("DIFFERENT:\n" + "\n".join(f"  {k} ({v})" for k, v in wrong.items()) if wrong else "all equal, bit for bit")
     return 1 if wrong else 0
 
 

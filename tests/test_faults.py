@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests_common import NET, ROOT, assert_same_state, comparable, in_ranks, log_without_times, one_line
+from tests_common import NET, ROOT, assert_same_state, comparable, log_without_times, one_line
 
 import main_finetune
+from bench.ranks import Ranks
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.errors import UserError
 from util.log import RunLog, read_log
@@ -139,7 +140,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
     assert process.wait(timeout=60) == 0 and any(text.startswith("resume: ") for text in said), "".join(said)[-4000:]
     errors = [text for text in said if "main_finetune.py: error: " in text]
     assert len(errors) == 1 and "rank 0 of 2: another rank died" in errors[0], "".join(said)[-4000:]
-    assert in_ranks(2, lambda: main_finetune.main([*line, str(tmp_path / "whole")])) == [0, 0]
+    assert Ranks(2, lambda: main_finetune.main([*line, str(tmp_path / "whole")])).exit_codes() == [0, 0]
     for name in (LAST, BEST):
         assert_same_state(comparable(tmp_path / "killed" / name), comparable(tmp_path / "whole" / name))
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
@@ -162,7 +163,7 @@ def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):
     def call() -> None:
         run_main(lambda: main_finetune.main(line))
 
-    assert in_ranks(2, call, tmp_path / "said.txt") == [2, -signal.SIGKILL]
+    assert Ranks(2, call, tmp_path / "said.txt").exit_codes() == [2, -signal.SIGKILL]
     said = (tmp_path / "said.txt").read_text().splitlines()
     errors = [text for text in said if "error: " in text]
     assert errors == said[-1:] and "rank 0 of 2: waited for another rank longer than --timeout_minutes" in said[-1], (

@@ -1,48 +1,16 @@
 """What several tests share: a small run's flags, comparisons."""
 
-import multiprocessing
 import os
 import resource
-import sys
-from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
-from multiprocessing.connection import wait
 
 import torch
-from torch.distributed import TCPStore
 
 from util.checkpoint import read_checkpoint
 from util.log import read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
-
-
-def in_ranks(n: int, call: Callable[[], int], log=os.devnull) -> list[int]:
-    """call() in n processes that are the ranks of one group; their exit codes. Output goes to the file `log`.
-
-    Forked where torch is loaded already: a start of torchrun and of n interpreters takes n + 1 times 4 s of CPU.
-    """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-
-    def rank_main(rank: int) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (until the process ends)
-        sys.exit(call())
-
-    ranks = [multiprocessing.get_context("fork").Process(target=rank_main, args=(i,)) for i in range(n)]
-    for rank in ranks:
-        rank.start()
-    left = list(ranks)
-    while left:
-        wait([rank.sentinel for rank in left], timeout=240)
-        left = [rank for rank in left if rank.is_alive()]
-        if any(rank.exitcode for rank in ranks):  # as torchrun does
-            for rank in left:
-                rank.kill()
-    return [rank.exitcode for rank in ranks]
 
 
 def assert_same_state(a: dict, b: dict, path: str = "") -> None:

@@ -50,7 +50,7 @@ class RunLog:
 
             make_folder(self.log_dir, "--log_dir")
             with must_write("--log_dir", self.log_dir):
-                self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1 if epoch else None)
+                self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)
 
     def path(self, name: str) -> str:
         return os.path.join(self.output_dir, name)

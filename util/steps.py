@@ -95,14 +95,16 @@ class Steps:
         bad = ~torch.isfinite(self.group_losses.sum() if self.scaler.is_enabled() else norm)
         self.sums += torch.where(bad, 0.0, self.group_losses * self.group)
         self.recent.append((bad, torch.cat(self.group_index)))
-        shown = None
-        if self.progress.due or len(self.recent) >= self.print_freq:
+        shown, step = None, self.position.step
+        # Where a multiple of print_freq lies in this update: it depends on nothing but the step, not on where a resumed
+        # run began, so that the log's lines are the same.
+        if step // self.print_freq > (step - self.group) // self.print_freq or step == self.total:
             self._check_bad_steps()
             values = self.group_losses.tolist()
             shown = {"lr": self.lr, "loss": sum(values), "grad_norm": norm.item()}
             scalars = {"loss": shown["loss"], **dict(zip(self.names, values))}
             scalars = {**{f"train_{n}": v for n, v in scalars.items()}, "lr": self.lr}
-            self.run.log.scalars(scalars, int((self.epoch + self.position.step / self.total) * 1000))
+            self.run.log.scalars(scalars, int((self.epoch + step / self.total) * 1000))
         self.group_losses, self.group_index = torch.zeros_like(self.group_losses), []
         return shown
 

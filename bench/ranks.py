@@ -1,0 +1,47 @@
+"""Ranks of one group as forks of this process, where torch is loaded already: starting torchrun and n interpreters takes
+n + 1 times four seconds of CPU."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+from torch.distributed import TCPStore
+
+
+class Ranks:
+    """call() in n processes, which are a group if n > 1. Their output is added to the file `log`."""
+
+    def __init__(self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull):
+        # The store lives in this process and is empty for each group: no port is looked for, nor kept by the dead.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=1))
+
+        def rank_main(rank: int) -> None:
+            if n > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (until the process ends)
+            sys.exit(call())
+
+        context = multiprocessing.get_context("fork")
+        self.processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(n)]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Until the first one ends, or so long; True if any has ended."""
+        return bool(wait([process.sentinel for process in self.processes], seconds))
+
+    def exit_codes(self, seconds: float = 240) -> list[int]:
+        """Of each rank, -N for signal N. As with torchrun, one that fails ends the others; so does the time's end."""
+        left = list(self.processes)
+        while left:
+            in_time = wait([process.sentinel for process in left], seconds)
+            left = [process for process in left if process.is_alive()]
+            if not in_time or any(process.exitcode for process in self.processes):
+                for process in left:
+                    process.join(5)  # time to say why
+                    process.kill()
+        return [process.exitcode for process in self.processes]
