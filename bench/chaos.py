@@ -35,7 +35,7 @@ from util.checkpoint import BEST, LAST, read_checkpoint
 from util.log import read_log
 from util.options import run_main
 
-COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "5", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
+COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "4", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
           "--device", "cpu", "--accum_iter", "2", "--save_every_minutes", "0.003", "--print_freq", "3", "--timeout_minutes", "1"]  # fmt: skip
 LINES = {
     "finetune": (main_finetune.main, [*COMMON, "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3",
@@ -49,11 +49,11 @@ EXPECTED = {75, 130, 2, *(-s for s in SIGNALS)}
 
 
 def write_photos(folder: str) -> None:
-    """Digits as files, so that loader processes have something to do: 40 for training and 10 for validation per class."""
+    """Digits as files, so that loader processes have something to do: 24 for training and 6 for validation per class."""
     data = load_digits()
     for c in range(10):
-        for i, pixels in enumerate(data.images[data.target == c][:50]):
-            path = Path(folder, "train" if i < 40 else "val", str(c), f"{i}.png")
+        for i, pixels in enumerate(data.images[data.target == c][:30]):
+            path = Path(folder, "train" if i < 24 else "val", str(c), f"{i}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels * 15.9375).astype("uint8")).save(path)
 

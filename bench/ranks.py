@@ -11,12 +11,18 @@ from multiprocessing.connection import wait
 from torch.distributed import TCPStore
 
 
+def empty_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=1))
+
+
 class Ranks:
     """call() in n processes, which are a group if n > 1. Their output is added to the file `log`."""
 
-    def __init__(self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull):
-        # The store lives in this process and is empty for each group: no port is looked for, nor kept by the dead.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=1))
+    def __init__(self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull,
+                 store: TCPStore | None = None):  # fmt: skip
+        # The store lives in this process: no port is looked for, nor kept by the dead.
+        self.store = store or empty_store()
+        open(log, "a").close()  # whoever waits for a line in it may open it at once
 
         def rank_main(rank: int) -> None:
             if n > 1:

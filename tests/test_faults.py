@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 from tests_common import NET, ROOT, assert_same_state, comparable, log_without_times, one_line
 
 import main_finetune
-from bench.ranks import Ranks
+from bench.ranks import Ranks, empty_store
 from util.checkpoint import BEST, LAST, read_checkpoint
+from util.dist import gather_objects, init_world
 from util.errors import UserError
 from util.log import RunLog, read_log
 from util.options import known_failure, run_main
@@ -144,6 +146,22 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
     for name in (LAST, BEST):
         assert_same_state(comparable(tmp_path / "killed" / name), comparable(tmp_path / "whole" / name))
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+
+
+def test_ranks_that_are_started_again_do_not_look_for_the_dead(monkeypatch):
+    """torchrun's store outlives a restart. The first rank of the second attempt is late, as it may be: without keys of
+    its own for each attempt, the second rank would find the address where the first one was before."""
+    store = empty_store()
+
+    def call() -> int:
+        if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+            time.sleep(0.5)
+        world = init_world("cpu")
+        return 0 if gather_objects(world.rank) == [0, 1] else 1
+
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        assert Ranks(2, call, store=store).exit_codes() == [0, 0]
 
 
 def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):

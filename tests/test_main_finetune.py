@@ -3,21 +3,20 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests_common import assert_same_state, comparable, log_without_times
+from tests_common import assert_same_run, assert_same_state, comparable
 
 import main_finetune
+from bench.ranks import Ranks
 from models import create_model
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.log import read_log
+from util.options import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -53,11 +52,10 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
 
 
 def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
-    for name in ("checkpoint-0.pth", "log.txt"):
-        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    for path in [uninterrupted / "checkpoint-0.pth", uninterrupted / "log.txt", *uninterrupted.glob("events*")]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
-    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_same_line_with_resume_auto_after_the_end_changes_nothing(uninterrupted):
@@ -78,18 +76,30 @@ def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, run, nproc):
-    line = f"main_finetune.py --eval --resume {uninterrupted / 'checkpoint-best.pth'} --dataset digits --device cpu --batch_size 50".split()
+def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, nproc):
+    line = [
+        "--eval",
+        "--resume",
+        uninterrupted / "checkpoint-best.pth",
+        "--dataset",
+        "digits",
+        "--device",
+        "cpu",
+        "--batch_size",
+        50,
+    ]
     best = max(line["val_acc1"] for line in read_log(str(uninterrupted / "log.txt")))
-    assert f"360 test images: {best:.2f}%" in run(*line, nproc=nproc).stdout
+    assert Ranks(nproc, lambda: finetune(*line), tmp_path / "said.txt").exit_codes() == [0] * nproc
+    assert f"360 test images: {best:.2f}%" in (tmp_path / "said.txt").read_text()
 
 
 PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu"]  # fmt: skip
 
 
-def test_two_ranks_train_as_one_with_twice_the_batch(run, tmp_path):
+def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     finetune(*PLAIN, "--batch_size", 64, "--accum_iter", 2, "--output_dir", tmp_path / "one")
-    run("main_finetune.py", *PLAIN, "--batch_size", 32, "--accum_iter", 2, "--output_dir", tmp_path / "two", nproc=2)
+    line = [*PLAIN, "--batch_size", 32, "--accum_iter", 2, "--output_dir", tmp_path / "two"]
+    assert Ranks(2, lambda: finetune(*line)).exit_codes() == [0, 0]
     one, two = (read_checkpoint(str(tmp_path / n / "checkpoint-last.pth")) for n in ("one", "two"))
     assert one["progress"]["updates"] == two["progress"]["updates"] and len(two["rng"]) == 2
     for k, v in one["model"].items():
@@ -98,45 +108,19 @@ def test_two_ranks_train_as_one_with_twice_the_batch(run, tmp_path):
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_in_mid_epoch_saves_and_the_same_line_goes_on_bit_for_bit(uninterrupted, tmp_path, number):
-    """A marker in the log tells when training has begun; the signal then comes at some step of it."""
-    command = [
-        sys.executable,
-        "main_finetune.py",
-        *TINY,
-        "--output_dir",
-        str(tmp_path),
-        "--resume",
-        "auto",
-        "--print_freq",
-        "2",
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    for line in process.stdout:
-        if "Epoch: [0]" in line:
-            break
-    process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "stopped by a signal" in rest, rest
-    assert read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["epoch"] < 3
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
-    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
-
-
-def test_killed_run_loses_no_more_than_its_last_epoch(uninterrupted, tmp_path):
-    command = [sys.executable, "main_finetune.py", *TINY, "--output_dir", str(tmp_path), "--resume", "auto"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 60
-    while not (tmp_path / "checkpoint-0.pth").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
+def test_disturbed_run_goes_on_and_ends_as_if_nothing_had_been(uninterrupted, tmp_path, number):
+    """The signal comes at some step of epoch 2; SIGKILL costs what was done of it, the others save and exit with 75."""
+    line = [*TINY, "--output_dir", tmp_path / "out", "--resume", "auto"]
+    ranks = Ranks(1, lambda: run_main(lambda: finetune(*line)), tmp_path / "said.txt")
+    while "\nepoch 1:" not in (tmp_path / "said.txt").read_text() and not ranks.wait(0.01):
+        pass
+    os.kill(ranks.processes[0].pid, number)
+    assert ranks.exit_codes() == [-9 if number == signal.SIGKILL else 75]
+    said, stopped = (tmp_path / "said.txt").read_text(), read_checkpoint(str(tmp_path / "out" / "checkpoint-last.pth"))
+    assert ("stopped by a signal" in said) == (number != signal.SIGKILL) and stopped["epoch"] < 3
+    assert finetune(*line) == 0
+    assert_same_run(tmp_path / "out", uninterrupted)
 
 
 def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_path):
@@ -147,7 +131,7 @@ def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_pat
 
 
 def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
-    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
+    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
             "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0]  # fmt: skip
     assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
     head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
@@ -259,8 +243,7 @@ def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, mon
     stopped = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
     assert (stopped["epoch"], stopped["step"]) == (0, 22) and not (tmp_path / "checkpoint-best.pth").exists()
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
-    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -2,21 +2,21 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
-from tests_common import assert_same_state, comparable, log_without_times
+from tests_common import assert_same_run
 
 import main_finetune
 import main_pretrain_noprop
+from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.log import read_log
+from util.options import run_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--dataset", "digits", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--decoder_embed_dim", "24", "--decoder_depth", "1", "--T", "3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--mask_ratio", "0.6", "--mask_ratio_max", "1", "--hflip", "0.5", "--loss_weighting", "edm", "--vis_freq", "2", "--save_freq", "1", "--device", "cpu"]  # fmt: skip
@@ -45,36 +45,27 @@ def test_run_leaves_its_files_and_per_level_losses(uninterrupted):
 
 
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
-    for name in ("checkpoint-0.pth", "log.txt"):
-        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    for path in [uninterrupted / "checkpoint-0.pth", uninterrupted / "log.txt", *uninterrupted.glob("events*")]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     assert pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_state(comparable(tmp_path / "checkpoint-last.pth"), comparable(uninterrupted / "checkpoint-last.pth"))
-    assert log_without_times(tmp_path) == log_without_times(uninterrupted)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_signal_in_mid_epoch_on_two_ranks_goes_on_bit_for_bit(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line = ["main_pretrain_noprop.py", *TINY, "--batch_size", "32", "--print_freq", "2", "--resume", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
     def start(out):
-        command = [*launch, *line, "--output_dir", str(out)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+        line = [*TINY, "--batch_size", "32", "--print_freq", "2", "--resume", "auto", "--output_dir", tmp_path / out]
+        return Ranks(2, lambda: run_main(lambda: pretrain(*line)), tmp_path / f"{out}.txt")
 
-    process = start(tmp_path / "stopped")
-    for text in process.stdout:
-        if "Epoch: [1]" in text:
-            break
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on to its ranks
-    process.communicate(timeout=90)
+    ranks = start("stopped")
+    while "Epoch: [1]" not in (tmp_path / "stopped.txt").read_text() and not ranks.wait(0.01):
+        pass
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one rank alone: both agree on the step
+    assert ranks.exit_codes() == [75, 75]
     position = read_checkpoint(str(tmp_path / "stopped" / "checkpoint-last.pth"))
     assert position["epoch"] == 1 and position["step"] % 2 == 0, "stopped between updates, in epoch 1"
     for out in ("stopped", "whole"):
-        process = start(tmp_path / out)
-        assert process.communicate(timeout=120) and process.returncode == 0
-    stopped, whole = (comparable(tmp_path / out / "checkpoint-last.pth") for out in ("stopped", "whole"))
-    assert_same_state(stopped, whole)
-    assert log_without_times(tmp_path / "stopped") == log_without_times(tmp_path / "whole")
+        assert start(out).exit_codes() == [0, 0]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_fine_tuning_rebuilds_the_encoder_without_flags(uninterrupted, tmp_path):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from bench.chaos import tensorboard_scalars
 from util.checkpoint import read_checkpoint
 from util.log import read_log
 
@@ -37,6 +38,13 @@ def comparable(path) -> dict:
 
 def log_without_times(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(str(folder / "log.txt"))]
+
+
+def assert_same_run(a, b) -> None:
+    """Two output folders: the last checkpoint, log.txt and each of TensorBoard's scalars with its step."""
+    assert_same_state(comparable(a / "checkpoint-last.pth"), comparable(b / "checkpoint-last.pth"))
+    assert log_without_times(a) == log_without_times(b)
+    assert_same_state(tensorboard_scalars(a), tensorboard_scalars(b))
 
 
 def one_line(caught) -> str:
