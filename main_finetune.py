@@ -19,6 +19,7 @@ from models import load_pretrained
 from models.rebuild import create_from_meta, require_complete
 from util import folds, options
 from util.checkpoint import peek_meta
+from util.compiled import compile_net, require_compiler
 from util.data import Loader, load_data
 from util.datasets import DATASETS, ArrayDataset, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
@@ -30,6 +31,7 @@ from util.lr_sched import lr_at
 from util.optim import build_adamw, layer_ids, param_groups
 from util.options_finetune import add_finetune_options, add_noise_options, check_finetune_options, noise_from_options
 from util.plots import plot_confusion
+from util.profile import StepProfiler
 from util.report import write_finetune_report
 from util.resolve import resolve_meta
 from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
@@ -209,6 +211,11 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
     train_loader, val_loader = loaders
     train, val, log, meta = train_loader.data, val_loader.data, run.log, run.meta
     ema = build_ema(net, args.ema_decay)
+    if args.compile:
+        compile_net(net)
+    profiler = (
+        StepProfiler(args.profile, log, world.device, precision.dtype) if args.profile and log.output_dir else None
+    )
     best_net = net if ema is None else ema.module
     mixup = build_mixup(args, meta["num_classes"])
     criterion = Criterion(args.smoothing, class_weights(args, train, meta["num_classes"])).to(world.device)
@@ -242,7 +249,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             model, train_loader, optimizer, criterion, precision, run, interrupts,
             lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,
             mixup=None if in_head_phase else mixup, ema=ema, freeze=freeze,
-            seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
+            seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps, profiler=profiler,
         )  # fmt: skip
         if stats is None:
             return exit_code_after_stop(log, position)
@@ -264,11 +271,11 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
                     folds.write_oof(log.output_dir, fold, val, result)
         line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
-                "bad_steps": position.bad_total, "seconds": round(seconds, 2)}  # fmt: skip
+                "bad_steps": position.bad_total, "seconds": round(seconds, 2), **run.speed}  # fmt: skip
         log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
         log.epoch(line)
         log.say(f"epoch {epoch}: train loss {stats['loss']:.4f}  " + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
-                + f"  ({seconds:.1f} s){'  *' if is_best else ''}")  # fmt: skip
+                + f"  ({seconds:.1f} s, {run.describe_speed()}){'  *' if is_best else ''}")  # fmt: skip
         position.next_epoch()
         waited = 0 if in_head_phase else epoch - max(position.best_epoch, args.head_epochs)
         stop_early = bool(args.patience) and waited >= args.patience
@@ -276,6 +283,8 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         run.save(run.state(net, optimizer, precision.scaler, ema), finished_epoch=epoch, is_best=is_best)
         if stop_early:
             log.say(f"--patience {args.patience}: no gain since epoch {position.best_epoch}, stopped")
+    if profiler is not None:
+        profiler.close()
     if log.output_dir:
         write_finetune_report(log.output_dir, args, meta, position)
     return 0
@@ -302,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_finetune_options(args)
     world = init_world(args.device, args.dist_url, args.timeout_minutes)
+    if args.compile:
+        require_compiler(world.device)
     if args.kfold and args.fold == "all":
         return folds.run_all(args, world, run_fold)
     output_dir = args.output_dir

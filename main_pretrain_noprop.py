@@ -13,6 +13,7 @@ from augment.image import build_eval_transform, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from util import options
+from util.compiled import compile_noprop, require_compiler
 from util.data import Loader
 from util.datasets import DATASETS, ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
@@ -23,6 +24,7 @@ from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
 from util.options_pretrain import add_pretrain_options, check_pretrain_options
 from util.pictures import reconstruction_grid
+from util.profile import StepProfiler
 from util.report import write_pretrain_report
 from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
 from util.seed import seed_all
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_pretrain_options(args)
     world = init_world(args.device, args.dist_url, args.timeout_minutes)
+    if args.compile:
+        require_compiler(world.device)
     spec = DATASETS[args.dataset]
     in_chans = args.in_chans or spec.in_chans
     size = options.image_size(args.input_size) or (spec.img_size, spec.img_size)
@@ -167,6 +171,11 @@ def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, pre
     log, meta = run.log, run.meta
     optimizer = build_adamw(groups, lr=lr, betas=(0.9, 0.95))
     model = wrap_ddp(EncoderFirst(net), world)
+    if args.compile:
+        compile_noprop(net)
+    profiler = (
+        StepProfiler(args.profile, log, world.device, precision.dtype) if args.profile and log.output_dir else None
+    )
     content = run.find(args.resume, args.force_resume) if args.resume else None
     if content:
         run.restore(content, net, optimizer, precision.scaler)
@@ -184,22 +193,27 @@ def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, pre
             lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs),
             mask_ratio=args.mask_ratio, mask_ratio_max=args.mask_ratio_max, accum_iter=args.accum_iter,
             clip_grad=args.clip_grad, seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
+            profiler=profiler,
         )  # fmt: skip
         if stats is None:
             return exit_code_after_stop(log, position)
         seconds = time.time() - tic
         line = {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch,
                 "n_parameters": sum(p.numel() for p in net.parameters()), "bad_steps": position.bad_total,
-                "seconds": round(seconds, 2)}  # fmt: skip
+                "seconds": round(seconds, 2), **run.speed}  # fmt: skip
         log.epoch(line)
         log.scalars({f"epoch/{k}": v for k, v in stats.items()}, (epoch + 1) * 1000)
         levels = " ".join(f"{v:.2e}" for k, v in stats.items() if k.startswith("loss_"))
-        log.say(f"epoch {epoch}: loss {stats['loss']:.4f}  per level {levels}  ({seconds:.1f} s)")
+        log.say(
+            f"epoch {epoch}: loss {stats['loss']:.4f}  per level {levels}  ({seconds:.1f} s, {run.describe_speed()})"
+        )
         position.next_epoch()
         position.finished = position.epoch >= args.epochs
         if args.vis_freq and (position.epoch % args.vis_freq == 0 or position.finished):
             save_pictures(net, picture_loader, args, meta, log, epoch)
         run.save(run.state(net, optimizer, precision.scaler), finished_epoch=epoch)
+    if profiler is not None:
+        profiler.close()
     if log.output_dir:
         write_pretrain_report(log.output_dir, args, meta)
     return 0

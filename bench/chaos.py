@@ -32,7 +32,7 @@ import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from util.checkpoint import BEST, LAST, read_checkpoint
-from util.log import read_log
+from util.log import TIMES, read_log
 from util.options import run_main
 
 COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "4", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
@@ -103,7 +103,7 @@ def compare(killed: str, whole: str) -> dict[str, list[str]]:
                 content.pop("args")  # names the folder
             for key in contents[1]:
                 result[f"{name} {key}"] = differences(contents[0].get(key), contents[1][key])
-    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(os.path.join(folder, "log.txt"))]
+    logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(os.path.join(folder, "log.txt"))]
             for folder in (killed, whole)]  # fmt: skip
     result["log.txt"] = [] if json.dumps(logs[0]) == json.dumps(logs[1]) else ["lines differ"]
     result["TensorBoard"] = differences(*(tensorboard_scalars(folder) for folder in (killed, whole)))

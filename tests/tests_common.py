@@ -8,7 +8,7 @@ import torch
 
 from bench.chaos import tensorboard_scalars
 from util.checkpoint import read_checkpoint
-from util.log import read_log
+from util.log import TIMES, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
@@ -37,7 +37,7 @@ def comparable(path) -> dict:
 
 
 def log_without_times(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(str(folder / "log.txt"))]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(str(folder / "log.txt"))]
 
 
 def assert_same_run(a, b) -> None:

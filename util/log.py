@@ -17,6 +17,8 @@ from tqdm import tqdm
 from util.checkpoint import write_atomic
 from util.errors import UserError
 
+TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
+
 
 @contextmanager
 def survive(path: str, what: str = "not written"):

@@ -197,6 +197,11 @@ def add_run_options(
     group.add_argument("--print_freq", type=positive_int, default=20, help="steps between lines of progress")
     group.add_argument("--max_bad_steps", type=positive_int, default=10,
                        help="non-finite steps in a row (each is skipped) that end the run")  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the net: needs a C++ compiler, and minutes to start"
+    )
+    group.add_argument("--profile", type=count, default=0, metavar="N",
+                       help="time N micro-steps, then trace N: trace.json, profile.txt and the rates in --output_dir (0: no)")  # fmt: skip
     group.add_argument("--save_every_minutes", type=non_negative, default=0.0, help="also save in mid-epoch (0: never)")
     group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
     group.add_argument("--dry_run", action="store_true", help="print what would run, and its memory, then stop")
@@ -234,6 +239,8 @@ def parse_and_check_paths(args) -> None:
         args.data_path = "." if args.dataset == "digits" else "data"
     if args.resume and args.resume != "auto" and not os.path.isfile(args.resume):
         raise UserError(f"--resume {args.resume}: no such file; give a checkpoint or `auto`")
+    if args.profile and not args.output_dir:
+        raise UserError(f"--profile {args.profile}: needs an --output_dir for trace.json and profile.txt")
     if args.output_dir == "" and args.resume == "auto":
         raise UserError("--resume auto: needs an --output_dir to look in")
 

@@ -89,8 +89,14 @@ class Run:
         self.save_freq = save_freq
         self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
         self.position = Position()
+        self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
         self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
+
+    def describe_speed(self) -> str:
+        return (
+            f"{self.speed['images_per_second']:.4g} images/s, {self.speed['data_wait_percent']:.0f} % waiting for data"
+        )
 
     def state(self, model, optimizer=None, scaler=None, ema=None) -> dict:
         """The checkpoint's dict. A collective: every rank gives its generators' states."""

@@ -1,5 +1,6 @@
 """The micro-steps of one training epoch, the same for both engines: all of a step but its forward and backward pass."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -33,7 +34,7 @@ class Steps:
 
     def __init__(self, model: nn.Module, net: nn.Module, names: list[str], loader, optimizer, scaler, run, interrupts, *,
                  lr_at_epoch: Callable[[float], float], accum_iter: int = 1, clip_grad: float | None = None, ema=None,
-                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10):  # fmt: skip
+                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10, profiler=None):  # fmt: skip
         self.model, self.net, self.names, self.loader = model, net, names, loader
         self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
         self.run, self.interrupts, self.position = run, interrupts, run.position
@@ -41,6 +42,8 @@ class Steps:
         self.seed, self.print_freq, self.max_bad_steps = seed, print_freq, max_bad_steps
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.epoch, self.total = self.position.epoch, len(loader)  # total: micro-steps of this rank
+        self.profiler = profiler  # a StepProfiler of util/profile.py, or None
+        self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
         self.stopped = False
         device = run.world.device
         self.sums = torch.tensor([self.position.sums.get(n, 0.0) for n in names], device=device)
@@ -52,7 +55,8 @@ class Steps:
 
     def __iter__(self) -> Iterator:
         """The rest of this epoch's batches, each with lr and generators set; ends early if a signal stops the run."""
-        for batch in self.loader.epoch(self.epoch, self.position.step):
+        batches = iter(self.loader.epoch(self.epoch, self.position.step))
+        while (batch := self._next(batches)) is not None:
             step = self.position.step
             first = step - step % self.accum_iter
             self.group = min(self.accum_iter, self.total - first)  # micro-steps of this update
@@ -65,6 +69,17 @@ class Steps:
             if self.stopped:
                 break
         self.progress.close()
+
+    def _next(self, batches: Iterator):
+        """The next batch, None after the last; the time it takes is time that the device may stand still."""
+        if self.profiler is not None:
+            self.profiler.begin()
+        tic = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - tic
+        if self.profiler is not None and batch is not None:
+            self.profiler.got()
+        return batch
 
     def sync(self):
         """Around forward and backward: ranks exchange gradients only in an update's last micro-step."""
@@ -84,6 +99,9 @@ class Steps:
             self._poll()
         else:
             self.progress.update()
+        self.images += len(index)
+        if self.profiler is not None:
+            self.profiler.done(len(index))
 
     def _update(self) -> dict[str, float] | None:
         """One optimizer update; returns what the progress line shows, on the steps that show one."""
@@ -150,5 +168,10 @@ class Steps:
         self._check_bad_steps()
         self._keep_sums()  # for a checkpoint written during the evaluation that follows
         means = (all_reduce(self.sums.double().cpu()) / (self.total * self.run.world.size)).tolist()
+        seconds = time.perf_counter() - self.began
+        self.run.speed = {
+            "images_per_second": round(self.images * self.run.world.size / seconds, 2),
+            "data_wait_percent": round(100 * self.waited / seconds, 2),  # of this rank
+        }
         lr = self.lr_at_epoch(self.epoch + (self.total - 1) / self.total)
         return {"loss": sum(means), **dict(zip(self.names, means)), "lr": lr}
