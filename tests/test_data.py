@@ -233,8 +233,10 @@ def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
 
 
 def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
+    before = torch.get_rng_state()
     plain = list(file_loader(photo_folder).epoch(2))
     workers = list(file_loader(photo_folder, workers=2).epoch(2))
+    assert torch.equal(torch.get_rng_state(), before), "a resumed run makes one pass more and must end with the same"
     late = list(file_loader(photo_folder).epoch(2, 5))
     assert len(plain) == 8
     for a, b in zip(plain, workers):

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 import main_linprobe
 from augment.batch import BatchTransform
+from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from util import features
@@ -181,7 +182,7 @@ def test_encoders_that_cannot_be_probed_are_refused_in_one_line(pretrained, tmp_
         extract(encoder("--checkpoint", path)[0], broken, Precision("off", World().device), World(), "mean")
 
 
-def test_two_ranks_score_as_one(run, tmp_path, capsys):
+def test_two_ranks_score_as_one(tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     line = ["--model", "vit_custom_patch2", "--random_init", "--model_kwargs", *[f"{k}={v}" for k, v in KEYWORDS.items()],
             "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
@@ -192,7 +193,7 @@ def test_two_ranks_score_as_one(run, tmp_path, capsys):
     assert f"linear probe accuracy: {result['linear_acc1']:.2f}%" in out
     assert (result["n_train"], result["n_val"], result["feature_dim"]) == (1437, 360, 24)
     assert min(result["linear_acc1"], result["knn_acc1"]) > 20.0  # chance is 10
-    run("main_linprobe.py", *line, "--output_dir", two, nproc=2)
+    assert Ranks(2, lambda: main_linprobe.main([*line, "--output_dir", str(two)])).exit_codes() == [0, 0]
     other = json.loads((two / "log.txt").read_text())
     for key in ("knn_acc1", "linear_acc1", "linear_l2"):
         assert other[key] == pytest.approx(result[key], abs=0.3)

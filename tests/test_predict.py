@@ -12,6 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import main_predict
 from augment.views import saccadic_views
+from bench.ranks import Ranks
 from models import create_model
 from util import options
 from util.dist import World
@@ -134,7 +135,7 @@ def test_run_leaves_its_report_and_pictures(predicted):
     assert not [n for n in os.listdir(predicted) if n.endswith(".tmp")]
 
 
-def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path, run):
+def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path):
     """5 images a batch and one unreadable among them: three batches on two ranks."""
     images = tmp_path / "images"
     images.mkdir()
@@ -154,7 +155,7 @@ def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path, run):
         "skip",
     ]
     assert predict(*line, "--output_dir", tmp_path / "one") == 0
-    run("main_predict.py", *line, *QUICK, "--output_dir", tmp_path / "two", nproc=2)
+    assert Ranks(2, lambda: predict(*line, "--output_dir", tmp_path / "two")).exit_codes() == [0, 0]
     one, two = ((tmp_path / n / "predictions.csv").read_bytes() for n in ("one", "two"))
     assert one == two and one.count(b"\n") == 13 and b"\nblue_03.png,,,\n" in one
 

@@ -217,6 +217,9 @@ class Loader:
                 persistent_workers=workers > 0,
                 prefetch_factor=4 if workers else None,
                 worker_init_fn=_one_thread,
+                # Each pass draws a seed for its workers, which nothing here uses: not from the run's own generator, or a
+                # resumed run, which makes one pass more, would end with another state of it.
+                generator=torch.Generator(),
             )
 
     def __len__(self) -> int:
