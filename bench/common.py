@@ -25,6 +25,16 @@ ROOT = Path(__file__).absolute().parent.parent
 
 def main(name: str, doc: str, build: Callable, add_flags: Callable, *, extra: tuple[str, ...] = ()) -> None:
     """Command line of one benchmark. extra: variants beside `product` and `baseline`, measured when asked for."""
+    args = make_parser(doc, add_flags, extra).parse_args()
+    if args.worker:
+        serve(build, args)
+        return
+    results, torch_version = measure(f"bench.{name}", sys.argv[1:], args.variants, args.repeats, args.warmup)
+    print_table(name, results)
+    print(json.dumps(summary(name, results, torch_version)))
+
+
+def make_parser(doc: str, add_flags: Callable, extra: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     known = ("product", "baseline", *extra)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
@@ -33,13 +43,7 @@ def main(name: str, doc: str, build: Callable, add_flags: Callable, *, extra: tu
     parser.add_argument("--threads", type=int, default=0, help="of torch (0: its default, the number of cores)")
     parser.add_argument("--variants", nargs="+", choices=known, default=["product", "baseline"])
     parser.add_argument("--worker", choices=known, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        serve(build, args)
-        return
-    results, torch_version = measure(f"bench.{name}", sys.argv[1:], args.variants, args.repeats, args.warmup)
-    print_table(name, results)
-    print(json.dumps(summary(name, results, torch_version)))
+    return parser
 
 
 # The child: set up, then one measurement for each line on stdin.

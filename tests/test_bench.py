@@ -1,0 +1,105 @@
+"""The benchmarks in miniature, through their own flags: each ends with the JSON line that bench/run_all.py stores."""
+
+import importlib
+import json
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import common, run_all
+
+KEYS = {"name", "product_s", "baseline_s", "ratio", "product_peak_gb", "baseline_peak_gb", "machine", "torch"}
+MINIATURES = {
+    "finetune_step": "--model vit_tiny_patch16 --img_size 32 --batch_size 2",
+    "noprop_step": "--batch_size 2 --T 2 --img_size 8",
+    "loader_small": "--images 256 --workers 0 --crop",
+    "loader_jpeg": "--photo 60 40 --images 4 --batch_size 2 --img_size 16 --aug mae",
+    "tta": "--models test_convnext test_vit --img_size 160 --photo 60 40 --images 1",
+}  # timm's own test models: the smallest it has
+
+
+class LocalWorker:
+    """common.Worker without a process: the same flags, the same rows."""
+
+    def __init__(self, module: str, argv: list[str], variant: str, env=None):
+        bench = importlib.import_module(module)
+        args = common.make_parser("", bench.add_flags, common.CHOICES).parse_args(argv)
+        self.call, self.variant, self.rows = bench.build(variant, args), variant, []
+
+    def read(self) -> dict:
+        return {"rss_gb": common.peak_gb(), "torch": torch.__version__}
+
+    def run(self) -> dict:
+        cpu, tic = common.cpu_seconds(), time.perf_counter()
+        images = self.call()
+        return {"s": time.perf_counter() - tic, "cpu_s": common.cpu_seconds() - cpu, "images": images, "peak_gb": common.peak_gb()}  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What the benchmarks change for a process of their own stays as it was."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    monkeypatch.setattr(common, "Worker", LocalWorker)
+    monkeypatch.setattr("timm.layers.set_fused_attn", lambda *args, **kwargs: None)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_miniature_ends_with_its_json(name, in_this_process, monkeypatch, capsys):
+    bench = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(sys, "argv", ["bench", *MINIATURES[name].split(), "--repeats", "1", "--warmup", "0"])
+    common.main(name, bench.__doc__, bench.build, bench.add_flags, extra=common.CHOICES)
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert set(result) >= KEYS and result["name"] == name
+    assert result["ratio"] == pytest.approx(result["baseline_s"] / result["product_s"], rel=0.1)
+    images = {v: row["images"] for v, row in result["variants"].items()}
+    assert images["product"] == images["baseline"] > 0, "both did the same work"
+    assert sum(line.startswith("| ") for line in lines) == 3, "a table with a row for each"
+
+
+def test_a_process_of_its_own_answers_and_reports_its_memory():
+    worker = common.Worker("bench.loader_small", ["--images", "64", "--workers", "0", "--threads", "1"], "product")
+    ready, row = worker.read(), worker.run()
+    worker.close()
+    assert ready["threads"] == 1 and row["images"] == 64 and row["s"] > 0 and row["cpu_s"] >= 0
+    assert 0.01 < ready["rss_gb"] <= row["peak_gb"] < 8
+    assert worker.process.returncode == 0
+
+
+def test_every_row_of_make_bench_is_a_line_its_benchmark_takes():
+    for row in run_all.ROWS:
+        _, _, module, *argv = run_all.command_of(row).split()
+        bench = importlib.import_module(module)
+        args = common.make_parser("", bench.add_flags, common.CHOICES).parse_args(argv)
+        assert args.threads == 1 and {"product", "baseline"} <= set(args.variants)
+
+
+def test_table_has_ratio_goal_and_command_of_each_measured_row(monkeypatch, tmp_path):
+    def variants(product: float, baseline: float) -> dict:
+        row = {"low": 1.0, "high": 2.0, "images": 10, "peak_gb": 1.5, "start_gb": 0.5}
+        return {
+            "product": {"s": product, "cpu_s": product, **row},
+            "baseline": {"s": baseline, "cpu_s": baseline, **row},
+        }
+
+    common_keys = {"machine": "M", "torch": "2", "date": "today", "commit": "abc", "load": 0.0}
+    results = {
+        "jpeg_pretrain": {"variants": variants(2.0, 5.0), "command": "python -m one", **common_keys},
+        "tta": {"variants": variants(2.0, 4.0), "command": "python -m two", **common_keys},
+    }
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    (tmp_path / "notes.md").write_text("words")
+    run_all.write(results)
+    text = (tmp_path / "BENCH.md").read_text()
+    assert "| 2 s, 5 img/s | 5 s, 2 img/s | 2.50 | 2.50 | 2.5 | yes |" in text
+    assert "| 2.00 | 2.00 | 4.0 | **no** |" in text
+    assert "`python -m one`" in text and "`python -m two`" in text and text.endswith("words\n")
