@@ -310,7 +310,7 @@ def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_finetune_options(args)
-    world = init_world(args.device, args.dist_url, args.timeout_minutes)
+    world = init_world(args.device, args.dist_url, args.timeout_minutes, args.deterministic)
     if args.compile:
         require_compiler(world.device)
     if args.kfold and args.fold == "all":

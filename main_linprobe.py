@@ -50,6 +50,7 @@ def get_args_parser() -> options.Parser:
                        help="mixed precision of the encoder (default: bf16 where the device computes it)")  # fmt: skip
     group.add_argument("--seed", type=options.number(int, 0, 2**62), default=0)
     group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
+    options.add_deterministic_option(group)
     options.add_data_options(parser, dataset="folder")
     group = parser.add_argument_group("split")
     group.add_argument("--val_split", type=options.number(float, 0, 1, open_high=True), default=0.0,
@@ -84,7 +85,7 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_options(args)
-    world = init_world(args.device, args.dist_url)
+    world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
     resolve_data(args, content)
     log = RunLog(args.output_dir or None, is_main=world.is_main)

@@ -102,7 +102,7 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_pretrain_options(args)
-    world = init_world(args.device, args.dist_url, args.timeout_minutes)
+    world = init_world(args.device, args.dist_url, args.timeout_minutes, args.deterministic)
     if args.compile:
         require_compiler(world.device)
     spec = DATASETS[args.dataset]

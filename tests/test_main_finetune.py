@@ -13,10 +13,13 @@ from tests_common import assert_same_run, assert_same_state, comparable
 import main_finetune
 from bench.ranks import Ranks
 from models import create_model
+from util import steps
 from util.checkpoint import read_checkpoint
+from util.data import Loader
 from util.errors import UserError
 from util.log import read_log
 from util.options import run_main
+from util.run import Interrupts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -230,6 +233,48 @@ def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path
     assert finetune(*line, "--force_resume") == 0
 
 
+def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_path, monkeypatch):
+    """Two ranks are stopped in epoch 0 after 6 of 22 micro-steps of 2 x 32 images; one process goes on."""
+    real_poll, real_epoch, real_lr, polls, seen, lrs = Interrupts.poll, Loader.epoch, steps.set_lr, [], [], []
+
+    def stop_at_the_third_update(self):
+        polls.append(1)
+        return (True, False) if len(polls) == 3 else real_poll(self)
+
+    def watched(self, *args):
+        for batch in real_epoch(self, *args):
+            if self.train:
+                seen.extend(batch.index.tolist())
+            yield batch
+
+    def go_on(name, *argv):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint-last.pth").write_bytes((tmp_path / "two" / "checkpoint-last.pth").read_bytes())
+        seen.clear(), lrs.clear()
+        assert finetune(*line, "--resume", "auto", "--output_dir", tmp_path / name, *argv) == 0
+        return list(seen)
+
+    line = [*PLAIN, "--accum_iter", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "poll", stop_at_the_third_update)
+        two = Ranks(2, lambda: finetune(*line, "--batch_size", 32, "--output_dir", tmp_path / "two"))
+        assert two.exit_codes() == [75, 75]
+    assert read_checkpoint(str(tmp_path / "two" / "checkpoint-last.pth"))["step"] == 6
+    monkeypatch.setattr(Loader, "epoch", watched)
+    monkeypatch.setattr(steps, "set_lr", lambda optimizer, lr: (lrs.append(lr), real_lr(optimizer, lr)))
+    assert finetune(*line, "--batch_size", 64, "--output_dir", tmp_path / "one") == 0
+    order = list(seen)
+    assert go_on("equal", "--batch_size", 64) == order[6 * 64 :], "as many images at a time: exactly"
+    one, equal = (comparable(tmp_path / n / "checkpoint-last.pth")["model"] for n in ("one", "equal"))
+    assert all(torch.allclose(v, equal[k], atol=3e-5) for k, v in one.items())
+    a, b = (read_log(str(tmp_path / n / "log.txt"))[0]["train_loss"] for n in ("one", "equal"))
+    assert a == pytest.approx(b, rel=1e-4)
+    rest = go_on("forced", "--batch_size", 48, "--force_resume")
+    seen_of_epoch = 1437 // 48 * 48  # 384 of them before the stop: 8 steps of 48
+    assert rest[: seen_of_epoch - 384] == order[384:seen_of_epoch]
+    assert lrs[0] == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + np.cos(np.pi * 8 / 29 / 2)))
+
+
 def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
     """Epoch 0 polls 11 times in training (22 micro-steps, 2 an update), then for each of its 6 evaluation batches."""
     real, calls = main_finetune.Interrupts.poll, []
@@ -244,6 +289,31 @@ def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, mon
     assert (stopped["epoch"], stopped["step"]) == (0, 22) and not (tmp_path / "checkpoint-best.pth").exists()
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_deterministic_refuses_what_is_not_and_on_a_cpu_changes_no_bit(tmp_path, monkeypatch, capsys):
+    line = [*TINY, "--epochs", 1, "--output_dir"]
+    assert finetune(*line, tmp_path / "plain") == 0 and not torch.are_deterministic_algorithms_enabled()
+    real = main_finetune.train_one_epoch
+
+    def looks(*args, **kwargs):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        return real(*args, **kwargs)
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(main_finetune, "train_one_epoch", looks)
+    assert finetune(*line, tmp_path / "deterministic", "--deterministic") == 0
+    assert_same_run(tmp_path / "plain", tmp_path / "deterministic")
+
+    def has_none(*args, **kwargs):
+        raise RuntimeError("x_cuda does not have a deterministic implementation, but you set\n...")
+
+    monkeypatch.setattr(main_finetune, "train_one_epoch", has_none)
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda: finetune(*line, tmp_path / "none", "--deterministic"))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and "--deterministic: x_cuda" in said
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -65,19 +65,26 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def init_world(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10.0) -> World:
+def init_world(
+    device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10.0, deterministic: bool = False
+) -> World:
     """Join torchrun's process group (gloo on CPU, nccl on CUDA) if there is one.
 
-    A rank that hangs ends the others' collectives after `timeout_minutes`, one that dies at once: see `lost_rank`.
+    deterministic: only operations whose result is the same each time; one that has no such form raises. A rank that hangs ends the others' collectives after `timeout_minutes`, one that dies at once: see `lost_rank`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     dev = pick_device(device, local_rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(deterministic)
     if dev.type == "cpu":
         keep_freed_memory()
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
-        torch.backends.cudnn.benchmark = True
+        # cuDNN's benchmark picks by time measured, so another algorithm, and other roundings, at another start.
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and size > 1:
         # gloo beside nccl: objects, flags and barriers travel on the CPU and never wait for a kernel.

@@ -80,6 +80,8 @@ def known_failure(error: RuntimeError) -> UserError | None:
     if lost := lost_rank(error):
         return lost
     text = " ".join(str(error).split())
+    if "does not have a deterministic implementation" in text:
+        return UserError(f"--deterministic: {text[:120]}; leave the flag out, or use another device")
     if "DataLoader worker" in text:
         return UserError(
             f"--num_workers: a loader process died ({text[:160]}); was it killed for want of memory? The last checkpoint "
@@ -206,8 +208,14 @@ def add_run_options(
     group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
     group.add_argument("--dry_run", action="store_true", help="print what would run, and its memory, then stop")
     group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
+    add_deterministic_option(group)
     group.add_argument("--timeout_minutes", type=number(float, 0, 1e6, open_low=True), default=10.0,
                        help="end the job when a process has waited that long for another one")  # fmt: skip
+
+
+def add_deterministic_option(group) -> None:
+    group.add_argument("--deterministic", action="store_true",
+                       help="on CUDA the same bits each time, more slowly; on CPU they are so anyway")  # fmt: skip
 
 
 def add_optimizer_options(

@@ -191,13 +191,28 @@ class Run:
         if scaler is not None and content["scaler"]:
             scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["progress"])
-        if len(content["sums"]) == self.world.size:
+        if content["global_batch"] != self.global_batch:
+            self._go_on_after_as_many_images(content["global_batch"])
+        if len(content["sums"]) == self.world.size and content["global_batch"] == self.global_batch:
             self.position.sums = content["sums"][self.world.rank]
-        elif self.world.is_main:  # another world size: the sum over all ranks is what counts
-            parts = content["sums"]
-            self.position.sums = {k: sum(p[k] for p in parts) for k in parts[0]}
+        elif self.world.is_main and content["step"]:
+            # Sums over micro-steps and ranks, which are divided by this run's number of both.
+            parts, steps = content["sums"], self.position.step / content["step"]
+            scale = steps * self.world.size / len(parts)
+            self.position.sums = {k: scale * sum(p[k] for p in parts) for k in parts[0]}
         if len(content["rng"]) == self.world.size:
             set_rng_state(content["rng"][self.world.rank])
+
+    def _go_on_after_as_many_images(self, global_batch: int) -> None:
+        """--force_resume: the epoch's order of samples is the same for any batch size, so none is left out and none, but
+        for a part of a batch, seen twice."""
+        position = self.position
+        seen = position.step * global_batch
+        position.step = seen // self.global_batch
+        self.log.say(
+            f"--force_resume: {seen} images of epoch {position.epoch} were seen, {global_batch} at a time; goes on at step "
+            f"{position.step} of {self.global_batch} images each"
+        )
 
 
 def load_exactly(model, state: dict, flag: str) -> None:
