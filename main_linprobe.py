@@ -41,7 +41,9 @@ def get_args_parser() -> options.Parser:
     group.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="the class token instead")
     group = parser.add_argument_group("k-NN")
     group.add_argument("--knn_k", type=options.positive_int, default=20, help="neighbours")
-    group.add_argument("--knn_t", type=options.positive, default=0.07, help="temperature of their votes")
+    group.add_argument(
+        "--knn_t", type=options.number(float, 1e-4, 1e4), default=0.07, help="temperature of their votes"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=options.positive_int, default=256, help="images per process")
     group.add_argument("--output_dir", default="", help="where to put log.txt and report.md; '' saves nothing")

@@ -17,7 +17,7 @@ from bench.ranks import Ranks, empty_store
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.dist import gather_objects, init_world
 from util.errors import UserError
-from util.log import RunLog, read_log
+from util.log import RunLog, Sturdy, read_log
 from util.options import known_failure, run_main
 
 
@@ -94,6 +94,20 @@ def test_output_dir_that_is_a_file_or_not_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"--output_dir .*no permission to write"):
         main_finetune.main([*NET, "--output_dir", str(tmp_path / "b")])
+
+
+def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
+    """A full disk under `> out.txt`, and a pipe whose reader has gone."""
+    line = [*NET, "--epochs", "1", "--output_dir", str(tmp_path)]
+    assert Ranks(1, lambda: run_main(lambda: main_finetune.main(line)), "/dev/full").exit_codes() == [0]
+    assert read_checkpoint(str(tmp_path / LAST))["epoch"] == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), os.fdopen(writer, "w") as plain:
+        stream = Sturdy(plain)
+        print("x", file=stream, flush=True)
+        assert not stream.isatty()
+        plain.flush()  # what print would have met
 
 
 def test_killed_loader_process_ends_the_run_in_one_line(photo_folder, tmp_path):

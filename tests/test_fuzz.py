@@ -69,6 +69,18 @@ def test_hostile_values_of_every_numeric_flag_are_refused_or_finite(main):
                 assert is_plain(parsed), (flag, value, parsed)
 
 
+def test_only_times_and_gradient_norms_may_be_astronomical():
+    """1e30 in any other float would overflow float32 sooner or later: NaN hours into a run instead of a line at its start."""
+    accepted = set()
+    for main, flag in numeric_flags():
+        try:
+            values = parser_of(main).parse_args([*MAINS[main], flag, "1e30"])
+        except UserError:
+            continue
+        accepted |= {flag} if any(value in (1e30, [1e30]) for value in vars(values).values()) else set()
+    assert accepted == {"--clip_grad", "--warmup_epochs", "--save_every_minutes"}
+
+
 @settings(max_examples=150, **FEW)
 @given(st.text(max_size=30) | st.integers().map(str) | st.floats().map(repr), st.sampled_from([int, float]))
 @example("9" * 400, int)

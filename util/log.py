@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +27,26 @@ def survive(path: str, what: str = "not written"):
         yield
     except OSError as error:
         print(f"warning: {path}: {what} ({error.strerror or error})", file=sys.stderr, flush=True)
+
+
+class Sturdy:
+    """A stream whose disk may be full and whose reader may have gone: what it cannot take is lost, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 class RunLog:

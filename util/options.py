@@ -16,6 +16,7 @@ import sys
 from util.datasets import DATASETS
 from util.dist import lost_rank, shutdown
 from util.errors import UserError
+from util.log import Sturdy
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +58,7 @@ def run_main(main) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Sturdy(sys.stdout), Sturdy(sys.stderr)
     try:
         code = main()
     except (UserError, RuntimeError) as error:
@@ -131,6 +133,9 @@ count = number(int, 0, MAX_COUNT)
 fraction = number(float, 0.0, 1.0)
 non_negative = number(float, 0.0)
 positive = number(float, 0.0, open_low=True)
+# Bounds beyond which float32 only overflows, far from any value of use.
+rate = number(float, 0.0, 1e3)
+pixel_mean, pixel_std = number(float, -1e6, 1e6), number(float, 1e-6, 1e6)
 
 
 def keyword(text: str) -> tuple[str, object]:
@@ -158,8 +163,8 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
                        help="image size in pixels, N or H W (default: the checkpoint's, or the data set's own, or 224)")  # fmt: skip
     group.add_argument("--in_chans", type=int, choices=(1, 3), default=None,
                        help="channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)")  # fmt: skip
-    group.add_argument("--mean", type=number(), nargs="+", default=None, help="normalisation, per channel")
-    group.add_argument("--std", type=positive, nargs="+", default=None, help="normalisation, per channel")
+    group.add_argument("--mean", type=pixel_mean, nargs="+", default=None, help="normalisation, per channel")
+    group.add_argument("--std", type=pixel_std, nargs="+", default=None, help="normalisation, per channel")
     group.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
     group.add_argument(
         "--pin_mem", action="store_true", default=True, help="pin loader memory for faster copies to the GPU"
@@ -222,13 +227,11 @@ def add_optimizer_options(
     parser: Parser, *, blr: float, min_lr: float, warmup_epochs: int, weight_decay: float
 ) -> None:
     group = parser.add_argument_group("optimizer (AdamW, warm-up, half a cosine)")
-    group.add_argument("--lr", type=non_negative, default=None, help="absolute learning rate; overrides --blr")
-    group.add_argument(
-        "--blr", type=non_negative, default=blr, help="lr = blr * batch_size * accum_iter * processes / 256"
-    )
-    group.add_argument("--min_lr", type=non_negative, default=min_lr)
+    group.add_argument("--lr", type=rate, default=None, help="absolute learning rate; overrides --blr")
+    group.add_argument("--blr", type=rate, default=blr, help="lr = blr * batch_size * accum_iter * processes / 256")
+    group.add_argument("--min_lr", type=rate, default=min_lr)
     group.add_argument("--warmup_epochs", type=non_negative, default=warmup_epochs)
-    group.add_argument("--weight_decay", type=non_negative, default=weight_decay)
+    group.add_argument("--weight_decay", type=rate, default=weight_decay)
     group.add_argument("--clip_grad", type=positive, default=None, help="largest gradient norm")
 
 

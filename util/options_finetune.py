@@ -10,11 +10,10 @@ from util.options import (
     count,
     fraction,
     keyword,
-    non_negative,
     number,
     parse_and_check_paths,
-    positive,
     positive_int,
+    rate,
 )  # fmt: skip
 
 
@@ -31,7 +30,12 @@ def add_noise_options(parser: Parser) -> None:
     )
     group.add_argument("--noise_space", choices=SPACES, default="embedding")
     group.add_argument("--noise_layer", type=count, default=0, help="noise the input of this block")
-    group.add_argument("--noise_beta_power", type=positive, default=1.2, help="exponent on DDPM's linear betas")
+    group.add_argument(
+        "--noise_beta_power",
+        type=number(float, 0, 100, open_low=True),
+        default=1.2,
+        help="exponent on DDPM's linear betas",
+    )
     group.add_argument("--noise_eval", action="store_true", help="keep the noise in evaluation (the released code did)")
 
 
@@ -75,7 +79,7 @@ def add_finetune_options(parser: Parser) -> None:
                        help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip")  # fmt: skip
     group.add_argument("--aa", type=choice_or_none, default="rand-m9-mstd0.5-inc1",
                        help="RandAugment policy of --aug mae; `none` for none")  # fmt: skip
-    group.add_argument("--color_jitter", type=non_negative, default=None,
+    group.add_argument("--color_jitter", type=number(float, 0, 10), default=None,
                        help="strength (default: photo: 0.3; mae: none, and used without --aa only)")  # fmt: skip
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
     group.add_argument("--vflip", type=fraction, default=0.0, help="upside-down probability: for views from above")
@@ -89,8 +93,8 @@ def add_finetune_options(parser: Parser) -> None:
     )
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel")
     group.add_argument("--recount", type=positive_int, default=1)
-    group.add_argument("--mixup", type=non_negative, default=0.0)
-    group.add_argument("--cutmix", type=non_negative, default=0.0)
+    group.add_argument("--mixup", type=number(float, 0, 1e6), default=0.0)
+    group.add_argument("--cutmix", type=number(float, 0, 1e6), default=0.0)
     group.add_argument(
         "--cutmix_minmax", type=fraction, nargs=2, default=None, help="box size range; overrides --cutmix's"
     )
@@ -104,7 +108,7 @@ def add_finetune_options(parser: Parser) -> None:
     group = parser.add_argument_group("fine-tuning schedule")
     group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
-    group.add_argument("--head_lr", type=non_negative, default=1e-3)
+    group.add_argument("--head_lr", type=rate, default=1e-3)
     group.add_argument("--freeze_layers", type=count, default=0,
                        help="keep the first N layers as they are (1: the embedding): cheaper, for small data")  # fmt: skip
     group.add_argument(

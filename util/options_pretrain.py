@@ -2,12 +2,14 @@
 
 from models.noprop_config import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
 from util.errors import UserError
-from util.options import Parser, count, fraction, number, parse_and_check_paths, positive, positive_int
+from util.options import Parser, count, fraction, number, parse_and_check_paths, positive_int
+
+sigma = number(float, 1e-6, 1e6)
 
 
 def sigma_data(text: str) -> float | None:
-    """A positive number, or `auto` (None)."""
-    return None if text == "auto" else positive(text)
+    """A number as --sigma_max takes, or `auto` (None)."""
+    return None if text == "auto" else sigma(text)
 
 
 def add_pretrain_options(parser: Parser) -> None:
@@ -21,11 +23,11 @@ def add_pretrain_options(parser: Parser) -> None:
     group.add_argument("--decoder_embed_dim", type=positive_int, default=96)
     group.add_argument("--decoder_depth", type=positive_int, default=4, help="blocks of each decoder")
     group.add_argument("--decoder_num_heads", type=positive_int, default=3)
-    group.add_argument("--mlp_ratio", type=positive, default=4.0)
+    group.add_argument("--mlp_ratio", type=number(float, 0, 64, open_low=True), default=4.0)
     group.add_argument("--T", type=positive_int, default=4, help="noise levels, a decoder each")
-    group.add_argument("--sigma_min", type=positive, default=0.002)
-    group.add_argument("--sigma_max", type=positive, default=80.0)
-    group.add_argument("--rho", type=positive, default=7.0, help="spacing of the levels (EDM, eq. 5)")
+    group.add_argument("--sigma_min", type=sigma, default=0.002)
+    group.add_argument("--sigma_max", type=sigma, default=80.0)
+    group.add_argument("--rho", type=number(float, 0.1, 1e3), default=7.0, help="spacing of the levels (EDM, eq. 5)")
     group.add_argument("--sigma_data", type=sigma_data, default=None, metavar="auto|FLOAT",
                        help="standard deviation of the normalised data; auto (the default) measures it")  # fmt: skip
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
