@@ -26,7 +26,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Small settings, half an hour on 2 cores; rewrites bench/BENCH.md.
+# Small settings, some seven minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install
 	$(BIN)/python -m bench.run_all
 

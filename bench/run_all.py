@@ -41,10 +41,10 @@ ROWS = {
     "noprop_T10": ("NoProp step, batch 64, T = 10", f"noprop_step --batch_size 64 --T 10 {MEMORY}", 2, 3.0),
     "loader_small": ("32 px pipeline: flip, to float, normalise", "loader_small --images 4096 --workers 2", 2, 15.0),
     "loader_small_crop": ("the same with a padded random crop", "loader_small --images 4096 --workers 2 --crop", 2, None),
-    "jpeg_pretrain": ("JPEG 500 x 375 -> 224, crop and flip", "loader_jpeg --images 64", 3, 2.5),
-    "jpeg_mae": ("the same with RandAugment and erasing", "loader_jpeg --images 64 --aug mae", 3, 2.0),
+    "jpeg_pretrain": ("JPEG 500 x 375 -> 224, crop and flip", "loader_jpeg --images 128", 5, 2.5),
+    "jpeg_mae": ("the same with RandAugment and erasing", "loader_jpeg --images 128 --aug mae", 5, 2.0),
     "jpeg_photo": (
-        "JPEG 2000 x 1500 -> 224, crop and flip", "loader_jpeg --photo 2000 1500 --images 12 --batch_size 6", 3, 4.0
+        "JPEG 2000 x 1500 -> 224, crop and flip", "loader_jpeg --photo 2000 1500 --images 12 --batch_size 6", 5, 4.0
     ),
     "tta": ("12-view TTA, 2 small nets, 384 px", "tta --images 2", 1, 4.0),
 }  # fmt: skip
