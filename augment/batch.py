@@ -222,7 +222,6 @@ class BatchTransform:
         aa: RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none.
         color_jitter: strength of brightness, contrast and saturation changes; None for none.
         reprob, remode, recount, re_area: random erasing (see random_erase).
-        channels_last: memory format of the result.
     """
 
     def __init__(
@@ -243,7 +242,6 @@ class BatchTransform:
         remode: str = "pixel",
         recount: int = 1,
         re_area: tuple[float, float] = (0.02, 1 / 3),
-        channels_last: bool = False,
         seed: int = 0,
     ):
         if crop not in CROPS:
@@ -261,7 +259,7 @@ class BatchTransform:
         self.hflip, self.vflip = hflip, vflip
         self.aa, self.color_jitter = parse_rand_augment(aa) if aa else None, color_jitter
         self.erase = {"prob": reprob, "mode": remode, "recount": recount, "area": re_area}
-        self.channels_last, self.seed = channels_last, seed
+        self.seed = seed
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor | None, epoch: int, train: bool) -> torch.Tensor:
@@ -286,7 +284,7 @@ class BatchTransform:
         x = _affine(x, *self._constants[x.device])
         if train and self.erase["prob"] > 0:
             x = random_erase(x, index, seed=self.seed, epoch=epoch, **self.erase)
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        return x
 
     def _geometry(self, x: torch.Tensor, index: torch.Tensor, epoch: int) -> torch.Tensor:
         if self.crop == "none" and self.hflip == 0:

@@ -195,13 +195,6 @@ def test_evaluation_only_resizes_and_normalises():
     assert (y - normalize(expected, MEAN, STD)).abs().max() <= 1.01 / 255 / min(STD)
 
 
-def test_channels_last_changes_the_layout_and_no_value():
-    x, index = pictures(3, 24, 24), torch.arange(5)
-    y = BatchTransform(MEAN, STD, **FULL, channels_last=True)(x, index, 0, True)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, BatchTransform(MEAN, STD, **FULL)(x, index, 0, True))
-
-
 @pytest.mark.parametrize(
     "options,message",
     [
