@@ -20,6 +20,7 @@ from augment.image import open_image
 from util.datasets import ArrayDataset, FileDataset, printable, read_split
 from util.dist import World, barrier
 from util.errors import UserError
+from util.reading import Reading
 from util.seed import mix, sample_rng
 
 
@@ -137,8 +138,10 @@ class SampleReader:
     so that batches keep their size on every rank; in evaluation the image is None and drops out.
     """
 
-    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False):
+    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False,
+                 workers: int = 0):  # fmt: skip
         self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
+        self.reading = Reading(data.paths, workers)
         self.fast = FastTrainTransform(transform, in_chans) if fast and train and can_be_fast(transform) else None
 
     def __getitem__(self, key: tuple[int, int]):
@@ -147,6 +150,7 @@ class SampleReader:
         for attempt in range(16 if self.train else 1):
             i = (index + attempt) % len(self.data)
             path = self.data.paths[i]
+            self.reading.note(i)
             try:
                 return self.read(path, epoch, index), int(self.data.targets[i]), i, bad
             except Exception as error:  # PIL and its plugins raise anything on a broken file
@@ -209,7 +213,7 @@ class Loader:
                 num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             )
             self.files = DataLoader(
-                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast),
+                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast, workers=workers),
                 batch_sampler=self.order,
                 collate_fn=collate,
                 num_workers=workers,

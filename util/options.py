@@ -13,10 +13,11 @@ import shlex
 import signal
 import sys
 
-from util.datasets import DATASETS
+from util.datasets import DATASETS, printable
 from util.dist import lost_rank, shutdown
 from util.errors import UserError
 from util.log import Sturdy
+from util.reading import file_of_process
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,8 +86,11 @@ def known_failure(error: RuntimeError) -> UserError | None:
     if "does not have a deterministic implementation" in text:
         return UserError(f"--deterministic: {text[:120]}; leave the flag out, or use another device")
     if "DataLoader worker" in text:
+        pid = re.search(r"DataLoader worker \(pid\D*(\d+)", text)
+        path = file_of_process(int(pid.group(1))) if pid else None
+        at = f" at {printable(path)}" if path else ""
         return UserError(
-            f"--num_workers: a loader process died ({text[:160]}); was it killed for want of memory? The last checkpoint "
+            f"--num_workers: a loader process died{at} ({text[:160]}); was it killed for want of memory? The last checkpoint "
             "is kept; --resume auto goes on, with fewer --num_workers if it happens again"
         )
     return None
