@@ -53,7 +53,12 @@ class FastTrainTransform:
             x = decode_crop(image, box, tuple(self.crop.size), self.crop.interpolation)
         for flip in self.flips:
             x = flip(x)
-        return x if self.on_images is None else self.on_images(TVF.to_pil_image(x))
+        return x if self.on_images is None else self.on_images(to_image(x))
+
+
+def to_image(x: torch.Tensor) -> Image.Image:
+    """uint8 [C, h, w] as PIL `L` or `RGB`; torch interleaves the channels several times as fast as numpy does."""
+    return Image.fromarray((x[0] if len(x) == 1 else x.permute(1, 2, 0)).contiguous().numpy())
 
 
 def can_be_fast(transform: Callable) -> bool:
