@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
             write_photos(scratch)
             train, line = LINES[name]
             line = [*line, "--data_path", scratch, "--num_workers", str(args.num_workers), "--batch_size", "120", "--epochs", str(args.epochs),
-                    "--save_freq", "50", "--keep", "2", "--save_every_minutes", "0", "--output_dir", scratch]  # fmt: skip
+                    "--save_freq", "50", "--keep", "2", *(["--vis_freq", "20"] if name == "pretrain" else []), "--save_every_minutes", "0", "--output_dir", scratch]  # fmt: skip
             usage = np.array(watch(train, line, scratch))[args.epochs // 2 :]
         slopes = [float(np.polyfit(np.arange(len(usage)), column, 1)[0]) for column in usage.T]
-        result[name] = {"epochs": args.epochs, "rss_mib": round(usage[-1, 0] / 1024, 1), "rss_kib_per_epoch": round(slopes[0], 3),
+        result[name] = {"epochs": args.epochs, "rss_mib": round(int(usage[-1, 0]) / 1024, 1), "rss_kib_per_epoch": round(slopes[0], 3),
                         "open_files": int(usage[-1, 1]), "open_files_per_epoch": round(slopes[1], 5)}  # fmt: skip
         grows |= slopes[0] > args.limit_kb or slopes[1] * len(usage) >= 1
         print(f"{name}: {result[name]}", flush=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_common import NET
+from tests_common import NET, TINY, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -53,8 +53,14 @@ def run():
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
     """An output folder of NET's run that nothing disturbed."""
-    import main_finetune
-
     out = tmp_path_factory.mktemp("whole")
-    assert main_finetune.main([*NET, "--output_dir", str(out)]) == 0
+    assert finetune(*NET, "--output_dir", out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """An output folder of TINY's run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert finetune(*TINY, "--output_dir", out) == 0
     return out

@@ -2,41 +2,22 @@
 
 import json
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests_common import assert_same_run, assert_same_state, comparable
+from tests_common import PLAIN, TINY, assert_same_run, finetune
 
 import main_finetune
 from bench.ranks import Ranks
 from models import create_model
-from util import steps
 from util.checkpoint import read_checkpoint
-from util.data import Loader
 from util.errors import UserError
 from util.log import read_log
 from util.options import run_main
-from util.run import Interrupts
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# A net that trains in a second on digits, with everything random switched on.
-TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--drop_path", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--save_freq", "1", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
-
-
-def finetune(*argv) -> int:
-    """main_finetune in this process; the arguments later in the line win."""
-    return main_finetune.main([*map(str, argv)])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    assert finetune(*TINY, "--output_dir", out) == 0
-    return out
 
 
 def test_run_leaves_the_files_of_the_contract(uninterrupted):
@@ -52,19 +33,6 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
     meta = read_checkpoint(str(uninterrupted / "checkpoint-best.pth"))["meta"]
     assert meta["model"] == "vit_custom_patch2" and meta["classes"] == [str(i) for i in range(10)]
     assert meta["img_size"] == [8, 8] and meta["in_chans"] == 1 and len(meta["mean"]) == 1
-
-
-def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
-    for path in [uninterrupted / "checkpoint-0.pth", uninterrupted / "log.txt", *uninterrupted.glob("events*")]:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_same_line_with_resume_auto_after_the_end_changes_nothing(uninterrupted):
-    before = (uninterrupted / "checkpoint-last.pth").read_bytes()
-    assert finetune(*TINY, "--output_dir", uninterrupted, "--resume", "auto") == 0
-    assert (uninterrupted / "checkpoint-last.pth").read_bytes() == before
 
 
 def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
@@ -96,9 +64,6 @@ def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, npro
     assert f"360 test images: {best:.2f}%" in (tmp_path / "said.txt").read_text()
 
 
-PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu"]  # fmt: skip
-
-
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     finetune(*PLAIN, "--batch_size", 64, "--accum_iter", 2, "--output_dir", tmp_path / "one")
     line = [*PLAIN, "--batch_size", 32, "--accum_iter", 2, "--output_dir", tmp_path / "two"]
@@ -109,51 +74,6 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
         assert torch.allclose(v, two["model"][k], atol=3e-5), k
     a, b = (read_log(str(tmp_path / n / "log.txt"))[-1] for n in ("one", "two"))
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
-def test_disturbed_run_goes_on_and_ends_as_if_nothing_had_been(uninterrupted, tmp_path, number):
-    """The signal comes at some step of epoch 2; SIGKILL costs what was done of it, the others save and exit with 75."""
-    line = [*TINY, "--output_dir", tmp_path / "out", "--resume", "auto"]
-    ranks = Ranks(1, lambda: run_main(lambda: finetune(*line)), tmp_path / "said.txt")
-    while "\nepoch 1:" not in (tmp_path / "said.txt").read_text() and not ranks.wait(0.01):
-        pass
-    os.kill(ranks.processes[0].pid, number)
-    assert ranks.exit_codes() == [-9 if number == signal.SIGKILL else 75]
-    said, stopped = (tmp_path / "said.txt").read_text(), read_checkpoint(str(tmp_path / "out" / "checkpoint-last.pth"))
-    assert ("stopped by a signal" in said) == (number != signal.SIGKILL) and stopped["epoch"] < 3
-    assert finetune(*line) == 0
-    assert_same_run(tmp_path / "out", uninterrupted)
-
-
-def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_path):
-    (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto", "--layer_decay", 0.5) == 0
-    groups = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["optimizer"]["param_groups"]
-    assert sorted({g["lr_scale"] for g in groups}) == [0.125, 0.25, 0.5, 1.0]
-
-
-def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
-    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
-            "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0]  # fmt: skip
-    assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
-    head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
-    torch.manual_seed(0)
-    main_finetune.seed_all(0, 0)
-    start = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1).state_dict()
-    for k, v in start.items():
-        if not k.startswith("fc"):
-            assert torch.equal(v, head_only["model"][k]), f"{k} moved in the head phase"
-    assert not torch.equal(start["fc.weight"], head_only["model"]["fc.weight"])
-    assert not torch.equal(head_only["model"]["conv1.0.weight"], end["model"]["conv1.0.weight"])
-    for epoch in (0, 1):
-        part = tmp_path / f"from{epoch}"
-        part.mkdir()
-        (part / "checkpoint-last.pth").write_bytes((tmp_path / "whole" / f"checkpoint-{epoch}.pth").read_bytes())
-        assert finetune(*line, "--output_dir", part, "--resume", "auto") == 0
-        assert_same_state(
-            comparable(part / "checkpoint-last.pth"), comparable(tmp_path / "whole" / "checkpoint-last.pth")
-        )
 
 
 def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_path):
@@ -223,72 +143,6 @@ def test_error_is_one_line_exit_two_and_keeps_what_was_there(uninterrupted, run)
     result = run("main_finetune.py", *TINY, "--output_dir", uninterrupted, "--lr", "fast", check=2)
     assert result.stderr.count("\n") == 1 and "--lr" in result.stderr
     assert before == {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}
-
-
-def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path):
-    (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
-    line = [*TINY, "--output_dir", tmp_path, "--resume", "auto", "--batch_size", 32]
-    with pytest.raises(UserError, match=r"64 images per micro-step.*--force_resume"):
-        finetune(*line)
-    assert finetune(*line, "--force_resume") == 0
-
-
-def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_path, monkeypatch):
-    """Two ranks are stopped in epoch 0 after 6 of 22 micro-steps of 2 x 32 images; one process goes on."""
-    real_poll, real_epoch, real_lr, polls, seen, lrs = Interrupts.poll, Loader.epoch, steps.set_lr, [], [], []
-
-    def stop_at_the_third_update(self):
-        polls.append(1)
-        return (True, False) if len(polls) == 3 else real_poll(self)
-
-    def watched(self, *args):
-        for batch in real_epoch(self, *args):
-            if self.train:
-                seen.extend(batch.index.tolist())
-            yield batch
-
-    def go_on(name, *argv):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "checkpoint-last.pth").write_bytes((tmp_path / "two" / "checkpoint-last.pth").read_bytes())
-        seen.clear(), lrs.clear()
-        assert finetune(*line, "--resume", "auto", "--output_dir", tmp_path / name, *argv) == 0
-        return list(seen)
-
-    line = [*PLAIN, "--accum_iter", 2]
-    with monkeypatch.context() as patch:
-        patch.setattr(Interrupts, "poll", stop_at_the_third_update)
-        two = Ranks(2, lambda: finetune(*line, "--batch_size", 32, "--output_dir", tmp_path / "two"))
-        assert two.exit_codes() == [75, 75]
-    assert read_checkpoint(str(tmp_path / "two" / "checkpoint-last.pth"))["step"] == 6
-    monkeypatch.setattr(Loader, "epoch", watched)
-    monkeypatch.setattr(steps, "set_lr", lambda optimizer, lr: (lrs.append(lr), real_lr(optimizer, lr)))
-    assert finetune(*line, "--batch_size", 64, "--output_dir", tmp_path / "one") == 0
-    order = list(seen)
-    assert go_on("equal", "--batch_size", 64) == order[6 * 64 :], "as many images at a time: exactly"
-    one, equal = (comparable(tmp_path / n / "checkpoint-last.pth")["model"] for n in ("one", "equal"))
-    assert all(torch.allclose(v, equal[k], atol=3e-5) for k, v in one.items())
-    a, b = (read_log(str(tmp_path / n / "log.txt"))[0]["train_loss"] for n in ("one", "equal"))
-    assert a == pytest.approx(b, rel=1e-4)
-    rest = go_on("forced", "--batch_size", 48, "--force_resume")
-    seen_of_epoch = 1437 // 48 * 48  # 384 of them before the stop: 8 steps of 48
-    assert rest[: seen_of_epoch - 384] == order[384:seen_of_epoch]
-    assert lrs[0] == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + np.cos(np.pi * 8 / 29 / 2)))
-
-
-def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
-    """Epoch 0 polls 11 times in training (22 micro-steps, 2 an update), then for each of its 6 evaluation batches."""
-    real, calls = main_finetune.Interrupts.poll, []
-
-    def stop_at_the_third_evaluation_batch(self):
-        calls.append(1)
-        return (True, False) if len(calls) == 14 else real(self)
-
-    monkeypatch.setattr(main_finetune.Interrupts, "poll", stop_at_the_third_evaluation_batch)
-    assert finetune(*TINY, "--output_dir", tmp_path) == 75
-    stopped = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
-    assert (stopped["epoch"], stopped["step"]) == (0, 22) and not (tmp_path / "checkpoint-best.pth").exists()
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_run(tmp_path, uninterrupted)
 
 
 def test_deterministic_refuses_what_is_not_and_on_a_cpu_changes_no_bit(tmp_path, monkeypatch, capsys):

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from main_finetune import get_args_parser
@@ -66,3 +69,12 @@ def test_recipes_hold_flags_and_comments_and_later_flags_win(tmp_path):
     recipe.write_text("# a comment\n--epochs 7 --lr 1e-3   # two on a line\n--model_kwargs depth=2 name=abc\n")
     args = parse(f"@{recipe}", "--epochs", "9")
     assert (args.epochs, args.lr, args.model_kwargs) == (9, 1e-3, [("depth", 2), ("name", "abc")])
+
+
+def test_each_test_that_readme_promises_exists():
+    root = Path(__file__).parent.parent
+    promised = set(re.findall(r"`(test_\w+)`", (root / "README.md").read_text()))
+    written = {
+        name for path in root.glob("tests/test_*.py") for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())
+    }
+    assert len(promised) > 20 and promised <= written, promised - written

@@ -6,12 +6,21 @@ from contextlib import contextmanager
 
 import torch
 
+import main_finetune
 from bench.chaos import tensorboard_scalars
 from util.checkpoint import read_checkpoint
 from util.log import TIMES, read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+# A net that trains in a second on digits, with everything random switched on.
+TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--drop_path", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--save_freq", "1", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu"]  # fmt: skip
+
+
+def finetune(*argv) -> int:
+    """main_finetune in this process; the arguments later in the line win."""
+    return main_finetune.main([*map(str, argv)])
 
 
 def assert_same_state(a: dict, b: dict, path: str = "") -> None:
