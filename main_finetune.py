@@ -7,7 +7,6 @@
 
 import copy
 import time
-from functools import partial
 
 import torch
 from timm.data import Mixup
@@ -27,14 +26,14 @@ from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog, write_args
-from util.lr_sched import lr_at
-from util.optim import build_adamw, layer_ids, param_groups
+from util.optim import param_groups
 from util.options_finetune import add_finetune_options, add_noise_options, check_finetune_options, noise_from_options
+from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
 from util.profile import StepProfiler
 from util.report import write_finetune_report
 from util.resolve import resolve_meta
-from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
+from util.run import Interrupts, Position, Run, exit_code_after_stop
 from util.seed import seed_all
 
 
@@ -99,41 +98,6 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes,
     )  # fmt: skip
-
-
-def freeze_backbone(model) -> None:
-    """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on."""
-    model.eval()
-    model.get_classifier().train()
-    if hasattr(model, "alpha_blend"):
-        model.alpha_blend.train()
-
-
-def freeze_batchnorm(model, everywhere: bool) -> None:
-    """Keep the BatchNorm statistics of frozen layers; `everywhere` (--freeze_bn), of all.
-
-    The statistics of a small batch, or of a small folder, shift every feature.
-    """
-    for module in model.modules():
-        if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            continue
-        if everywhere or (module.affine and not module.weight.requires_grad):
-            module.eval()
-
-
-def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
-    """(model to call, optimizer) of a phase: the head on a frozen backbone, then all but --freeze_layers, with layer decay."""
-    head = {id(p) for p in net.get_classifier().parameters()}
-    layers, last = layer_ids(net)
-    if args.freeze_layers > last:
-        raise UserError(
-            f"--freeze_layers {args.freeze_layers}: {args.model} has {last + 1} layers; should be 0 to {last}"
-        )
-    for name, p in net.named_parameters():
-        wanted = id(p) in head if in_head_phase else layers[name] >= args.freeze_layers
-        p.requires_grad_(wanted)
-    groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=1.0 if in_head_phase else args.layer_decay)
-    return wrap_ddp(net, world), build_adamw(groups, lr=lr)
 
 
 def build_model(args, meta: dict, world: World, noise, log: RunLog):
@@ -244,11 +208,10 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
         if noise is not None:
             noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
-        freeze = freeze_backbone if in_head_phase else partial(freeze_batchnorm, everywhere=args.freeze_bn)
         stats = train_one_epoch(
             model, train_loader, optimizer, criterion, precision, run, interrupts,
             lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-            mixup=None if in_head_phase else mixup, ema=ema, freeze=freeze,
+            mixup=None if in_head_phase else mixup, ema=ema, freeze=freezing(args, in_head_phase),
             seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps, profiler=profiler,
         )  # fmt: skip
         if stats is None:
@@ -288,15 +251,6 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
     if log.output_dir:
         write_finetune_report(log.output_dir, args, meta, position)
     return 0
-
-
-def phase_schedule(args, lr: float, in_head_phase: bool):
-    """lr as a function of the fractional epoch: constant --head_lr for the head, then MAE's curve from its own start."""
-    if in_head_phase:
-        return lambda epoch: args.head_lr
-    return lambda epoch: lr_at(
-        epoch - args.head_epochs, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
-    )
 
 
 def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
