@@ -59,13 +59,13 @@ def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_pat
 
 
 def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
-    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
+    line = ["--dataset", "digits", "--model", "test_resnet", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
             "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0]  # fmt: skip
     assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
     head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
     torch.manual_seed(0)
     main_finetune.seed_all(0, 0)
-    start = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1).state_dict()
+    start = create_model("test_resnet", num_classes=10, img_size=32, in_chans=1).state_dict()
     for k, v in start.items():
         if not k.startswith("fc"):
             assert torch.equal(v, head_only["model"][k]), f"{k} moved in the head phase"
