@@ -33,7 +33,7 @@ from util.plots import plot_confusion
 from util.profile import StepProfiler
 from util.report import write_finetune_report
 from util.resolve import resolve_meta
-from util.run import Interrupts, Position, Run, exit_code_after_stop
+from util.run import Interrupts, Position, Run
 from util.seed import seed_all
 
 
@@ -215,14 +215,14 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps, profiler=profiler,
         )  # fmt: skip
         if stats is None:
-            return exit_code_after_stop(log, position)
+            return run.stopped()
         seconds = time.time() - tic
         broadcast_buffers(best_net)
         result = evaluate(best_net, val_loader, precision, meta["num_classes"], collect=args.kfold > 0,
                           poll=lambda: interrupts.poll()[0])  # fmt: skip
         if result is None:
             run.save(run.state(net, optimizer, precision.scaler, ema))
-            return exit_code_after_stop(log, position)
+            return run.stopped()
         scores = result.scores()
         value = -scores["loss"] if args.eval_metric == "loss" else scores[args.eval_metric]
         is_best = position.best is None or value > position.best

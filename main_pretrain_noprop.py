@@ -26,7 +26,7 @@ from util.options_pretrain import add_pretrain_options, check_pretrain_options
 from util.pictures import reconstruction_grid
 from util.profile import StepProfiler
 from util.report import write_pretrain_report
-from util.run import Interrupts, Position, Run, exit_code_after_stop, wrap_ddp
+from util.run import Interrupts, Position, Run, wrap_ddp
 from util.seed import seed_all
 
 NUM_PICTURES = 8
@@ -196,7 +196,7 @@ def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, pre
             profiler=profiler,
         )  # fmt: skip
         if stats is None:
-            return exit_code_after_stop(log, position)
+            return run.stopped()
         seconds = time.time() - tic
         line = {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch,
                 "n_parameters": sum(p.numel() for p in net.parameters()), "bad_steps": position.bad_total,

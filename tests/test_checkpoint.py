@@ -18,7 +18,10 @@ from util.checkpoint import (
     rng_state,
     set_rng_state,
 )  # fmt: skip
+from util.dist import World
 from util.errors import UserError
+from util.log import RunLog
+from util.run import Run
 
 
 def state(epoch: int, step: int = 0) -> dict:
@@ -63,6 +66,17 @@ def test_failed_write_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatc
     assert read_checkpoint(str(tmp_path / LAST))["epoch"] == 1 and sorted(os.listdir(tmp_path)) == [LAST]
     monkeypatch.setattr(torch, "save", real)
     assert writer.save_last(state(2)) and read_checkpoint(str(tmp_path / LAST))["epoch"] == 2
+
+
+@pytest.mark.parametrize("folder,disk_is_full,word", [("out", False, "; saved;"), ("out", True, "not saved;"), (None, False, "nothing is saved")])  # fmt: skip
+def test_a_stopped_run_says_what_is_on_disk(tmp_path, capsys, monkeypatch, folder, disk_is_full, word):
+    log = RunLog(folder and str(tmp_path / folder))
+    run = Run(World(), log, kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    if disk_is_full:
+        monkeypatch.setattr(torch, "save", lambda content, file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    run.save(state(1))
+    assert run.stopped() == 75 and word in capsys.readouterr().out
+    log.close()
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate", "empty"])

@@ -88,6 +88,7 @@ class Run:
         self.world, self.log, self.kind, self.options, self.meta = world, log, kind, options, meta
         self.save_freq = save_freq
         self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
+        self.wrote = False  # the last checkpoint, on the rank that writes
         self.position = Position()
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
@@ -127,7 +128,7 @@ class Run:
             self.writer.save_best(state)
         else:
             self.writer.retry_best()
-        wrote = self.writer.save_last(state)
+        self.wrote = wrote = self.writer.save_last(state)
         due = (
             finished_epoch is not None
             and self.save_freq
@@ -140,6 +141,17 @@ class Run:
                 f"{self.writer.output_dir}: the finished run's checkpoint could not be written; make room there and run "
                 "the same line again with --resume auto: it goes on from the last one that could"
             )
+
+    def stopped(self) -> int:
+        """The exit code after a signal, and what the log says about what is on disk."""
+        if self.writer is None:
+            saved = "nothing is saved without --output_dir"
+        elif self.wrote:
+            saved = "saved; --resume auto goes on"
+        else:
+            saved = "not saved; --resume auto goes on from the checkpoint before, if there is one"
+        self.log.say(f"stopped by a signal at epoch {self.position.epoch}, step {self.position.step}; {saved}")
+        return EXIT_STOPPED
 
     def find(self, resume: str, force: bool = False) -> dict | None:
         """The checkpoint that --resume means, read on every rank; None to start anew."""
@@ -258,8 +270,3 @@ def wrap_ddp(model, world: World):
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def exit_code_after_stop(log: RunLog, position: Position) -> int:
-    log.say(f"stopped by a signal at epoch {position.epoch}, step {position.step}; saved; --resume auto goes on")
-    return EXIT_STOPPED
