@@ -77,7 +77,9 @@ def train_one_epoch(model, loader, optimizer, precision, run, interrupts, *, mas
     model.train()
     names = [f"loss_{i}" for i in range(net.T)] + ["loss_encoder"] * (net.encoder_head is not None)
     steps = Steps(
-        model, net, names, loader, optimizer, precision.scaler, run, interrupts, seed=seed, **settings
+        model, net, names, loader, optimizer, precision.scaler, run, interrupts, seed=seed,
+        # On a CPU's heap; CUDA's allocator and DDP's buckets keep gradients together by themselves.
+        keep_gradients=run.world.device.type == "cpu" and run.world.size == 1, **settings,
     )  # fmt: skip
     for batch in steps:
         ratio = draw_mask_ratio(mask_ratio, mask_ratio_max, seed, run.position.epoch, run.position.step)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models import create_model
-from util.optim import build_adamw, optimizer_step, param_groups
+from util.optim import allocate_gradients, build_adamw, optimizer_step, param_groups
 
 
 def mae_layer(name: str, depth: int) -> int:
@@ -58,16 +58,20 @@ def groups_of(net):
     return [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.05}]
 
 
-def test_update_with_clipping_equals_torch_optim_step():
+@pytest.mark.parametrize("keep", [False, True])
+def test_update_with_clipping_equals_torch_optim_step(keep):
     x, scaler = torch.randn(16, 4), torch.amp.GradScaler("cpu", enabled=False)
     ours, plain = small_net(), small_net()
     opt, reference = (
         build_adamw(groups_of(ours), lr=1e-2),
         torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.05),
     )
+    if keep:
+        allocate_gradients(list(ours.parameters()))
+        places = [p.grad.data_ptr() for p in ours.parameters()]
     for _ in range(3):
         ours(x).square().sum().backward()
-        norm = optimizer_step(opt, scaler, list(ours.parameters()), 0.5)
+        norm = optimizer_step(opt, scaler, list(ours.parameters()), 0.5, keep_gradients=keep)
         plain(x).square().sum().backward()
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         reference.step()
@@ -75,9 +79,13 @@ def test_update_with_clipping_equals_torch_optim_step():
         assert norm == pytest.approx(expected.item(), rel=1e-6)
     for a, b in zip(ours.parameters(), plain.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
+    if keep:
+        assert places == [p.grad.data_ptr() for p in ours.parameters()]
+    assert all(p.grad is None or (keep and not p.grad.any()) for p in ours.parameters())
 
 
-def test_non_finite_gradient_changes_neither_weights_nor_moments():
+@pytest.mark.parametrize("keep", [False, True])
+def test_non_finite_gradient_changes_neither_weights_nor_moments(keep):
     net, scaler = small_net(), torch.amp.GradScaler("cpu", enabled=False)
     opt = build_adamw(groups_of(net), lr=1e-2)
     net(torch.randn(4, 4)).sum().backward()
@@ -86,7 +94,7 @@ def test_non_finite_gradient_changes_neither_weights_nor_moments():
     moments = [s["exp_avg"].clone() for s in opt.state.values()]
     steps = [float(s["step"]) for s in opt.state.values()]
     (net(torch.randn(4, 4)).sum() * float("nan")).backward()
-    norm = optimizer_step(opt, scaler, list(net.parameters()), 1.0)
+    norm = optimizer_step(opt, scaler, list(net.parameters()), 1.0, keep_gradients=keep)
     assert not torch.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, opt.state.values()))

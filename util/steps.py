@@ -11,7 +11,7 @@ from util.dist import all_reduce
 from util.errors import UserError
 from util.log import Progress
 from util.lr_sched import set_lr
-from util.optim import optimizer_step
+from util.optim import allocate_gradients, optimizer_step
 from util.seed import seed_all
 
 
@@ -34,13 +34,17 @@ class Steps:
 
     def __init__(self, model: nn.Module, net: nn.Module, names: list[str], loader, optimizer, scaler, run, interrupts, *,
                  lr_at_epoch: Callable[[float], float], accum_iter: int = 1, clip_grad: float | None = None, ema=None,
-                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10, profiler=None):  # fmt: skip
+                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10, profiler=None,
+                 keep_gradients: bool = False):  # fmt: skip
         self.model, self.net, self.names, self.loader = model, net, names, loader
         self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
         self.run, self.interrupts, self.position = run, interrupts, run.position
         self.lr_at_epoch, self.accum_iter, self.clip_grad = lr_at_epoch, accum_iter, clip_grad
         self.seed, self.print_freq, self.max_bad_steps = seed, print_freq, max_bad_steps
         self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.keep_gradients = keep_gradients
+        if keep_gradients:
+            allocate_gradients(self.parameters)
         self.epoch, self.total = self.position.epoch, len(loader)  # total: micro-steps of this rank
         self.profiler = profiler  # a StepProfiler of util/profile.py, or None
         self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
@@ -106,7 +110,8 @@ class Steps:
 
     def _update(self) -> dict[str, float] | None:
         """One optimizer update; returns what the progress line shows, on the steps that show one."""
-        norm = optimizer_step(self.optimizer, self.scaler, self.parameters, self.clip_grad)
+        norm = optimizer_step(self.optimizer, self.scaler, self.parameters, self.clip_grad,
+                              keep_gradients=self.keep_gradients)  # fmt: skip
         self.position.updates += 1
         if self.ema is not None:
             self.ema.update(self.net, step=self.position.updates)
