@@ -39,8 +39,14 @@ class ViewReader:
     inputs: (height, width, channels), each kind once; members that take the same share the tensor.
     """
 
-    def __init__(self, data: ArrayDataset | FileDataset, inputs: list[tuple[int, int, int]], views: list[int]):
-        self.data, self.inputs, self.views = data, inputs, views
+    def __init__(
+        self,
+        data: ArrayDataset | FileDataset,
+        inputs: list[tuple[int, int, int]],
+        views: list[int],
+        margin: int | None = None,
+    ):
+        self.data, self.inputs, self.views, self.fixed_margin = data, inputs, views, margin
 
     def __getitem__(self, i: int):
         try:
@@ -54,6 +60,8 @@ class ViewReader:
 
     def margin(self, h: int, w: int) -> int:
         """The method's 32 px from 224 px up; below, the border that training's evaluation cuts off at that size."""
+        if self.fixed_margin is not None:
+            return self.fixed_margin
         return 0 if isinstance(self.data, ArrayDataset) else min(32, min(h, w) // 7)
 
     def decode(self, i: int) -> dict:
@@ -93,6 +101,7 @@ def predict(
     batch_size: int = 64,
     num_workers: int = 0,
     on_bad_image: str = "error",
+    margin: int | None = None,
 ) -> Prediction:
     """Every member's probabilities for every image; the same arrays on every rank.
 
@@ -109,7 +118,7 @@ def predict(
     mine = batches[world.rank :: world.size]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = DataLoader(
-        ViewReader(data, inputs, computed), batch_sampler=mine, collate_fn=collate, num_workers=min(num_workers, cores),
+        ViewReader(data, inputs, computed, margin), batch_sampler=mine, collate_fn=collate, num_workers=min(num_workers, cores),
         pin_memory=world.device.type == "cuda", worker_init_fn=_one_thread,
     )  # fmt: skip
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)

@@ -55,6 +55,9 @@ def get_args_parser() -> options.Parser:
                         "out-of-fold predictions")  # fmt: skip
     parser.add_argument("--views", type=view_list, default="12", metavar="1|12|LIST",
                         help="1: centre crop; 12: all; or a list of numbers 1 to 12 or names: 1,2,5 or centre,blur")  # fmt: skip
+    parser.add_argument("--margin", type=options.count, default=None,
+                        help="pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
+                        "whole images, where what matters reaches the border (default: 32, less below 224 pixels)")  # fmt: skip
     parser.add_argument(
         "--data_path", default=None, help="folder of images; labelled if in folders named after the classes"
     )
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{world.size} x {world.device}, amp {precision.name}", flush=True)  # fmt: skip
 
     how = dict(world=world, precision=precision, batch_size=args.batch_size, num_workers=args.num_workers,
-               on_bad_image=args.on_bad_image)  # fmt: skip
+               on_bad_image=args.on_bad_image, margin=args.margin)  # fmt: skip
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
         combiners.cross_fit(image_folds[prediction.index])

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 import main_predict
+from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from bench.ranks import Ranks
 from models import create_model
@@ -122,6 +123,23 @@ def test_table_has_every_member_and_ensemble_with_scikit_learns_scores(predicted
         100 * balanced_accuracy_score(true, [rows[n][0] for n in rows])
     )
     assert [m.get("acc1") for m in results["members"]] == [76.0, 77.0, 78.5]
+
+
+def test_margin_0_shows_the_whole_image(ensemble, photo_folder, tmp_path):
+    line = ["--checkpoints", ensemble[0][0], "--data_path", photo_folder / "val", "--views", 1, "--margin", 0]
+    assert predict(*line, "--output_dir", tmp_path) == 0
+    net, meta = ensemble[1][0]
+    _, rows = read_csv(tmp_path)
+    mean, std = (torch.tensor(meta[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    whole, transform = [], build_eval_transform((32, 32), crop_pct=1.0)
+    for name in rows:
+        x = transform(Image.open(photo_folder / "val" / name).convert("RGB")).float() / 255
+        with torch.no_grad():
+            whole.append(net(((x - mean) / std)[None]).double().softmax(1)[0].numpy())
+    predicted = [values(rows, name) for name in rows]
+    cut = [reference(net, meta, photo_folder / "val" / name, [0])[0] for name in rows]  # with its margin
+    # Pillow's resize and torch's are a level or two apart.
+    assert np.abs(np.subtract(predicted, whole)).max() < 0.1 * np.abs(np.subtract(cut, whole)).max()
 
 
 def test_run_leaves_its_report_and_pictures(predicted):
