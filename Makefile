@@ -24,7 +24,7 @@ demo: install
 	@ls $(DEMO)/*/*.png
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Small settings, some seven minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install
