@@ -11,11 +11,11 @@ from augment.batch import normalize
 from augment.image import open_file
 from augment.image import to_channels as image_to_channels
 from augment.views import saccadic_views
-from util.data import printable
 from util.datasets import ArrayDataset, FileDataset
 from util.datasets import to_channels as array_to_channels
 from util.dist import Precision, World, gather_objects
 from util.errors import UserError
+from util.image_files import printable
 from util.log import Progress
 from util.members import Net
 

@@ -16,11 +16,12 @@ from augment.image import build_eval_transform
 from models.noprop_config import SAMPLERS
 from util import options
 from util.data import Loader
-from util.datasets import DATASETS, ArrayDataset, FileDataset, find_images, read_split, to_channels
+from util.datasets import DATASETS, ArrayDataset, FileDataset, read_split, to_channels
 from util.dist import World, init_world
 from util.errors import UserError
 from util.frechet import EncoderFeatures, find_inception, load_inception
 from util.frozen import load_noprop, resolve_data
+from util.image_files import find_images
 from util.log import RunLog
 from util.report import write_text
 from util.sampling import Study

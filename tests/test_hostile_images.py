@@ -19,11 +19,12 @@ from augment.image import build_eval_transform, open_image, to_channels
 from engine_predict import ViewReader
 from util.checkpoint import BEST, read_checkpoint
 from util.data import Loader, load_data
-from util.datasets import FileDataset, find_images, read_class_folder
+from util.datasets import FileDataset, read_class_folder
 from util.dist import World
 from util.ensemble import read_oof
 from util.errors import UserError
 from util.folds import write_oof
+from util.image_files import find_images
 from util.log import RunLog
 from util.members import Member
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from test_predict import CONV, VIT, predict, read_csv, reference, save_member, values
+from test_predict import predict, read_csv, reference, values
+from tests_common import CONV, VIT, save_member
 
 from util.errors import UserError
 

@@ -9,44 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, log_loss
+from tests_common import CONV, VIT, save_member
 
 import main_predict
 from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from bench.ranks import Ranks
-from models import create_model
 from util import options
-from util.dist import World
 from util.errors import UserError
-from util.log import RunLog
-from util.run import Run
 
-VIT = {"model": "vit_custom_patch8", "model_kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}}
-CONV = {"model": "resnet10t", "model_kwargs": {}}
 QUICK = ["--device", "cpu", "--num_workers", "0", "--amp", "off"]
-
-
-def save_member(path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, **args):
-    """A checkpoint as main_finetune.py writes it; loud enough random weights that images differ. Returns (net, meta)."""
-    torch.manual_seed(seed)
-    mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
-    meta = {"kind": "classifier", **family, "global_pool": True, "img_size": list(size), "in_chans": in_chans,
-            "num_classes": len(classes), "classes": list(classes), "mean": mean, "std": std, "dataset": "folder"}  # fmt: skip
-    net = create_model(
-        family["model"], num_classes=len(classes), img_size=size, in_chans=in_chans, **family["model_kwargs"]
-    ).eval()
-    torch.nn.init.normal_(net.get_classifier().weight, std=1.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        World(), RunLog(None), kind="finetune", options={"eval_metric": "acc1", **args}, meta=meta, save_freq=0, keep=0
-    )
-    run.position.best, run.position.best_epoch = 75.0 + seed, 0
-    state = run.state(net)
-    if ema:  # the average is what predicts: the last weights are made useless
-        state["ema"] = {k: v.clone() for k, v in state["model"].items()}
-        state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}
-    torch.save(state, path)
-    return net, meta
 
 
 def reference(net, meta: dict, path, views) -> np.ndarray:

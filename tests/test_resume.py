@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tests_common import PLAIN, TINY, assert_same_run, assert_same_state, comparable, finetune
+from tests_common import PLAIN, TINY, assert_same_run, assert_same_state, comparable, copy_first_epoch, finetune
 
 import main_finetune
 from bench import chaos
@@ -24,8 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
-    for path in [uninterrupted / "checkpoint-0.pth", uninterrupted / "log.txt", *uninterrupted.glob("events*")]:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_first_epoch(uninterrupted, tmp_path)
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, uninterrupted)
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from augment.fast_image import FastTrainTransform, can_be_fast
 from augment.image import open_image
-from util.datasets import ArrayDataset, FileDataset, printable, read_split
+from util.datasets import ArrayDataset, FileDataset, read_split
 from util.dist import World, barrier
 from util.errors import UserError
+from util.image_files import printable
 from util.reading import Reading
 from util.seed import mix, sample_rng
 

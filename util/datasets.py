@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
+from util.image_files import EXTENSIONS, class_folders, find_images, printable
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -86,42 +86,6 @@ class FileDataset:
 
     def name(self, i: int) -> str:
         return os.path.relpath(self.paths[i], self.root) if self.root else self.paths[i]
-
-
-def printable(path: str) -> str:
-    """A file name as text: names that are no UTF-8 keep their bytes as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _unreadable(error: OSError):
-    """os.walk's own way is silence: a class would shrink, or a test set, without a word."""
-    raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({error.strerror})")
-
-
-def find_images(root: str) -> list[str]:
-    """Every image file below `root`, sorted; symbolic links are followed, loops once.
-
-    UserError for a folder that cannot be read.
-    """
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        found += [os.path.join(folder, f) for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return sorted(found)
-
-
-def class_folders(root: str) -> list[str]:
-    if not os.path.isdir(root):
-        raise UserError(f"--data_path {root}: no such folder")
-    try:
-        return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-    except OSError as error:
-        _unreadable(error)
 
 
 def read_class_folder(root: str, classes: list[str] | None = None) -> FileDataset:

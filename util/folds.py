@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from util.checkpoint import LAST, numbered_checkpoints, write_atomic
-from util.data import printable
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
+from util.image_files import printable
 from util.labels import spreadsheet_safe
 from util.log import survive
 

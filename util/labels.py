@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 
 import torch
 
-from util.data import printable
-from util.datasets import EXTENSIONS, ArrayDataset, FileDataset, class_folders, read_split, read_unlabelled
+from util.datasets import ArrayDataset, FileDataset, read_split, read_unlabelled
 from util.errors import UserError
+from util.image_files import EXTENSIONS, class_folders, printable
 
 
 def spreadsheet_safe(text: str) -> str:

@@ -11,9 +11,9 @@ from torch import nn
 
 from models.rebuild import load_classifier
 from util.checkpoint import BEST, read_checkpoint
-from util.data import printable
 from util.errors import UserError
 from util.folds import RESULT
+from util.image_files import printable
 
 
 @dataclass

@@ -13,9 +13,10 @@ import shlex
 import signal
 import sys
 
-from util.datasets import DATASETS, printable
+from util.datasets import DATASETS
 from util.dist import lost_rank, shutdown
 from util.errors import UserError
+from util.image_files import printable
 from util.log import Sturdy
 from util.reading import file_of_process
 
