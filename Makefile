@@ -26,7 +26,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Small settings, some seven minutes on an idle machine; rewrites bench/BENCH.md.
+# Small settings, some eight minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install
 	$(BIN)/python -m bench.run_all
 
