@@ -50,6 +50,20 @@ def test_disturbed_run_goes_on_and_ends_as_if_nothing_had_been(uninterrupted, tm
     assert_same_run(tmp_path / "out", uninterrupted)
 
 
+def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(uninterrupted, tmp_path):
+    line = [*TINY, "--output_dir", tmp_path / "out", "--resume", "auto"]
+    ranks = Ranks(1, lambda: run_main(lambda: finetune(*line)), tmp_path / "said.txt")
+    while "\nepoch 0:" not in (tmp_path / "said.txt").read_text() and not ranks.wait(0.01):
+        pass
+    os.kill(ranks.processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match="out: another process is training there"):
+        finetune(*line)
+    os.kill(ranks.processes[0].pid, signal.SIGCONT)
+    assert ranks.exit_codes() == [0]
+    assert_same_run(tmp_path / "out", uninterrupted)
+    assert finetune(*line) == 0, "the lock ends with its process"
+
+
 def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_path):
     (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto", "--layer_decay", 0.5) == 0

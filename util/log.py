@@ -1,5 +1,6 @@
 """What a run tells: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), a progress bar or plain lines."""
 
+import errno
 import json
 import math
 import os
@@ -55,14 +56,18 @@ class RunLog:
     def __init__(self, output_dir: str | None, log_dir: str | None = None, *, is_main: bool = True):
         self.output_dir = output_dir if is_main else None
         self.is_main = is_main
-        self.writer = None
+        self.writer = self.lock = None
         self.log_dir = (log_dir or output_dir) if is_main else None
         if self.output_dir:
             make_folder(self.output_dir, "--output_dir")
 
     def start(self, epoch: float = 0.0) -> None:
-        """Open the files to go on at `epoch`: anything written past that point by an interrupted run is dropped."""
+        """Open the files to go on at `epoch`: anything written past that point by an interrupted run is dropped.
+
+        UserError if another process trains there.
+        """
         if self.output_dir:
+            self.lock = lock_folder(self.output_dir)
             kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             with must_write("--output_dir", self.path("log.txt")):
@@ -115,6 +120,8 @@ class RunLog:
         with self._tensorboard():
             if self.writer:
                 self.writer.close()
+        if self.lock:
+            self.lock.close()
 
     @contextmanager
     def _tensorboard(self):
@@ -143,6 +150,30 @@ def make_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: no permission to write there")
+
+
+def lock_folder(path: str):
+    """The open file whose lock keeps other processes out until it is closed; None where the file system has no locks.
+
+    A POSIX record lock: the system lifts it when the process ends, however it ends, and unlike flock's it is not
+    inherited, so loader processes that outlive a killed run for some seconds do not hold it.
+    """
+    try:
+        import fcntl
+
+        file = open(os.path.join(path, ".lock"), "a")  # noqa: SIM115 (held until close())
+    except (ImportError, OSError):  # Windows; a full disk, another user's file
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise UserError(
+            f"--output_dir {path}: another process is training there; wait for its end, or choose another folder"
+        ) from None
+    return file
 
 
 def read_log(path: str) -> list[dict]:
