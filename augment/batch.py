@@ -181,28 +181,28 @@ def random_erase(
         raise ValueError(f"erase mode {mode!r}: must be one of {', '.join(ERASE_MODES)}")
     _, C, H, W = x.shape
     u = counted_uniform(seed, epoch, index, 2 + (2 * ATTEMPTS + 2) * recount, _ERASE)
-    boxes = erase_boxes(u, H, W, prob=prob, recount=recount, area=area, aspect=aspect)
-    for k in range(recount):  # in turn: where boxes overlap, the later one shows
-        hit = boxes[:, k, 2].nonzero().flatten()
-        if len(hit) == 0:
-            continue
-        sizes = boxes[hit, k, 2] * boxes[hit, k, 3]
-        pixels = int(sizes.sum())  # known where the boxes were drawn: with index on the CPU, nothing waits for the GPU
-        sample, number, sizes, box = (
-            t.to(x.device, non_blocking=True) for t in (hit, index[hit], sizes, boxes[hit, k])
-        )
-        # Only the erased pixels are visited: [pixels] entries each.
-        owner = torch.repeat_interleave(torch.arange(len(hit), device=x.device), sizes, output_size=pixels)
-        offset = torch.arange(pixels, device=x.device) - (sizes.cumsum(0) - sizes)[owner]
-        top, left, _, w = box[owner].unbind(1)
-        row, column = top + offset // w, left + offset % w
-        if mode == "pixel":
-            fill = counted_normal(seed, epoch, number[owner] * (H * W) + row * W + column, C, _ERASE_NOISE)
-        elif mode == "rand":
-            fill = counted_normal(seed, epoch, number * recount + k, C, _ERASE_NOISE)[owner]
-        else:
-            fill = torch.zeros(pixels, C, device=x.device)
-        x[sample[owner], :, row, column] = fill.to(x.dtype)  # [pixels, C]
+    boxes = erase_boxes(u, H, W, prob=prob, recount=recount, area=area, aspect=aspect).tolist()
+    numbers = index.tolist()
+    # In turn of k: where a sample's boxes overlap, the later one shows.
+    hits = [(i, k, *boxes[i][k]) for k in range(recount) for i in range(len(boxes)) if all(boxes[i][k][2:])]
+    if not hits:
+        return x
+    if mode == "const":
+        fills = [0.0] * len(hits)
+    elif mode == "rand":
+        counters = torch.tensor([numbers[i] * recount + k for i, k, *_ in hits])
+        normal = counted_normal(seed, epoch, counters, C, _ERASE_NOISE).to(x.device, non_blocking=True)
+        fills = normal[:, :, None, None].unbind()  # each [C, 1, 1]
+    else:
+        counters = []  # a number for each pixel of each sample; only the erased ones are visited
+        for i, _, top, left, h, w in hits:
+            row = torch.arange(top, top + h, device=x.device)[:, None] * W + numbers[i] * (H * W)
+            counters.append((row + torch.arange(left, left + w, device=x.device)).flatten())
+        normal = counted_normal(seed, epoch, torch.cat(counters), C, _ERASE_NOISE)
+        patches = normal.split([len(c) for c in counters])
+        fills = [p.unflatten(0, hit[-2:]).permute(2, 0, 1) for p, hit in zip(patches, hits)]  # each [C, h, w]
+    for (i, _, top, left, h, w), fill in zip(hits, fills):
+        x[i, :, top : top + h, left : left + w] = fill
     return x
 
 

@@ -14,6 +14,7 @@ What is no plain upright JPEG of the wanted channels goes through Pillow alone.
 import os
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,28 +56,25 @@ class FastTrainTransform:
             if not is_plain_jpeg(image, self.in_chans):
                 return self.transform(to_channels(image, self.in_chans))
             box = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-            interleaved = self.on_images is not None
-            x = decode_crop(image, box, tuple(self.crop.size), self.crop.interpolation, interleaved)
+            x = decode_crop(image, box, tuple(self.crop.size), self.crop.interpolation)
         for flip in self.flips:
             x = flip(x)
-        if self.on_images is None:
-            return x
-        return self.on_images(to_image(x)) if self.on_arrays is None else to_tensor(self.on_arrays(to_array(x)))
+        x = to_array(x)
+        if self.on_images is not None and self.on_arrays is None:
+            return self.on_images(Image.fromarray(x))
+        return to_tensor(x if self.on_arrays is None else self.on_arrays(x))
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:
-    """uint8 [C, h, w] as [h, w] or [h, w, 3]; torch interleaves the channels several times as fast as numpy does."""
+    """uint8 [C, h, w] as [h, w] or [h, w, 3]; free where the channels are interleaved in memory already."""
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).contiguous().numpy()
 
 
 def to_tensor(x: np.ndarray) -> torch.Tensor:
-    """to_array's inverse; the channels stay interleaved in memory."""
-    return torch.from_numpy(x)[None] if x.ndim == 2 else torch.from_numpy(x).permute(2, 0, 1)
-
-
-def to_image(x: torch.Tensor) -> Image.Image:
-    """uint8 [C, h, w] as PIL `L` or `RGB`."""
-    return Image.fromarray(to_array(x))
+    """to_array's inverse, channel by channel in memory: OpenCV separates them ten times as fast as torch.stack would."""
+    out = np.empty((1 if x.ndim == 2 else 3, *x.shape[:2]), np.uint8)
+    cv2.split(x, list(out))
+    return torch.from_numpy(out)
 
 
 def can_be_fast(transform: Callable) -> bool:
@@ -108,24 +106,20 @@ def reduction(box_h: int, box_w: int, size: tuple[int, int]) -> int:
 
 
 def decode_crop(
-    image: Image.Image,
-    box: tuple[int, int, int, int],
-    size: tuple[int, int],
-    interpolation: InterpolationMode,
-    interleaved: bool = False,
+    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: InterpolationMode
 ) -> torch.Tensor:
     """Box (top, left, h, w) of an opened JPEG, in its full-size pixels, resized to `size` (h, w): uint8 [C, h, w].
 
-    interleaved: whether the result is for to_array, which is then free; otherwise it is for torch.stack.
+    The channels are interleaved in memory: torch's kernel and RandAugment are several times as fast that way.
     """
     top, left, h, w = box
     scale = reduction(h, w, size)
     image.fp.seek(0)
     pixels = decode_jpeg(image.fp.read(), scale, grey=image.mode == "L")
     if scale == 1:
-        x = to_tensor(pixels[top : top + h, left : left + w])[None]
-        if interleaved:  # torch keeps the layout only of what is dense in it
-            x = x.contiguous(memory_format=torch.channels_last)
+        crop = pixels[top : top + h, left : left + w]
+        x = torch.from_numpy(crop.reshape(1, h, w, -1)).permute(0, 3, 1, 2)
+        x = x.contiguous(memory_format=torch.channels_last)  # torch keeps the layout only of what is dense in it
         return F.interpolate(x, size=size, mode=interpolation.value, antialias=True)[0]
     # Pillow takes the box in fractions of the reduced image's pixels.
     corners = (

@@ -1,9 +1,9 @@
 """timm's RandAugment operations on uint8 arrays, computed by OpenCV: [h, w, 3] or, for grey images, [h, w].
 
 timm draws the operations and their magnitudes (AugmentOp, RandAugment); only the pixels are computed elsewhere. Tables
-are Pillow's to the level, colour and sharpness within one. OpenCV's affine maps round where Pillow truncates, blend the fill
-into the image over one pixel at its border where Pillow cuts, and their bicubic kernel is a little less sharp (a = -0.75;
-Pillow's transform: -1).
+are Pillow's to the level; colour, sharpness, shears and translations within one. OpenCV's rotation rounds where Pillow
+truncates, blends the fill into the image over one pixel at its border where Pillow cuts, and its bicubic kernel is a
+little less sharp (a = -0.75; Pillow's transform: -1).
 """
 
 import copy
@@ -20,6 +20,7 @@ cv2.setNumThreads(0)  # images are small; loader processes are what works side b
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 _LEVELS = np.arange(256)
+_TRUNCATE = 1e-3 - 0.5  # added before OpenCV rounds, what comes out is truncated, as Pillow's is
 
 
 def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
@@ -35,37 +36,84 @@ def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
     return x
 
 
-def _affine(x: np.ndarray, matrix, fillcolor, resample) -> np.ndarray:
-    """Image.transform(AFFINE): output pixel (x, y) shows input matrix @ (x, y, 1), pixel centres at .5."""
-    if isinstance(resample, (list, tuple)):
-        resample = random.choice(resample)  # timm's draw
-    a, b, c, d, e, f = matrix
-    shifted = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])  # pixel centres at 0
-    flags = _INTERPOLATION[InterpolationMode[resample.name].value] | cv2.WARP_INVERSE_MAP
+def _drawn(resample) -> str:
+    """The interpolation's name; timm's draw where there are several."""
+    resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    return InterpolationMode[resample.name].value
+
+
+def _fill(x: np.ndarray, fillcolor) -> tuple:
     fill = fillcolor if isinstance(fillcolor, (list, tuple)) else (fillcolor,) * 3
-    return cv2.warpAffine(x, shifted, x.shape[1::-1], flags=flags, borderValue=fill)
+    return tuple(fill)[: 1 if x.ndim == 2 else 3]
 
 
 def _rotate(x: np.ndarray, degrees: float, fillcolor=None, resample=None) -> np.ndarray:
     cos, sin = math.cos(-math.radians(degrees)), math.sin(-math.radians(degrees))
-    cx, cy = x.shape[1] / 2, x.shape[0] / 2
-    return _affine(x, (cos, sin, cx - cos * cx - sin * cy, -sin, cos, cy + sin * cx - cos * cy), fillcolor, resample)
+    cx, cy = (x.shape[1] - 1) / 2, (x.shape[0] - 1) / 2
+    matrix = np.array([[cos, sin, cx - cos * cx - sin * cy], [-sin, cos, cy + sin * cx - cos * cy]])
+    flags = _INTERPOLATION[_drawn(resample)] | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(x, matrix, x.shape[1::-1], flags=flags, borderValue=_fill(x, fillcolor))
+
+
+def _taps(d: np.ndarray, interpolation: str) -> np.ndarray:
+    """Pillow's weights of pixels -1, 0, 1, 2 for a point d in [0, 1) right of pixel 0's centre: [..., 4]."""
+    zero = np.zeros_like(d)
+    if interpolation == "nearest":
+        taps = [zero, (d < 0.5).astype(d.dtype), (d >= 0.5).astype(d.dtype), zero]
+    elif interpolation == "bilinear":
+        taps = [zero, 1 - d, d, zero]
+    else:  # cubic convolution with a = -1
+        taps = [d * (-1 + d * (2 - d)), 1 + d * d * (d - 2), d * (1 + d * (1 - d)), d * d * (d - 1)]
+    return np.stack(taps, -1)
+
+
+def _shift_rows(x: np.ndarray, shift: np.ndarray, fillcolor, resample) -> np.ndarray:
+    """Column j of row i shows column j + shift[i] of the same row: shears and translations need no more than that.
+
+    shift: float64 [h], or [1] for all rows. Several times as fast as a map of two dimensions, and Pillow's pixels to the level.
+    """
+    h, w = x.shape[:2]
+    channels = 1 if x.ndim == 2 else x.shape[2]
+    whole = np.floor(shift).astype(np.int64)
+    taps = _taps(shift - whole, _drawn(resample)).astype(np.float32)  # [h or 1, 4]
+    # Repeated at both ends so far that every tap is inside.
+    before, after = max(0, 1 - int(whole.min())), max(0, 2 + int(whole.max()))
+    x = cv2.copyMakeBorder(x, 0, 0, before, after, cv2.BORDER_REPLICATE)
+    # What is outside shows the fill. A row of it is repeated: assigning the colour to pixels costs as much as all the rest.
+    out = np.empty((h, w * channels), np.uint8)
+    out[:] = np.tile(np.uint8(_fill(x, fillcolor)), w)
+    out = out.reshape((h, w) + x.shape[2:])
+    low, high = (np.ceil(edge - 0.5 - shift).clip(0, w).astype(np.int32) for edge in (0, w))  # columns inside
+    if len(shift) == 1:
+        y = cv2.filter2D(x, -1, taps, anchor=(1, 0), delta=_TRUNCATE)
+        first = before + int(whole[0])
+        out[:, low[0] : high[0]] = y[:, first + low[0] : first + high[0]]
+        return out
+    spans = np.lib.stride_tricks.sliding_window_view(x.reshape(h, -1), (w + 3) * channels, axis=1)
+    spans = spans[np.arange(h), (before - 1 + whole) * channels].astype(np.float32)  # [h, (w + 3) channels]
+    y = taps[:, :1] * spans[:, : w * channels]
+    for k in (1, 2, 3):
+        y += taps[:, k : k + 1] * spans[:, k * channels : (k + w) * channels]
+    y = cv2.add(y, _TRUNCATE, dtype=cv2.CV_8U).reshape(out.shape)
+    column = np.arange(w, dtype=np.int32)
+    inside = (column >= low[:, None]) & (column < high[:, None])
+    return cv2.copyTo(y, inside.view(np.uint8), out)
 
 
 def _shear_x(x, factor, fillcolor=None, resample=None):
-    return _affine(x, (1, factor, 0, 0, 1, 0), fillcolor, resample)
+    return _shift_rows(x, factor * (np.arange(x.shape[0]) + 0.5), fillcolor, resample)
 
 
 def _shear_y(x, factor, fillcolor=None, resample=None):
-    return _affine(x, (1, 0, 0, factor, 1, 0), fillcolor, resample)
+    return cv2.transpose(_shear_x(cv2.transpose(x), factor, fillcolor, resample))
 
 
 def _translate_x(x, pixels, fillcolor=None, resample=None):
-    return _affine(x, (1, 0, pixels, 0, 1, 0), fillcolor, resample)
+    return _shift_rows(x, np.array([float(pixels)]), fillcolor, resample)
 
 
 def _translate_y(x, pixels, fillcolor=None, resample=None):
-    return _affine(x, (1, 0, 0, 0, 1, pixels), fillcolor, resample)
+    return cv2.transpose(_translate_x(cv2.transpose(x), pixels, fillcolor, resample))
 
 
 def _lookup(x: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -120,7 +168,7 @@ def _grey(x: np.ndarray) -> np.ndarray:
 
 def _blend(degenerate: np.ndarray, x: np.ndarray, factor: float) -> np.ndarray:
     """Image.blend: degenerate + factor (x - degenerate), clipped and truncated (OpenCV alone would round)."""
-    return cv2.addWeighted(x, factor, degenerate, 1 - factor, 1e-3 - 0.5)
+    return cv2.addWeighted(x, factor, degenerate, 1 - factor, _TRUNCATE)
 
 
 def _brightness(x: np.ndarray, factor: float, **_) -> np.ndarray:

@@ -9,12 +9,13 @@ from PIL import Image
 from timm.data import auto_augment
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
+from augment import opencv_ops
 from augment.opencv_ops import decode_jpeg, on_arrays
 from bench.photos import make_photos
 
 POLICY = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)
-AFFINE = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
+SHIFTS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
 TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "PosterizeIncreasing", "Solarize", "SolarizeIncreasing",
           "SolarizeAdd", "Contrast", "ContrastIncreasing", "Brightness", "BrightnessIncreasing")  # fmt: skip
 BLENDS = ("Color", "ColorIncreasing", "Sharpness", "SharpnessIncreasing")
@@ -51,12 +52,36 @@ def test_colours_are_pillows(path, name, mode):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("name", AFFINE)
-def test_affine_maps_are_pillows_but_for_the_kernel_and_the_border(path, name, mode):
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shears_and_translations_are_pillows_within_a_level(path, name, mode):
+    image = Image.open(path).convert(mode)
+    for interpolation in (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
+        for seed in range(4):
+            plain, fast = both(name, image, 9, interpolation, seed)
+            off = np.abs(plain - fast)
+            assert off.max() <= 1 and off.mean() < 0.1
+
+
+def test_shears_and_translations_reach_beyond_the_picture():
+    picture = np.arange(1, 61, dtype=np.uint8).reshape(4, 5, 3)
+    for function, ours, amounts in (
+        (auto_augment.translate_x_abs, opencv_ops._translate_x, (-7, -5, -4.6, -4.4, 0, 4.4, 4.6, 5, 80)),
+        (auto_augment.translate_y_abs, opencv_ops._translate_y, (-7, -4, -3.6, -3.4, 0, 3.4, 3.6, 4, 80)),
+        (auto_augment.shear_x, opencv_ops._shear_x, (-9, -1.5, 1.5, 9)),
+        (auto_augment.shear_y, opencv_ops._shear_y, (-9, -1.5, 1.5, 9)),
+    ):
+        for amount in amounts:
+            how = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
+            plain = np.asarray(function(Image.fromarray(picture), amount, **how)).astype(int)
+            assert np.abs(plain - ours(picture, amount, **how)).max() <= 1, (ours, amount)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_rotations_are_pillows_but_for_the_kernel_and_the_border(path, mode):
     image = Image.open(path).convert(mode)
     for seed in range(6):
-        linear, fast = both(name, image, 9, Image.Resampling.BILINEAR, seed)
-        cubic, fast_cubic = both(name, image, 9, Image.Resampling.BICUBIC, seed)
+        linear, fast = both("Rotate", image, 9, Image.Resampling.BILINEAR, seed)
+        cubic, fast_cubic = both("Rotate", image, 9, Image.Resampling.BICUBIC, seed)
         # Pillow truncates what OpenCV rounds: up to half a level everywhere.
         for plain, ours in ((linear, fast), (cubic, fast_cubic)):
             assert np.median(np.abs(plain - ours)) <= 1 and abs((plain - ours).mean()) < 0.5
