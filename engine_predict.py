@@ -1,6 +1,5 @@
 """Test-time augmentation: every image decoded once, every member on all of its views, probabilities averaged."""
 
-import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +17,7 @@ from util.errors import UserError
 from util.image_files import printable
 from util.log import Progress
 from util.members import Net
+from util.reading import Reading, loader_processes
 
 
 @dataclass
@@ -45,10 +45,13 @@ class ViewReader:
         inputs: list[tuple[int, int, int]],
         views: list[int],
         margin: int | None = None,
+        workers: int = 0,
     ):
         self.data, self.inputs, self.views, self.fixed_margin = data, inputs, views, margin
+        self.reading = Reading(getattr(data, "paths", []), workers)
 
     def __getitem__(self, i: int):
+        self.reading.note(i)
         try:
             images = self.decode(i)
             views = [saccadic_views(images[c], (h, w), self.views, margin=self.margin(h, w)) for h, w, c in self.inputs]
@@ -116,9 +119,9 @@ def predict(
     per_batch = max(1, batch_size // V)
     batches = [list(range(i, min(i + per_batch, len(data)))) for i in range(0, len(data), per_batch)]
     mine = batches[world.rank :: world.size]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = loader_processes(num_workers)
     loader = DataLoader(
-        ViewReader(data, inputs, computed, margin), batch_sampler=mine, collate_fn=collate, num_workers=min(num_workers, cores),
+        ViewReader(data, inputs, computed, margin, workers), batch_sampler=mine, collate_fn=collate, num_workers=workers,
         pin_memory=world.device.type == "cuda", worker_init_fn=_one_thread,
     )  # fmt: skip
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)

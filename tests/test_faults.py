@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests_common import NET, ROOT, assert_same_state, comparable, log_without_times, one_line
+from tests_common import NET, ROOT, VIT, assert_same_state, comparable, log_without_times, one_line, save_member
 
+import engine_predict
 import main_finetune
+import main_predict
 from bench.ranks import Ranks, empty_store
 from util import data
 from util.checkpoint import BEST, LAST, read_checkpoint
@@ -130,6 +132,25 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
     errors = [text for text in said.read_text().splitlines() if "error: " in text]
     assert len(errors) == 1 and "--num_workers" in errors[0] and "blue_03.png" in errors[0], said.read_text()
     assert "Traceback" not in said.read_text() and known_failure(RuntimeError("something else")) is None
+
+
+def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, tmp_path, monkeypatch):
+    save_member(tmp_path / "a.pth", VIT)
+    real = engine_predict.open_file
+
+    def dies(path):
+        if path.endswith("blue_03.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path)
+
+    monkeypatch.setattr(engine_predict, "open_file", dies)
+    line = ["--checkpoints", str(tmp_path / "a.pth"), "--data_path", str(photo_folder / "train"), "--views", "1",
+            "--num_workers", "1", "--batch_size", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    said = tmp_path / "said.txt"
+    assert Ranks(1, lambda: run_main(lambda: main_predict.main(line)), said).exit_codes() == [2]
+    errors = [text for text in said.read_text().splitlines() if "error: " in text]
+    assert len(errors) == 1 and "--num_workers" in errors[0] and "blue_03.png" in errors[0], said.read_text()
+    assert "Traceback" not in said.read_text()
 
 
 def children(parent: int) -> list[int]:

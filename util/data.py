@@ -5,7 +5,6 @@ takes entries [s R B, (s + 1) R B) of it. So a run can start in the middle of an
 and resumes do not change which samples a step sees. Augmentation is counted by (seed, epoch, index) as well.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +20,7 @@ from util.datasets import ArrayDataset, FileDataset, read_split
 from util.dist import World, barrier
 from util.errors import UserError
 from util.image_files import printable
-from util.reading import Reading
+from util.reading import Reading, loader_processes
 from util.seed import mix, sample_rng
 
 
@@ -210,9 +209,7 @@ class Loader:
         if isinstance(data, ArrayDataset):
             self.images, self.targets = data.images.to(world.device), data.targets.to(world.device)
         else:
-            workers = min(
-                num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            )
+            workers = loader_processes(num_workers)
             self.files = DataLoader(
                 SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast, workers=workers),
                 batch_sampler=self.order,

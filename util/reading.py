@@ -1,4 +1,4 @@
-"""Which file each loader process is at, so that one that dies (a decoder's crash, no memory) is reported with it."""
+"""Loader processes: how many, and which file each is at, so that one that dies (a crash, no memory) is reported with it."""
 
 import os
 import weakref
@@ -7,6 +7,12 @@ import torch
 from torch.utils.data import get_worker_info
 
 _alive: weakref.WeakSet = weakref.WeakSet()
+
+
+def loader_processes(wanted: int) -> int:
+    """`--num_workers`, at most one per core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(wanted, cores)
 
 
 class Reading:
@@ -29,5 +35,5 @@ def file_of_process(pid: int) -> str | None:
     for reading in _alive:
         for its, index in reading.table.tolist():
             if its == pid:
-                return reading.paths[index]
+                return reading.paths[index] if reading.paths else None
     return None
