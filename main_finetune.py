@@ -5,29 +5,36 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
+from util import options
+from util.options_finetune import check_finetune_options, get_args_parser
+
+if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+    options.check_command_line(get_args_parser, check_finetune_options)
+
 import copy
 import time
 
 import torch
 from timm.data import Mixup
 
+from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform
 from augment.image import SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.rebuild import create_from_meta, require_complete
-from util import folds, options
+from util import folds
 from util.checkpoint import peek_meta
 from util.compiled import compile_net, require_compiler
 from util.data import Loader, load_data
-from util.datasets import DATASETS, ArrayDataset, to_channels
+from util.data_specs import DATASETS
+from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
 from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog, write_args
 from util.optim import param_groups
-from util.options_finetune import add_finetune_options, add_noise_options, check_finetune_options, noise_from_options
 from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
 from util.profile import StepProfiler
@@ -35,16 +42,6 @@ from util.report import write_finetune_report
 from util.resolve import resolve_meta
 from util.run import Interrupts, Position, Run
 from util.seed import seed_all
-
-
-def get_args_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.split("\n")[0])
-    options.add_run_options(parser, batch_size=64, epochs=50)
-    options.add_optimizer_options(parser, blr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05)
-    options.add_data_options(parser, dataset="folder")
-    add_noise_options(parser)
-    add_finetune_options(parser)
-    return parser
 
 
 def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, Loader]:
@@ -100,6 +97,23 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
     )  # fmt: skip
 
 
+def build_noise(args) -> AlphaBlend | None:
+    """The AlphaBlend that the flags describe; None when it is off."""
+    if args.alpha_blend == 0:
+        return None
+    return AlphaBlend(
+        args.alpha_blend,
+        schedule=args.noise_timestep,
+        prob=args.noise_prob,
+        anneal=args.noise_anneal,
+        tokens=args.noise_tokens,
+        space=args.noise_space,
+        layer=args.noise_layer,
+        beta_power=args.noise_beta_power,
+        noise_eval=args.noise_eval,
+    )
+
+
 def build_model(args, meta: dict, world: World, noise, log: RunLog):
     """The network on its device, with the weights that --finetune or --pretrained name."""
     extra = {"pretrained": True} if args.pretrained else {}
@@ -139,7 +153,7 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
-    noise = noise_from_options(args)
+    noise = build_noise(args)
     log = RunLog(None if args.eval or args.dry_run else output_dir, args.log_dir, is_main=world.is_main)
     net = build_model(args, meta, world, noise, log)
     loaders = build_loaders(args, meta, train, val, world)

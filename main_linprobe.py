@@ -6,6 +6,12 @@ python main_linprobe.py --finetune mae_pretrain_vit_base.pth --model vit_base_pa
 torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pretrained --data_path ImageNet
 """
 
+from util import options
+from util.options_linprobe import check_linprobe_options, get_args_parser
+
+if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+    options.check_command_line(get_args_parser, check_linprobe_options)
+
 import json
 import os
 import shlex
@@ -14,62 +20,15 @@ import time
 
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform
-from util import options
 from util.data import Loader, load_data
 from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, init_world, set_attention_backend
-from util.errors import UserError
 from util.features import accuracy, choose_l2, extract, knn_predict, linear_probe
 from util.frozen import load_encoder, read_content, resolve_data
 from util.log import RunLog
 from util.report import write_text
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
-
-
-def get_args_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.split("\n")[0])
-    group = parser.add_argument_group("encoder")
-    group.add_argument("--checkpoint", "--finetune", dest="finetune", default="", metavar="FILE",
-                       help="a pretraining or fine-tuning checkpoint, or weights of another origin with their --model")  # fmt: skip
-    group.add_argument("--model", default=None, metavar="NAME", help="MAE's name or any timm model")
-    group.add_argument("--model_kwargs", type=options.keyword, nargs="*", default=[], metavar="NAME=VALUE")
-    group.add_argument("--pretrained", action="store_true", help="timm's own weights (a download)")
-    group.add_argument("--random_init", action="store_true", help="the same architecture untrained, to compare with")
-    group.add_argument("--global_pool", action="store_const", const="mean", dest="pool",
-                       help="features are the mean of the patch tokens (default for encoders without a classifier)")  # fmt: skip
-    group.add_argument("--cls_token", action="store_const", const="cls", dest="pool", help="the class token instead")
-    group = parser.add_argument_group("k-NN")
-    group.add_argument("--knn_k", type=options.positive_int, default=20, help="neighbours")
-    group.add_argument(
-        "--knn_t", type=options.number(float, 1e-4, 1e4), default=0.07, help="temperature of their votes"
-    )
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=options.positive_int, default=256, help="images per process")
-    group.add_argument("--output_dir", default="", help="where to put log.txt and report.md; '' saves nothing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
-                       help="mixed precision of the encoder (default: bf16 where the device computes it)")  # fmt: skip
-    group.add_argument("--seed", type=options.number(int, 0, 2**62), default=0)
-    group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
-    options.add_deterministic_option(group)
-    options.add_data_options(parser, dataset="folder")
-    group = parser.add_argument_group("split")
-    group.add_argument("--val_split", type=options.number(float, 0, 1, open_high=True), default=0.0,
-                       help="hold out this share of train/ (stratified) where there is no val/")  # fmt: skip
-    group.add_argument("--split_seed", type=options.number(int, 0, 2**32 - 1), default=0)
-    parser.set_defaults(dataset=None, nb_classes=None)  # the checkpoint's data set, else `folder`
-    return parser
-
-
-def check_options(args) -> None:
-    if not args.finetune and not args.model:
-        raise UserError("--checkpoint: give one, or --model NAME with --pretrained or --random_init")
-    if not (args.finetune or args.pretrained or args.random_init):
-        raise UserError(f"--model {args.model}: needs weights; give --finetune FILE, --pretrained or --random_init")
-    if args.pretrained and (args.finetune or args.random_init):
-        other = f"--finetune {args.finetune}" if args.finetune else "--random_init"
-        raise UserError(f"--pretrained: not together with {other}")
 
 
 def build_loader(args, meta: dict, data, world: World) -> Loader:
@@ -86,7 +45,7 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    check_options(args)
+    check_linprobe_options(args)
     world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
     resolve_data(args, content)

@@ -4,6 +4,12 @@
         --mask_ratio 0.75 --T 4 --epochs 1600 --output_dir output/mae_cifar10_noprop
 """
 
+from util import options
+from util.options_pretrain import check_pretrain_options, get_args_parser
+
+if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+    options.check_command_line(get_args_parser, check_pretrain_options)
+
 import time
 
 import torch
@@ -12,17 +18,16 @@ from augment.batch import BatchTransform
 from augment.image import build_eval_transform, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
-from util import options
 from util.compiled import compile_noprop, require_compiler
 from util.data import Loader
-from util.datasets import DATASETS, ArrayDataset, read_split, to_channels
+from util.data_specs import DATASETS
+from util.datasets import ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
 from util.dry_run import describe
 from util.folds import refuse_overwrite
 from util.log import RunLog, write_args
 from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
-from util.options_pretrain import add_pretrain_options, check_pretrain_options
 from util.pictures import reconstruction_grid
 from util.profile import StepProfiler
 from util.report import write_pretrain_report
@@ -30,16 +35,6 @@ from util.run import Interrupts, Position, Run, wrap_ddp
 from util.seed import seed_all
 
 NUM_PICTURES = 8
-
-
-def get_args_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.split("\n")[0])
-    options.add_run_options(parser, batch_size=128, epochs=1600)
-    # 3e-4 is the method's lr of 1.5e-4 at batch 128.
-    options.add_optimizer_options(parser, blr=3e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.05)
-    options.add_data_options(parser, dataset="cifar10")
-    add_pretrain_options(parser)
-    return parser
 
 
 def read_images(args, world: World, in_chans: int):

@@ -5,6 +5,12 @@ python main_sample.py checkpoint-last.pth --images cat.jpg holiday/ --mode recon
 python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 5000 --inception_weights download
 """
 
+from util import options
+from util.options_sample import get_args_parser
+
+if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+    options.check_command_line(get_args_parser)
+
 import os
 import shlex
 import sys
@@ -13,10 +19,8 @@ import torch
 
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform
-from models.noprop_config import SAMPLERS
-from util import options
 from util.data import Loader
-from util.datasets import DATASETS, ArrayDataset, FileDataset, read_split, to_channels
+from util.datasets import ArrayDataset, FileDataset, read_split, to_channels
 from util.dist import World, init_world
 from util.errors import UserError
 from util.frechet import EncoderFeatures, find_inception, load_inception
@@ -26,34 +30,6 @@ from util.log import RunLog
 from util.report import write_text
 from util.sampling import Study
 from util.seed import mix
-
-MODES = ("reconstruct", "generate", "attention", "frechet")
-
-
-def get_args_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="of main_pretrain_noprop.py")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["reconstruct"], help="one or several")
-    parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="one or several")
-    parser.add_argument("--mask_ratio", type=options.number(float, 0, 1, open_low=True), default=None,
-                        help="share of hidden patches (default: the one of training)")  # fmt: skip
-    parser.add_argument("--images", nargs="+", default=None, metavar="PATH", help="image files and folders of them")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default=None,
-                        help="without --images: draw from its held-out images (default: the checkpoint's)")  # fmt: skip
-    parser.add_argument("--data_path", default=None, help="its folder (default: the one of training, or data)")
-    parser.add_argument("--num", type=options.positive_int, default=8, help="rows of a picture")
-    parser.add_argument("--num_samples", type=options.positive_int, default=1000,
-                        help="held-out images that are measured: PSNR, Frechet distance")  # fmt: skip
-    parser.add_argument("--inception_weights", default=None, metavar="FILE|download",
-                        help="torch-fidelity's file for the Frechet distance (default: its earlier download, else the "
-                        "encoder's own features serve)")  # fmt: skip
-    parser.add_argument("--output_dir", default=None, help="default: the folder `samples` beside the checkpoint")
-    parser.add_argument("--batch_size", type=options.positive_int, default=100)
-    parser.add_argument("--num_workers", type=options.count, default=10, help="loader processes, at most one per core")
-    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--seed", type=options.number(int, 0, 2**62), default=0)
-    return parser
 
 
 def read_images(args, in_chans: int):

@@ -12,11 +12,9 @@ import math
 import torch
 from torch import nn
 
+from util.choices import ANNEALS, SCHEDULES, SPACES, TOKENS
+
 NUM_TIMESTEPS = 1000
-SCHEDULES = ("fixed", "uniform")
-ANNEALS = ("none", "linear", "cosine")
-TOKENS = ("all", "patches")
-SPACES = ("embedding", "pixel")
 
 
 def alphas_cumprod(beta_power: float = 1.2) -> torch.Tensor:

@@ -16,11 +16,12 @@ from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from util.data_specs import IMAGENET_MEAN
+
 PRESETS = ("mae", "photo", "light", "pretrain", "none")
 RATIO = (3 / 4, 4 / 3)
 # Area fraction of the random resized crop: MAE's fine-tuning and pretraining, and the photo-folder recipe.
 SCALES = {"mae": (0.08, 1.0), "light": (0.08, 1.0), "pretrain": (0.2, 1.0), "photo": (0.7, 1.0)}
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 # What is decoded, whatever a file's name says. Pillow would also hand PostScript to Ghostscript, a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "DIB")
 LARGEST_ASPECT = 16

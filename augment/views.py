@@ -21,11 +21,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
 from augment.pixel_ops import mean_grey
+from util.choices import VIEW_NAMES
 
-VIEW_NAMES = (
-    "centre", "centre_mirror", "large", "large_mirror", "rotate_left", "rotate_right", "bright",
-    "top_left", "top_right", "bottom_left", "bottom_right", "blur",
-)  # fmt: skip
 ENLARGE = 1.15  # L / S
 DEGREES = 10.0
 GAIN = 1.2  # of brightness and of contrast

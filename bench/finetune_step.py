@@ -50,7 +50,8 @@ def build_product(variant: str, args):
     from augment.batch import BatchTransform
     from engine_finetune import Criterion, train_one_epoch
     from util.data import Loader
-    from util.datasets import IMAGENET_MEAN, IMAGENET_STD, ArrayDataset
+    from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
+    from util.datasets import ArrayDataset
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
     from util.run import Interrupts, Position

@@ -44,7 +44,8 @@ def product(variant: str, paths: list[str], args):
     from augment.batch import BatchTransform
     from augment.image import build_train_transform
     from util.data import Loader
-    from util.datasets import IMAGENET_MEAN, IMAGENET_STD, FileDataset
+    from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
+    from util.datasets import FileDataset
 
     world, _ = common.start_up(variant)
     mae = args.aug == "mae"
@@ -65,7 +66,7 @@ def baseline(paths: list[str], args):
     from torch.utils.data import DataLoader
     from torchvision import transforms
 
-    from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+    from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
 
     if args.aug == "mae":
         pipeline = create_transform(

@@ -20,7 +20,7 @@ def add_flags(parser) -> None:
 def build(variant: str, args):
     import torch
 
-    from util.datasets import DATASETS
+    from util.data_specs import DATASETS
 
     torch.manual_seed(0)
     mean, std = DATASETS["cifar10"].mean, DATASETS["cifar10"].std

@@ -39,7 +39,8 @@ def build_product(variant: str, args):
     from engine_pretrain import EncoderFirst, train_one_epoch
     from models.noprop_mae import NoPropMAE
     from util.data import Loader
-    from util.datasets import DATASETS, ArrayDataset
+    from util.data_specs import DATASETS
+    from util.datasets import ArrayDataset
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
     from util.run import Interrupts, Position, wrap_ddp

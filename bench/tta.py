@@ -47,7 +47,8 @@ def product(variant: str, paths: list[str], modules, args):
     from torch import nn
 
     from engine_predict import predict
-    from util.datasets import IMAGENET_MEAN, IMAGENET_STD, FileDataset
+    from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
+    from util.datasets import FileDataset
     from util.members import Net
 
     world, precision = common.start_up(variant, args.amp)
@@ -92,7 +93,7 @@ def baseline(paths: list[str], modules, args):
     from torch.utils.data import DataLoader
     from torchvision import transforms
 
-    from util.datasets import IMAGENET_MEAN, IMAGENET_STD
+    from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
 
     class View(torch.utils.data.Dataset):
         def __init__(self, steps: list):

@@ -4,7 +4,8 @@ import timm
 from torch import nn
 
 from models.loading import LoadReport, load_pretrained
-from models.vit import MAE_NAMES, attach_noise, is_mae_name, mae_vit, timm_classifier
+from models.vit import attach_noise, mae_vit, timm_classifier
+from util.choices import MAE_NAMES, is_mae_name
 from util.errors import UserError
 
 __all__ = ["LoadReport", "create_model", "list_models", "load_pretrained"]

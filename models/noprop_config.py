@@ -1,12 +1,9 @@
 """NoPropMAE's choices, and what no network can be built of."""
 
 from models.vit import check_patch
+from util.choices import LOSS_WEIGHTINGS, PROPAGATE, TARGETS
 from util.errors import UserError
 
-TARGETS = ("pixel", "norm_pixel")
-PROPAGATE = ("latent", "none")
-LOSS_WEIGHTINGS = ("none", "edm")
-SAMPLERS = ("stochastic", "heun", "euler")
 SIZES = (
     "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth",
     "decoder_num_heads", "T",

@@ -15,8 +15,9 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from models.edm import karras_sigmas, loss_weight, precondition, sample_euler, sample_heun, sample_stochastic
-from models.noprop_config import SAMPLERS, check_config
+from models.noprop_config import check_config
 from models.tokens import Decoder, lookup, patch_statistics, run_blocks, sincos_pos_embed, take, transformer
+from util.choices import SAMPLERS
 from util.errors import UserError
 
 

@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from util.choices import parse_mae_name
 from util.errors import UserError
 
 # MAE's sizes (He et al., table 8; tiny and small from DeiT): width, depth, heads.
@@ -17,13 +18,6 @@ VIT_SIZES = {
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
     "huge": dict(embed_dim=1280, depth=32, num_heads=16),
 }
-MAE_NAMES = tuple(f"vit_{size}_patch16" for size in ("tiny", "small", "base", "large")) + ("vit_huge_patch14",)
-_VIT_NAME = re.compile(r"vit_(tiny|small|base|large|huge|custom)_patch(\d+)$")
-
-
-def is_mae_name(name: str) -> bool:
-    """vit_{tiny,small,base,large,huge}_patch{N}; vit_custom_patch{N} takes its sizes as keywords."""
-    return _VIT_NAME.match(name) is not None
 
 
 def mae_vit(name: str, **kwargs) -> VisionTransformer:
@@ -31,8 +25,8 @@ def mae_vit(name: str, **kwargs) -> VisionTransformer:
 
     global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token.
     """
-    size, patch = _VIT_NAME.match(name).groups()
-    kwargs = {"patch_size": int(patch), **VIT_SIZES.get(size, {}), **kwargs}
+    size, patch = parse_mae_name(name)
+    kwargs = {"patch_size": patch, **VIT_SIZES.get(size, {}), **kwargs}
     if size == "custom" and not {"embed_dim", "depth", "num_heads"} <= set(kwargs):
         raise UserError(f"--model {name}: needs --model_kwargs embed_dim=.. depth=.. num_heads=..")
     if kwargs["embed_dim"] % kwargs["num_heads"]:

@@ -10,7 +10,8 @@ from torchvision import datasets as tv
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform, build_train_transform
 from util.data import EpochOrder, Loader, kfold_split, load_data, stratified_split
-from util.datasets import DATASETS, ArrayDataset, read_class_folder, read_split, to_channels
+from util.data_specs import DATASETS
+from util.datasets import ArrayDataset, read_class_folder, read_split, to_channels
 from util.dist import World
 from util.errors import UserError
 

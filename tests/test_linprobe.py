@@ -44,7 +44,7 @@ def pretrained(tmp_path_factory):
 
 def options(*line: str):
     args = main_linprobe.get_args_parser().parse_args(line)
-    main_linprobe.check_options(args)
+    main_linprobe.check_linprobe_options(args)
     args.dataset = args.dataset or "digits"
     return args
 

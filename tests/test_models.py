@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from models import create_model, list_models, load_pretrained
-from models.vit import MAE_NAMES
+from util.choices import MAE_NAMES
 from util.errors import UserError
 
 TINY = dict(num_classes=5, img_size=32, embed_dim=24, depth=2, num_heads=3)

@@ -10,7 +10,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from augment.views import VIEW_NAMES, saccadic_views
+from augment.views import saccadic_views
+from util.choices import VIEW_NAMES
 
 NAMES = list(VIEW_NAMES)
 

@@ -8,9 +8,9 @@ from models import load_pretrained
 from models.loading import classifier_prefixes, state_dict_in
 from models.noprop_mae import NoPropMAE
 from models.rebuild import create_from_meta
-from models.vit import is_mae_name
 from util.checkpoint import peek_meta, read_file
-from util.datasets import DATASETS
+from util.choices import is_mae_name
+from util.data_specs import DATASETS
 from util.errors import UserError
 from util.resolve import resolve_meta
 from util.run import load_exactly

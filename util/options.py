@@ -13,12 +13,10 @@ import shlex
 import signal
 import sys
 
-from util.datasets import DATASETS
-from util.dist import lost_rank, shutdown
+from util.choices import MAE_NAMES, is_mae_name, timm_names
+from util.data_specs import DATASETS
 from util.errors import UserError
 from util.image_files import printable
-from util.log import Sturdy
-from util.reading import file_of_process
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,8 +53,27 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
+def check_command_line(get_args_parser, check=lambda args: None) -> None:
+    """Answer --help and whatever the command line alone shows to be wrong. The mains call it before they import torch.
+
+    main() parses again: between the two, nothing is kept.
+    """
+    try:
+        check(get_args_parser().parse_args())
+    except UserError as error:
+        print_error(error)
+        sys.exit(2)
+
+
+def print_error(error: Exception) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 def run_main(main) -> None:
     """Call a script's main(); the user's mistakes end in one line and exit code 2, an interrupt in 130."""
+    from util.dist import shutdown
+    from util.log import Sturdy
+
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -69,7 +86,7 @@ def run_main(main) -> None:
             raise
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again while all is torn down
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(mended).split())}", file=sys.stderr, flush=True)
+        print_error(mended)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -81,6 +98,9 @@ def run_main(main) -> None:
 
 def known_failure(error: RuntimeError) -> UserError | None:
     """What the user can do about a failure that torch reports where it happens to notice it; None for any other."""
+    from util.dist import lost_rank
+    from util.reading import file_of_process
+
     if lost := lost_rank(error):
         return lost
     text = " ".join(str(error).split())
@@ -154,6 +174,16 @@ def keyword(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return name, value
+
+
+def model_name(text: str) -> str:
+    """--model: one of MAE's names, or of timm's, with or without the tag of its weights."""
+    known = timm_names()
+    if is_mae_name(text) or text.partition(".")[0] in known or not known:
+        return text
+    near = difflib.get_close_matches(text.partition(".")[0], [*MAE_NAMES, *sorted(known)], n=3, cutoff=0.5)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of MAE's names or timm's{hint}")
 
 
 def choice_or_none(text: str) -> str | None:

@@ -2,19 +2,36 @@
 
 import os
 
-from augment.alpha_blend import ANNEALS, SCHEDULES, SPACES, TOKENS, AlphaBlend
+from util.choices import ANNEALS, SCHEDULES, SPACES, TOKENS
 from util.errors import UserError
 from util.options import (
     Parser,
+    add_data_options,
+    add_optimizer_options,
+    add_run_options,
     choice_or_none,
     count,
     fraction,
     keyword,
+    model_name,
     number,
     parse_and_check_paths,
     positive_int,
     rate,
 )  # fmt: skip
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(
+        description="Fine-tune an image classifier with alpha-blended diffusion noise (DiffNoise), "
+        "mixup, cutmix and layer-wise lr decay."
+    )
+    add_run_options(parser, batch_size=64, epochs=50)
+    add_optimizer_options(parser, blr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05)
+    add_data_options(parser, dataset="folder")
+    add_noise_options(parser)
+    add_finetune_options(parser)
+    return parser
 
 
 def add_noise_options(parser: Parser) -> None:
@@ -39,26 +56,9 @@ def add_noise_options(parser: Parser) -> None:
     group.add_argument("--noise_eval", action="store_true", help="keep the noise in evaluation (the released code did)")
 
 
-def noise_from_options(args) -> AlphaBlend | None:
-    """The AlphaBlend that the flags describe; None when it is off."""
-    if args.alpha_blend == 0:
-        return None
-    return AlphaBlend(
-        args.alpha_blend,
-        schedule=args.noise_timestep,
-        prob=args.noise_prob,
-        anneal=args.noise_anneal,
-        tokens=args.noise_tokens,
-        space=args.noise_space,
-        layer=args.noise_layer,
-        beta_power=args.noise_beta_power,
-        noise_eval=args.noise_eval,
-    )
-
-
 def add_finetune_options(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=None, metavar="NAME",
+    group.add_argument("--model", type=model_name, default=None, metavar="NAME",
                        help="MAE's name or any timm model (default: the checkpoint's, or vit_large_patch16)")  # fmt: skip
     group.add_argument("--model_kwargs", type=keyword, nargs="*", default=[], metavar="NAME=VALUE",
                        help="passed to the model, e.g. embed_dim=96 depth=6 num_heads=3, drop_rate=0.2")  # fmt: skip

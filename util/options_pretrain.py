@@ -1,8 +1,18 @@
 """Command-line options of main_pretrain_noprop.py."""
 
-from models.noprop_config import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
+from util.choices import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
 from util.errors import UserError
-from util.options import Parser, count, fraction, number, parse_and_check_paths, positive_int
+from util.options import (
+    Parser,
+    add_data_options,
+    add_optimizer_options,
+    add_run_options,
+    count,
+    fraction,
+    number,
+    parse_and_check_paths,
+    positive_int,
+)
 
 sigma = number(float, 1e-6, 1e6)
 
@@ -10,6 +20,19 @@ sigma = number(float, 1e-6, 1e6)
 def sigma_data(text: str) -> float | None:
     """A number as --sigma_max takes, or `auto` (None)."""
     return None if text == "auto" else sigma(text)
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(
+        description="Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, "
+        "no propagation between them."
+    )
+    add_run_options(parser, batch_size=128, epochs=1600)
+    # 3e-4 is the method's lr of 1.5e-4 at batch 128.
+    add_optimizer_options(parser, blr=3e-4, min_lr=1e-6, warmup_epochs=10, weight_decay=0.05)
+    add_data_options(parser, dataset="cifar10")
+    add_pretrain_options(parser)
+    return parser
 
 
 def add_pretrain_options(parser: Parser) -> None:

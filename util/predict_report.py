@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from augment.image import open_image
-from augment.views import VIEW_NAMES
 from engine_predict import Prediction
 from util.calibration import confusion_counts, plot_class_distribution, plot_reliability, scores
+from util.choices import VIEW_NAMES
 from util.contact_sheet import Entry, draw_sheet
 from util.datasets import ArrayDataset
 from util.ensemble import Combiners, Stacked

@@ -5,8 +5,8 @@ The result is `meta`: all that rebuilds a classifier without a flag. It goes int
 
 import timm
 
-from models.vit import is_mae_name
-from util.datasets import DATASETS
+from util.choices import is_mae_name
+from util.data_specs import DATASETS
 from util.errors import UserError
 from util.options import choose_normalisation, image_size
 

@@ -1,0 +1,62 @@
+"""Names that flags choose from, and mains that answer a wrong command line before torch is imported."""
+
+from pathlib import Path
+
+import pytest
+from timm.models import _registry
+
+from util.choices import is_mae_name, parse_mae_name, timm_names
+
+ROOT = Path(__file__).parent.parent
+MAINS = sorted(path.name for path in ROOT.glob("main_*.py"))
+
+
+def test_names_read_from_timms_source_are_those_of_its_registry():
+    assert timm_names() == set(_registry._model_entrypoints)
+
+
+def test_mae_names_have_a_size_and_a_patch():
+    assert parse_mae_name("vit_base_patch16") == ("base", 16)
+    assert parse_mae_name("vit_custom_patch4") == ("custom", 4)
+    for other in (
+        "vit_base_patch16_224",
+        "vit_giant_patch14",
+        "deit_base_patch16",
+        "vit_base_patch",
+        "vit_base_patch16\n",
+    ):
+        assert not is_mae_name(other)
+
+
+# Runs a script as __main__ and prints which heavy packages it imported.
+PROBE = """
+import atexit, runpy, sys
+atexit.register(lambda: print("heavy:", sorted({"torch", "timm", "numpy", "PIL", "cv2", "sklearn"} & set(sys.modules))))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_help_and_wrong_flags_are_answered_without_importing_torch(run, main):
+    shown = run("-c", PROBE, main, "--help")
+    assert "--device" in shown.stdout and "heavy: []" in shown.stdout
+    wrong = run("-c", PROBE, main, "--no_such_flag", check=2)
+    assert wrong.stderr.strip().startswith(f"{main}: error: ") and wrong.stderr.count("\n") == 1
+    assert "heavy: []" in wrong.stdout
+
+
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ("--model vit_base_patch16_22", ["--model", "'vit_base_patch16_22'", "vit_base_patch16_224"]),
+        ("--dataset cifar", ["--dataset", "'cifar'", "cifar10"]),
+        ("--noise_space colour", ["--noise_space", "'colour'", "pixel"]),
+        ("--resume nowhere.pth", ["--resume nowhere.pth", "no such file"]),
+    ],
+)
+def test_wrong_names_are_answered_without_importing_torch(run, line, words):
+    wrong = run("-c", PROBE, "main_finetune.py", *line.split(), check=2)
+    assert "heavy: []" in wrong.stdout and wrong.stderr.count("\n") == 1
+    for word in words:
+        assert word in wrong.stderr

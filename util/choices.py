@@ -1,0 +1,66 @@
+"""The names that flags choose from. Nothing here imports torch or timm: a mistyped name is answered at once."""
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+# Noise of fine-tuning (augment/alpha_blend.py).
+SCHEDULES = ("fixed", "uniform")
+ANNEALS = ("none", "linear", "cosine")
+TOKENS = ("all", "patches")
+SPACES = ("embedding", "pixel")
+
+# NoProp-MAE (models/noprop_mae.py).
+TARGETS = ("pixel", "norm_pixel")
+PROPAGATE = ("latent", "none")
+LOSS_WEIGHTINGS = ("none", "edm")
+SAMPLERS = ("stochastic", "heun", "euler")
+
+# The 12 views of prediction (augment/views.py).
+VIEW_NAMES = (
+    "centre",
+    "centre_mirror",
+    "large",
+    "large_mirror",
+    "rotate_left",
+    "rotate_right",
+    "bright",
+    "top_left",
+    "top_right",
+    "bottom_left",
+    "bottom_right",
+    "blur",
+)
+
+MAE_NAMES = tuple(f"vit_{size}_patch16" for size in ("tiny", "small", "base", "large")) + ("vit_huge_patch14",)
+_MAE_NAME = re.compile(r"vit_(tiny|small|base|large|huge|custom)_patch(\d+)")
+
+
+def parse_mae_name(name: str) -> tuple[str, int] | None:
+    """(size, patch) of vit_{tiny,small,base,large,huge,custom}_patch{N}; None for any other name."""
+    found = _MAE_NAME.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def is_mae_name(name: str) -> bool:
+    """vit_{tiny,small,base,large,huge}_patch{N}; vit_custom_patch{N} takes its sizes as keywords."""
+    return parse_mae_name(name) is not None
+
+
+@cache
+def timm_names() -> frozenset[str]:
+    """Names of timm's models without their weights' tags, read from its source: importing timm takes seconds.
+
+    The same set as timm's own registry (tests/test_choices.py); empty where its source is not there to read.
+    """
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    names = set()
+    for path in (Path(spec.origin).parent / "models").glob("*.py"):
+        source = path.read_text("utf-8")
+        names.update(re.findall(r"^@register_model\n(?:@.*\n)*def (\w+)\(", source, re.MULTILINE))
+        for renamed in re.findall(r"register_model_deprecations\(__name__, \{(.*?)\}\)", source, re.DOTALL):
+            names.update(re.findall(r"['\"](\w+)['\"]\s*:", renamed))
+    return frozenset(names)
