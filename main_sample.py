@@ -6,10 +6,10 @@ python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 
 """
 
 from util import options
-from util.options_sample import get_args_parser
+from util.options_sample import check_sample_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
-    options.check_command_line(get_args_parser)
+    options.check_command_line(get_args_parser, check_sample_options)
 
 import os
 import shlex
@@ -86,6 +86,7 @@ def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
+    check_sample_options(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: main_sample.py runs in one process; start it with python")
     world = init_world(args.device)

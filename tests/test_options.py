@@ -78,3 +78,33 @@ def test_each_test_that_readme_promises_exists():
         name for path in root.glob("tests/test_*.py") for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())
     }
     assert len(promised) > 20 and promised <= written, promised - written
+
+
+WITHOUT = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == absent else find(name, package)
+absent, sys.argv = sys.argv[1], sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "package,line,named",
+    [
+        ("sklearn", "main_finetune.py --dataset digits --epochs 1 --model vit_tiny_patch4 --output_dir {out}", "scikit-learn"),
+        ("timm", "main_pretrain_noprop.py --dataset digits --output_dir {out}", "timm"),
+        ("torchmetrics", "main_sample.py nowhere.pth --mode frechet --output_dir {out}", "torchmetrics"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_not_installed_is_named_in_one_line(run, tmp_path, package, line, named):
+    out = tmp_path / "out"
+    result = run("-c", WITHOUT, package, *line.format(out=out).split(), check=2)
+    assert f"the package {named}" in result.stderr and f"pip install {named}" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

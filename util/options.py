@@ -6,6 +6,7 @@ the data set; what was decided is printed and stored in args.json.
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -56,13 +57,51 @@ class Parser(argparse.ArgumentParser):
 def check_command_line(get_args_parser, check=lambda args: None) -> None:
     """Answer --help and whatever the command line alone shows to be wrong. The mains call it before they import torch.
 
-    main() parses again: between the two, nothing is kept.
+    main() parses again: between the two, nothing is kept. Until run_main begins, a package that is not installed and an
+    interrupt end the script in one line as well.
     """
     try:
         check(get_args_parser().parse_args())
     except UserError as error:
         print_error(error)
         sys.exit(2)
+    sys.excepthook = _failed_import
+
+
+def _failed_import(kind, error, trace) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        print_error(KeyboardInterrupt("interrupted while starting"))
+        os._exit(130)
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error)):
+        print_error(missing)
+        os._exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+# What `import` calls a package of requirements.txt where pip calls it otherwise.
+PIP_NAMES = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "sklearn": "scikit-learn",
+    "torch_fidelity": "torch-fidelity",
+}
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError | None:
+    """One line that names the package of requirements.txt that is not installed; None for a module of our own."""
+    name = (error.name or "").partition(".")[0]
+    if name and importlib.util.find_spec(name) is not None:
+        return None  # part of an installed package
+    if not name:
+        return UserError(str(error))  # torchmetrics tells in its own words what it lacks
+    name = PIP_NAMES.get(name, name)
+    return UserError(f"the package {name} is not installed; `pip install {name}`, or all of requirements.txt")
+
+
+def require_package(name: str, flag: str) -> None:
+    """UserError unless the package that one mode needs is there: before any work is done."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{flag}: needs the package {name}; `pip install {name}`, or all of requirements.txt")
 
 
 def print_error(error: Exception) -> None:
@@ -78,9 +117,10 @@ def run_main(main) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Sturdy(sys.stdout), Sturdy(sys.stderr)
+    sys.excepthook = sys.__excepthook__
     try:
         code = main()
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, ModuleNotFoundError) as error:
         mended = error if isinstance(error, UserError) else known_failure(error)
         if mended is None:
             raise
@@ -96,8 +136,10 @@ def run_main(main) -> None:
     sys.exit(code)
 
 
-def known_failure(error: RuntimeError) -> UserError | None:
+def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None:
     """What the user can do about a failure that torch reports where it happens to notice it; None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     from util.dist import lost_rank
     from util.reading import file_of_process
 

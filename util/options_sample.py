@@ -2,7 +2,7 @@
 
 from util.choices import SAMPLERS
 from util.data_specs import DATASETS
-from util.options import Parser, count, number, positive_int
+from util.options import Parser, count, number, positive_int, require_package
 
 MODES = ("reconstruct", "generate", "attention", "frechet")
 
@@ -34,3 +34,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     return parser
+
+
+def check_sample_options(args) -> None:
+    """What one flag's type cannot see."""
+    if "frechet" in args.mode:
+        require_package("torchmetrics", "--mode frechet")
