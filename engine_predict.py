@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment.batch import normalize
-from augment.image import open_file
+from augment.batch import normalize, resize
+from augment.image import build_eval_transform, open_file
 from augment.image import to_channels as image_to_channels
 from augment.views import saccadic_views
 from util.datasets import ArrayDataset, FileDataset
@@ -36,40 +36,45 @@ class Prediction:
 class ViewReader:
     """image number -> (number, its views uint8 [V, C, h, w] for each kind of input, None), or (number, None, reason).
 
-    inputs: (height, width, channels), each kind once; members that take the same share the tensor.
+    inputs: (height, width, channels, crop_pct), each kind once; members that take the same share the tensor.
+    margin: in place of each crop_pct, the pixels that the centre views cut off.
     """
 
     def __init__(
         self,
         data: ArrayDataset | FileDataset,
-        inputs: list[tuple[int, int, int]],
+        inputs: list[tuple],
         views: list[int],
         margin: int | None = None,
         workers: int = 0,
     ):
-        self.data, self.inputs, self.views, self.fixed_margin = data, inputs, views, margin
+        self.data, self.inputs, self.views, self.margin = data, inputs, views, margin
         self.reading = Reading(getattr(data, "paths", []), workers)
 
     def __getitem__(self, i: int):
         self.reading.note(i)
         try:
             images = self.decode(i)
-            views = [saccadic_views(images[c], (h, w), self.views, margin=self.margin(h, w)) for h, w, c in self.inputs]
-            return i, views, None
+            return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
         except Exception as error:  # PIL and its plugins raise anything on a broken file
             path = getattr(self.data, "paths", {i: ""})[i]
             reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
             return i, None, reason[0].strip()[:160]
 
-    def margin(self, h: int, w: int) -> int:
-        """The method's 32 px from 224 px up; below, the border that training's evaluation cuts off at that size."""
-        if self.fixed_margin is not None:
-            return self.fixed_margin
-        return 0 if isinstance(self.data, ArrayDataset) else min(32, min(h, w) // 7)
+    def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
+        """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
+        file its resize and crop (crop_pct), of an image in memory all of it."""
+        if self.margin is not None:
+            return saccadic_views(image, size, self.views, margin=self.margin)
+        if isinstance(image, torch.Tensor):
+            centre = resize(image[None], size)[0]
+        else:
+            centre = build_eval_transform(size, crop_pct)(image)
+        return saccadic_views(image, size, self.views, centre=centre)
 
     def decode(self, i: int) -> dict:
         """channels -> image, as saccadic_views takes it."""
-        wanted = {c for _, _, c in self.inputs}
+        wanted = {c for _, _, c, *_ in self.inputs}
         if isinstance(self.data, ArrayDataset):
             one = self.data.subset(torch.tensor([i]))
             return {c: array_to_channels(one, c).images[0] for c in wanted}
@@ -115,7 +120,7 @@ def predict(
     computed = [0] + [v for v in views if v != 0]
     chosen = [computed.index(v) for v in views]
     V, C, M = len(computed), len(data.classes), 1 + max(net.member for net in nets)
-    inputs = sorted({(*net.size, net.in_chans) for net in nets})
+    inputs = sorted({net.input for net in nets})
     per_batch = max(1, batch_size // V)
     batches = [list(range(i, min(i + per_batch, len(data)))) for i in range(0, len(data), per_batch)]
     mine = batches[world.rank :: world.size]
@@ -159,7 +164,7 @@ def forward(nets, inputs, images, device, precision) -> np.ndarray:
     ready, logits = {}, []
     pixels = {key: x.flatten(0, 1).to(device, non_blocking=True) for key, x in zip(inputs, images)}
     for net in nets:
-        key = (*net.size, net.in_chans)
+        key = net.input
         if (key, net.mean, net.std) not in ready:  # members with the same statistics share the normalised batch
             ready[key, net.mean, net.std] = normalize(pixels[key], net.mean, net.std)  # [b V, C, h, w]
         x = ready[key, net.mean, net.std]

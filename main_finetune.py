@@ -82,7 +82,7 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
         fast=args.loader == "fast", **common,
     )  # fmt: skip
     val_loader = Loader(
-        val, transform=build_eval_transform(size, args.crop_pct), batch_size=args.batch_size, train=False,
+        val, transform=build_eval_transform(size, meta["crop_pct"]), batch_size=args.batch_size, train=False,
         world=world if args.dist_eval else World(device=world.device), **common,
     )  # fmt: skip
     return train_loader, val_loader
@@ -145,6 +145,7 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     if isinstance(train, ArrayDataset):
         if args.crop_pct is not None:
             raise UserError(f"--crop_pct {args.crop_pct}: cuts image files; {args.dataset} is evaluated whole")
+        meta["crop_pct"] = 1.0
         train, val = to_channels(train, meta["in_chans"]), to_channels(val, meta["in_chans"])
     if args.eval and source and source.get("classes") and source["classes"] != meta["classes"]:
         raise UserError(

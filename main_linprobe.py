@@ -37,9 +37,10 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
     if isinstance(data, ArrayDataset):
         data = to_channels(data, meta["in_chans"])
     return Loader(
-        data, transform=build_eval_transform(size), batch_transform=BatchTransform(meta["mean"], meta["std"], size=size),
-        batch_size=args.batch_size, train=False, world=world, in_chans=meta["in_chans"], num_workers=args.num_workers,
-        pin_memory=args.pin_mem, on_bad_image=args.on_bad_image,
+        data, transform=build_eval_transform(size, meta["crop_pct"]),
+        batch_transform=BatchTransform(meta["mean"], meta["std"], size=size), batch_size=args.batch_size, train=False,
+        world=world, in_chans=meta["in_chans"], num_workers=args.num_workers, pin_memory=args.pin_mem,
+        on_bad_image=args.on_bad_image,
     )  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     combiners = build_combiners(members, classes, args.weights)
     data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
     notes += combiners.notes
+    if args.margin is not None:
+        notes.append(f"--margin {args.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts")
     if args.out_of_fold:
         fold_of_nets(members)  # a single network is refused before its weights are read
         image_folds = fold_of_images(members, classes, ids)

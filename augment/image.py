@@ -142,15 +142,19 @@ def build_train_transform(
     )
 
 
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """The share of the resized side that evaluation keeps, as MAE evaluates: 224/256 up to 224 pixels, 1 above."""
+    return 224 / 256 if max(size) <= 224 else 1.0
+
+
 def build_eval_transform(
     size: tuple[int, int], crop_pct: float | None = None, *, interpolation: str = "bicubic"
 ) -> Callable[[Image.Image], torch.Tensor]:
     """PIL image -> uint8 [C, h, w] with size = (h, w): resize to cover size / crop_pct, aspect ratio kept; centre crop.
 
-    crop_pct: share of the resized side that is kept. Default as MAE evaluates: 224/256 up to 224 pixels, 1 above.
+    crop_pct: share of the resized side that is kept (default: default_crop_pct).
     """
-    if crop_pct is None:
-        crop_pct = 224 / 256 if max(size) <= 224 else 1.0
+    crop_pct = default_crop_pct(size) if crop_pct is None else crop_pct
     if not 0.0 < crop_pct <= 1.0:
         raise ValueError(f"crop_pct {crop_pct}: must be in (0, 1]")
     cover = tuple(int(s / crop_pct) for s in size)

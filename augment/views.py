@@ -3,7 +3,7 @@
 With side S and the whole image resized (bicubic, antialiased, aspect ratio kept) so that it covers S + 32, or
 L = round(1.15 S), the views are, in the order of VIEW_NAMES:
 
-    centre, its mirror               centre crop of the S + 32 resize
+    centre, its mirror               centre crop of the S + 32 resize, or what evaluation sees
     large, its mirror                centre crop of L
     rotated +10, -10 degrees         counter-clockwise first, about the middle of L: its margin fills the corners
     bright                           `centre` with brightness x 1.2, then contrast x 1.2 (Pillow's enhancers)
@@ -35,6 +35,7 @@ def saccadic_views(
     views: Iterable[int] = range(12),
     *,
     margin: int = 32,
+    centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Views of one image: uint8 [len(views), C, h, w], 0..255, on the image's device.
 
@@ -44,6 +45,8 @@ def saccadic_views(
     size: S, or (h, w): then S + 32 and L hold for each side. views: numbers 0..11 into VIEW_NAMES, any order.
     margin: pixels that the small resize is larger than S. 32 is the method's, for photos of 224 to 384 pixels; far below
         that it would cut most of the image away.
+    centre: the centre crop, uint8 [C, h, w], where it was made elsewhere: a checkpoint's evaluation has its own resize and
+        margin (augment.image.build_eval_transform). Then its mirror, `bright` and `blur` are made from it too.
     """
     views = list(views)
     if not views or any(v not in range(len(VIEW_NAMES)) for v in views):
@@ -55,8 +58,8 @@ def saccadic_views(
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {image.dtype} {list(image.shape)}")
     h, w = (size, size) if isinstance(size, int) else size
-    small = large = None
-    if not set(views).isdisjoint((0, 1, 6, 11)):
+    small, large = centre, None
+    if small is None and not set(views).isdisjoint((0, 1, 6, 11)):
         small = center_crop(resize_to_cover(image, h + margin, w + margin), h, w).contiguous()
     if not set(views).isdisjoint((2, 3, 4, 5, 7, 8, 9, 10)):
         # Pillow's pixels are interleaved and the resize keeps that; by channel, all that follows is twice as fast.

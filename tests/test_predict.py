@@ -12,10 +12,15 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from tests_common import CONV, VIT, save_member
 
 import main_predict
+from augment.batch import BatchTransform, normalize
 from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from bench.ranks import Ranks
+from engine_predict import ViewReader
 from util import options
+from util.data import Loader, SampleReader
+from util.datasets import read_split, read_unlabelled
+from util.dist import World
 from util.errors import UserError
 
 QUICK = ["--device", "cpu", "--num_workers", "0", "--amp", "off"]
@@ -26,9 +31,9 @@ def reference(net, meta: dict, path, views) -> np.ndarray:
     image = Image.open(path).convert("L" if meta["in_chans"] == 1 else "RGB")
     mean, std = (torch.tensor(meta[k], dtype=torch.float64).view(-1, 1, 1) for k in ("mean", "std"))
     out = []
+    centre = build_eval_transform(tuple(meta["img_size"]), meta.get("crop_pct"))(image)
     for v in views:
-        margin = min(meta["img_size"]) // 7  # as training's evaluation cuts it below 224 px
-        x = (saccadic_views(image, tuple(meta["img_size"]), [v], margin=margin)[0].double() / 255 - mean) / std
+        x = (saccadic_views(image, tuple(meta["img_size"]), [v], centre=centre)[0].double() / 255 - mean) / std
         with torch.no_grad():
             p = net(x.float()[None]).double().softmax(1)[0].numpy()
         out.append(p[np.argsort(meta["classes"])])
@@ -114,6 +119,56 @@ def test_margin_0_shows_the_whole_image(ensemble, photo_folder, tmp_path):
     assert np.abs(np.subtract(predicted, whole)).max() < 0.1 * np.abs(np.subtract(cut, whole)).max()
 
 
+@pytest.mark.parametrize("size", [(96, 96), (224, 224), (288, 288), (384, 384), (96, 160)])
+@pytest.mark.parametrize("crop_pct", [None, 0.9])
+def test_view_1_is_what_validation_sees_bit_for_bit(photo_folder, size, crop_pct):
+    """Through both readers, from the file; the crop itself against Pillow's resize of the side that has to cover."""
+    data = read_split("folder", str(photo_folder), "val")
+    transform = build_eval_transform(size, crop_pct)
+    validated = SampleReader(data, transform, in_chans=3, seed=0, train=False)[0, 3][0]
+    _, views, _ = ViewReader(data, [(*size, 3, crop_pct)], [0, 1])[3]
+    assert torch.equal(views[0][0], validated) and torch.equal(views[0][1], validated.flip(-1))
+    share = crop_pct or (1.0 if max(size) > 224 else 0.875)
+    cover = [int(s / share) for s in size]
+    zoom = max(cover[0] / 32, cover[1] / 40)  # the photos are 40 x 32
+    if size[0] == size[1]:
+        w, h = int(40 * zoom), round(32 * zoom)
+        resized = Image.open(data.paths[3]).resize((w, h), Image.BICUBIC)
+        left, top = round((w - size[1]) / 2), round((h - size[0]) / 2)
+        expected = resized.crop((left, top, left + size[1], top + size[0]))
+        assert np.array_equal(np.asarray(expected), validated.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 24)])
+def test_view_1_of_an_image_in_memory_is_what_validation_sees(size):
+    data = read_split("digits", ".", "val")
+    loader = Loader(
+        data, batch_transform=BatchTransform((0.0,), (1.0,), size=size), batch_size=4, train=False, world=World()
+    )
+    validated = next(loader.epoch()).images[3]
+    _, views, _ = ViewReader(data, [(*size, 1, 1.0)], [0])[3]
+    assert torch.equal(normalize(views[0], (0.0,), (1.0,))[0], validated)
+
+
+def test_members_are_seen_as_each_was_validated_and_margin_overrides(photo_folder, tmp_path):
+    """One network under two checkpoints that differ in crop_pct, and one from before it was in meta."""
+    for name, crop in (("narrow", 0.6), ("whole", 1.0), ("old", None)):
+        save_member(tmp_path / name / "checkpoint-best.pth", VIT, seed=1, **({"crop_pct": crop} if crop else {}))
+    out, line = {}, ["--data_path", photo_folder / "val", "--views", 1, "--checkpoints"]
+    for name in ("narrow", "whole", "old"):
+        assert predict(*line, tmp_path / name, "--output_dir", tmp_path / f"out_{name}") == 0
+        out[name] = read_csv(tmp_path / f"out_{name}")[1]
+    net, meta = save_member(tmp_path / "again.pth", VIT, seed=1)
+    for name, crop in (("narrow", 0.6), ("whole", 1.0), ("old", 0.875)):
+        expected = reference(net, {**meta, "crop_pct": crop}, photo_folder / "val" / "red" / "red_01.png", [0])[0]
+        np.testing.assert_allclose(values(out[name], "red/red_01.png"), expected, atol=2e-6)
+    report = (tmp_path / "out_narrow" / "report.md").read_text()
+    assert "crop 0.6" in report and "margin" not in report
+    assert predict(*line, tmp_path / "narrow", "--margin", 3, "--output_dir", tmp_path / "margin") == 0
+    assert "--margin 3" in (tmp_path / "margin" / "report.md").read_text()
+    assert read_csv(tmp_path / "margin")[1] != out["narrow"]
+
+
 def test_run_leaves_its_report_and_pictures(predicted):
     report = (predicted / "report.md").read_text()
     pictures = ["class_distribution.png", "confusion.png", "reliability.png", "least_certain.png"]
@@ -151,9 +206,6 @@ def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path):
 
 
 def test_each_image_is_decoded_once(ensemble, photo_folder, tmp_path, monkeypatch):
-    from engine_predict import ViewReader
-    from util.datasets import read_unlabelled
-
     opened, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
     data = read_unlabelled(str(photo_folder / "val"))

@@ -162,6 +162,18 @@ def test_pil_and_tensor_input_are_the_same_and_stay_as_they_are():
     assert single.shape == (12, 1, 40, 56)
 
 
+def test_a_given_centre_is_the_first_view_and_what_is_made_of_it():
+    image, centre = picture(150, 200), saccadic_views(picture(120, 90), 48, [0])[0]
+    views, own = saccadic_views(image, 48, centre=centre), saccadic_views(image, 48)
+    pil = TF.to_pil_image(centre)
+    bright = ImageEnhance.Contrast(ImageEnhance.Brightness(pil).enhance(1.2)).enhance(1.2)
+    assert torch.equal(views[0], centre) and torch.equal(views[1], centre.flip(-1))
+    assert torch.equal(views[6], TF.pil_to_tensor(bright))
+    assert (views[11].int() - TF.gaussian_blur(centre, [3, 3], [0.5, 0.5]).int()).abs().max() <= 1
+    from_large = [2, 3, 4, 5, 7, 8, 9, 10]
+    assert torch.equal(views[from_large], own[from_large]) and not torch.equal(views[0], own[0])
+
+
 def test_wrong_arguments_are_errors():
     image = picture(150, 200)
     for views in ([], [12], [-1], ["centre"]):

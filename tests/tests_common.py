@@ -29,12 +29,13 @@ def finetune(*argv) -> int:
     return main_finetune.main([*map(str, argv)])
 
 
-def save_member(path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, **args):
+def save_member(path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, crop_pct=None,
+                **args):  # fmt: skip
     """A checkpoint as main_finetune.py writes it; loud enough random weights that images differ. Returns (net, meta)."""
     torch.manual_seed(seed)
     mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
     meta = {"kind": "classifier", **family, "global_pool": True, "img_size": list(size), "in_chans": in_chans,
-            "num_classes": len(classes), "classes": list(classes), "mean": mean, "std": std, "dataset": "folder"}  # fmt: skip
+            "num_classes": len(classes), "classes": list(classes), "mean": mean, "std": std, "dataset": "folder", **({"crop_pct": crop_pct} if crop_pct else {})}  # fmt: skip
     net = create_model(
         family["model"], num_classes=len(classes), img_size=size, in_chans=in_chans, **family["model_kwargs"]
     ).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from augment.image import default_crop_pct
 from models.rebuild import load_classifier
 from util.checkpoint import BEST, read_checkpoint
 from util.errors import UserError
@@ -48,6 +49,11 @@ class Net:
     std: tuple[float, ...]
     order: torch.Tensor
     channels_last: bool
+    crop_pct: float | None = None  # share of a resized file that its evaluation sees
+
+    @property
+    def input(self) -> tuple:
+        return (*self.size, self.in_chans, self.crop_pct)
 
 
 def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
@@ -129,8 +135,16 @@ def load_nets(members: list[Member], classes: list[str], device: torch.device) -
             conv = any(isinstance(c, nn.Conv2d) and c.kernel_size != c.stride for c in module.modules())
             module.to(device, memory_format=torch.channels_last) if conv else module.to(device)
             order = torch.tensor([meta["classes"].index(c) for c in classes], device=device)
-            nets.append(Net(module, m, tuple(meta["img_size"]), meta["in_chans"], tuple(meta["mean"]), tuple(meta["std"]), order, conv))  # fmt: skip
+            statistics = tuple(meta["mean"]), tuple(meta["std"])
+            nets.append(
+                Net(module, m, tuple(meta["img_size"]), meta["in_chans"], *statistics, order, conv, crop_pct_of(meta))
+            )
     return nets
+
+
+def crop_pct_of(meta: dict) -> float:
+    """The share of a resized file that evaluation sees; checkpoints of before it was in their meta went by their size."""
+    return float(meta.get("crop_pct") or default_crop_pct(meta["img_size"]))
 
 
 def short_names(members: list[Member]) -> list[str]:

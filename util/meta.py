@@ -10,6 +10,7 @@ from numbers import Real
 from util.errors import UserError
 
 LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
+LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
 # timm.create_model's arguments that fetch or open something, or return another thing than a classifier.
 FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
              "scriptable", "exportable", "no_jit"}  # fmt: skip
@@ -37,6 +38,7 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     check("classes", lambda v: _is_list(v) and all(isinstance(c, str) for c in v) and len(set(v)) == len(v), "names, each once")  # fmt: skip
     check("mean", lambda v: _are_numbers(v), "numbers")
     check("std", lambda v: _are_numbers(v) and min(v, default=1) > 0, "numbers above 0")
+    check("crop_pct", lambda v: _are_numbers([v]) and LEAST_CROP_PCT <= v <= 1, f"{LEAST_CROP_PCT} to 1")
     check("sigmas", lambda v: _are_numbers(v), "numbers")
     check("noprop", _is_plain_keywords, f"keywords with plain values up to {LARGEST}")
     needed = {"classifier": ("classes", "num_classes"), "pretrain": ("noprop",)}.get(str(meta.get("kind")))

@@ -4,6 +4,7 @@ import os
 
 from util.choices import ANNEALS, SCHEDULES, SPACES, TOKENS
 from util.errors import UserError
+from util.meta import LEAST_CROP_PCT
 from util.options import (
     Parser,
     add_data_options,
@@ -85,8 +86,9 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument("--vflip", type=fraction, default=0.0, help="upside-down probability: for views from above")
     group.add_argument("--scale", type=fraction, nargs=2, default=None, metavar=("MIN", "MAX"),
                        help="area share of the random crop (default: 0.08 1; photo: 0.7 1)")  # fmt: skip
-    group.add_argument("--crop_pct", type=number(float, 0, 1, open_low=True), default=None,
-                       help="share of the resized image that evaluation sees (default: 0.875 up to 224 pixels, else 1)")  # fmt: skip
+    group.add_argument("--crop_pct", type=number(float, LEAST_CROP_PCT, 1), default=None,
+                       help="share of the resized image that evaluation and view 1 of main_predict see (default: the "
+                       "checkpoint's, or 0.875 up to 224 pixels, else 1)")  # fmt: skip
     group.add_argument("--smoothing", type=number(float, 0, 1, open_high=True), default=0.1, help="label smoothing")
     group.add_argument(
         "--reprob", type=fraction, default=None, help="random erasing (default: 0.25; photo: 0.2; light, none: 0)"

@@ -41,7 +41,7 @@ def get_args_parser() -> Parser:
                         help="1: centre crop; 12: all; or a list of numbers 1 to 12 or names: 1,2,5 or centre,blur")  # fmt: skip
     parser.add_argument("--margin", type=count, default=None,
                         help="pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
-                        "whole images, where what matters reaches the border (default: 32, less below 224 pixels)")  # fmt: skip
+                        "whole images (default: what each checkpoint's evaluation saw, its --crop_pct)")  # fmt: skip
     parser.add_argument(
         "--data_path", default=None, help="folder of images; labelled if in folders named after the classes"
     )

@@ -18,7 +18,7 @@ from util.datasets import ArrayDataset
 from util.ensemble import Combiners, Stacked
 from util.folds import write_csv
 from util.labels import spreadsheet_safe
-from util.members import Member, short_names
+from util.members import Member, crop_pct_of, short_names
 from util.plots import plot_confusion
 from util.report import write_text
 
@@ -255,7 +255,7 @@ def write_all(
 def member_facts(members: list[Member], combiners: Combiners) -> list[dict]:
     facts = []
     for i, (name, m) in enumerate(zip(short_names(members), members)):
-        facts.append({"name": name, "model": m.model, "checkpoints": m.paths, "img_size": m.metas[0]["img_size"], "in_chans": m.metas[0]["in_chans"]})  # fmt: skip
+        facts.append({"name": name, "model": m.model, "checkpoints": m.paths, "img_size": m.metas[0]["img_size"], "in_chans": m.metas[0]["in_chans"], "crop_pct": crop_pct_of(m.metas[0])})  # fmt: skip
         if combiners.val_scores:
             facts[-1] |= {
                 combiners.val_score: combiners.val_scores[i],
@@ -269,7 +269,7 @@ def member_table(members: list[Member], combiners: Combiners) -> list[str]:
     lines = ["| member | model | networks | input |" + (f" best val {score} % | weight by it |" if score else "")]
     lines.append("|---" * (6 if score else 4) + "|")
     for f in member_facts(members, combiners):
-        size = f"{f['in_chans']} x {f['img_size'][0]} x {f['img_size'][1]}"
+        size = f"{f['in_chans']} x {f['img_size'][0]} x {f['img_size'][1]}, crop {f['crop_pct']:g}"
         line = f"| {cell(f['name'])} | {f['model']} | {len(f['checkpoints'])} | {size} |"
         lines.append(line + (f" {f[score]:.2f} | {f['weight']:.4f} |" if score else ""))
     if "stacked" in combiners.ways:

@@ -5,6 +5,7 @@ The result is `meta`: all that rebuilds a classifier without a flag. It goes int
 
 import timm
 
+from augment.image import default_crop_pct
 from util.choices import is_mae_name
 from util.data_specs import DATASETS
 from util.errors import UserError
@@ -50,6 +51,11 @@ def resolve_meta(args, classes: list[str], source: dict | None = None) -> dict:
         normalisation = spec.normalisation(in_chans)
     mean, std = choose_normalisation(args, in_chans, normalisation)
 
+    # What evaluation sees of a file stays what it was for the checkpoint, at another size when it is only evaluated.
+    crop_pct = getattr(args, "crop_pct", None)
+    if crop_pct is None and (getattr(args, "eval", True) or size == _pair(source.get("img_size"))):
+        crop_pct = source.get("crop_pct")
+
     if args.nb_classes is not None and args.nb_classes < len(classes):
         raise UserError(f"--nb_classes {args.nb_classes}: the data has {len(classes)} classes")
     return {
@@ -63,6 +69,7 @@ def resolve_meta(args, classes: list[str], source: dict | None = None) -> dict:
         "classes": list(classes),
         "mean": list(mean),
         "std": list(std),
+        "crop_pct": float(crop_pct or default_crop_pct(size)),
         "dataset": args.dataset,
     }
 
