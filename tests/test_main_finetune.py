@@ -47,21 +47,14 @@ def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, nproc):
-    line = [
-        "--eval",
-        "--resume",
-        uninterrupted / "checkpoint-best.pth",
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--batch_size",
-        50,
-    ]
-    best = max(line["val_acc1"] for line in read_log(str(uninterrupted / "log.txt")))
-    assert Ranks(nproc, lambda: finetune(*line), tmp_path / "said.txt").exit_codes() == [0] * nproc
-    assert f"360 test images: {best:.2f}%" in (tmp_path / "said.txt").read_text()
+def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, capsys, nproc):
+    """In fp32: bf16 may round a sample's logits in another way in a batch of another size."""
+    line = ["--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
+    assert finetune(*line) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "360 test images: " in said
+    assert Ranks(nproc, lambda: finetune(*line, "--batch_size", 50), tmp_path / "said.txt").exit_codes() == [0] * nproc
+    assert said in (tmp_path / "said.txt").read_text().splitlines()
 
 
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):

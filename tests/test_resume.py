@@ -73,7 +73,8 @@ def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_pat
 
 def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
     line = ["--dataset", "digits", "--model", "test_resnet", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
-            "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0]  # fmt: skip
+            "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0,
+            "--amp", "off"]  # fmt: skip
     assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
     head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
     torch.manual_seed(0)

@@ -18,7 +18,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
 # A net that trains in a second on digits, with everything random switched on.
 TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--drop_path", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--save_freq", "1", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
-PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu"]  # fmt: skip
+# Nothing random and fp32: what different runs of it reach can be compared.
+PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu", "--amp", "off"]  # fmt: skip
 
 VIT = {"model": "vit_custom_patch8", "model_kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}}
 CONV = {"model": "resnet10t", "model_kwargs": {}}

@@ -164,7 +164,15 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """True where bf16 matmuls run in hardware; elsewhere they are emulated and slower than fp32."""
+    """True where bf16 matmuls run in hardware; elsewhere they are emulated and slower than fp32.
+
+    The environment's NOISEVIT_BF16, 1 or 0, overrules the machine: each can run what the others run by default.
+    """
+    forced = os.environ.get("NOISEVIT_BF16", "")
+    if forced not in ("", "0", "1"):
+        raise UserError(f"NOISEVIT_BF16={forced}: should be 1 (as if the device computed bf16), 0 (as if not) or unset")
+    if forced:
+        return forced == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
