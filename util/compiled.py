@@ -27,7 +27,10 @@ def compile_net(net: nn.Module) -> None:
     resumed, but with other numbers than without --compile.
     """
     # --noise_anneal changes AlphaBlend's timestep at every epoch: a variable of the graph, not a new graph each time.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    if hasattr(
+        torch._dynamo.config, "allow_unspec_int_on_nn_module"
+    ):  # torch 2.6 has no such choice, and compiles anew
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
     net.compile(backend=BACKEND)
 
 

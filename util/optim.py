@@ -5,8 +5,9 @@ from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-# Exempt in every model: MAE exempts the first two, DeiT and timm the rest.
-NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token"}
+# Exempt in every model: MAE exempts the first two, DeiT and timm the rest; Swin-V2's logit_scale, which timm before 1.0.16
+# meant to name and did not.
+NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token", "logit_scale"}
 
 
 def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
