@@ -1,6 +1,7 @@
 """Frozen features, k-NN and the linear probe."""
 
 import json
+import os
 from argparse import Namespace
 
 import numpy as np
@@ -17,10 +18,11 @@ from models.noprop_mae import NoPropMAE
 from util import features
 from util.data import Loader
 from util.datasets import ArrayDataset, read_split
-from util.dist import Precision, World
+from util.dist import Precision, World, init_world
 from util.errors import UserError
-from util.features import choose_l2, extract, knn_predict, linear_probe, pooled_features
+from util.features import choose_l2, extract, gather_rows, knn_predict, linear_probe, pooled_features
 from util.frozen import load_encoder, read_content
+from util.options import run_main
 
 KEYWORDS = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0)
 
@@ -198,6 +200,43 @@ def test_two_ranks_score_as_one(tmp_path, capsys):
     for key in ("knn_acc1", "linear_acc1", "linear_l2"):
         assert other[key] == pytest.approx(result[key], abs=0.3)
     assert "| linear probe |" in (two / "report.md").read_text()
+
+
+def test_rank_0_alone_gets_the_rows_of_all_ranks_in_order(monkeypatch):
+    """Of 11 images on 3 ranks; number 4 could not be read, and rank 2 has seen none."""
+    monkeypatch.setattr(features, "ELEMENTS", 10)  # pieces of 2 rows of 5 numbers
+    whole = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+    readable = {0: [0, 3, 6, 9], 1: [1, 7, 10], 2: []}
+
+    def call() -> int:
+        world = init_world("cpu", timeout_minutes=1)
+        index = torch.tensor(readable[world.rank], dtype=torch.long)
+        rows = whole[index] if len(index) else torch.empty(0, 0)
+        got, where = gather_rows(rows, index)
+        expected = [0, 1, 3, 6, 7, 9, 10] if world.is_main else readable[world.rank]
+        assert where.tolist() == expected
+        assert torch.equal(got, whole[where]) if expected else len(got) == 0
+        return 0
+
+    assert Ranks(3, call).exit_codes() == [0, 0, 0]
+
+
+def test_a_rank_whose_features_are_not_finite_ends_all_in_one_line(tmp_path, monkeypatch):
+    real = features.pooled_features
+
+    def broken_on_rank_1(model, images, pool):
+        return real(model, images, pool) * (float("nan") if os.environ.get("RANK") == "1" else 1.0)
+
+    monkeypatch.setattr(features, "pooled_features", broken_on_rank_1)
+    line = ["--model", "vit_custom_patch4", "--random_init", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2",
+            "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
+
+    def call() -> None:
+        run_main(lambda: main_linprobe.main(line))
+
+    assert Ranks(2, call, tmp_path / "said.txt").exit_codes() == [2, 2]
+    said = (tmp_path / "said.txt").read_text()
+    assert said.count("NaN or infinite") == 2 and "another rank" not in said, said
 
 
 def test_the_checkpoint_names_its_data_set():

@@ -1,11 +1,12 @@
 """Frozen features, computed once, and two readings of what they know: a weighted k-NN and a linear probe."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from util.data import Loader
-from util.dist import Precision, World, all_reduce
+from util.dist import Precision, World, all_reduce, gather_objects
 from util.errors import UserError
 from util.log import Progress
 
@@ -34,30 +35,64 @@ def pooled_features(model: nn.Module, images: torch.Tensor, pool: str) -> torch.
 def extract(
     model: nn.Module, loader: Loader, precision: Precision, world: World, pool: str, name: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features float32 [N, D], targets int64 [N]) of all images of an evaluation loader, on the CPU of every rank.
+    """(features float32 [N, D], targets int64 [N]) of all images of an evaluation loader, on rank 0's CPU.
 
-    Each rank computes its share. Unreadable images (--on_bad_image skip) are left out. UserError on NaN or inf.
+    Each rank computes its share, keeps only that and returns it. Unreadable images (--on_bad_image skip) are left out.
+    UserError on NaN or inf.
     """
     model.eval()
-    N, D = len(loader.data), 0
-    features, seen = torch.empty(0), torch.zeros(N)
+    features, index, done = torch.empty(0, 0), torch.empty(0, dtype=torch.long), 0
     progress = Progress(f"features {name}".strip(), len(loader), every=100, enabled=world.is_main)
     for step, batch in enumerate(loader.epoch()):
         with precision.autocast():
             z = pooled_features(model, batch.images, pool).float().cpu()
-        if D == 0:
-            D = z.shape[1]
-            features = torch.zeros(N, D)
-        features[batch.index], seen[batch.index] = z, 1.0
+        if done == 0:
+            n = len(range(world.rank, len(loader.data), world.size))  # at most
+            features, index = torch.empty(n, z.shape[1]), torch.empty(n, dtype=torch.long)
+        features[done : done + len(z)], index[done : done + len(z)] = z, batch.index
+        done += len(z)
         progress.step = step + 1
-        progress.update({"images": int(seen.sum())} if progress.due else None)
+        progress.update({"images": done} if progress.due else None)
     progress.close()
-    D = int(all_reduce(torch.tensor(D), "max"))  # a rank of a tiny set may have seen none
-    features = all_reduce(features if len(features) else torch.zeros(N, D))
-    seen = all_reduce(seen) > 0
-    if not torch.isfinite(features).all():
+    features, index = features[:done], index[:done]
+    finite = all_reduce(torch.tensor(int(torch.isfinite(features).all())), "min")  # all ranks stop, or none
+    if not finite:
         raise UserError("the encoder's features hold NaN or infinite values; are its weights sound?")
-    return features[seen], loader.data.targets[seen]
+    features, index = gather_rows(features, index)
+    return features, loader.data.targets[index]
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On rank 0 the rows [n, D] of all ranks with their index [n], in its order; on the others, what they gave.
+
+    index ascends. One rank after the other, in pieces, so that rank 0 holds the result and one piece more.
+    """
+    shapes = gather_objects(tuple(rows.shape))
+    if len(shapes) == 1:
+        return rows, index
+    rank, D = dist.get_rank(), max(d for _, d in shapes)  # a rank of a tiny set may have seen no image, and so no D
+    step = max(1, ELEMENTS // max(1, D))
+    pieces = [(r, at, min(at + step, n)) for r, (n, _) in enumerate(shapes) for at in range(0, n, step)]
+    if rank:
+        for r, start, stop in pieces:
+            if r == rank:
+                dist.send(index[start:stop].contiguous(), 0)
+        for r, start, stop in pieces:
+            if r == rank:
+                dist.send(rows[start:stop].contiguous(), 0)
+        return rows, index
+    indices = [index] + [torch.empty(n, dtype=torch.long) for n, _ in shapes[1:]]
+    for r, start, stop in pieces:
+        if r:
+            dist.recv(indices[r][start:stop], r)
+    order = torch.cat(indices).sort().values
+    out = torch.empty(len(order), D)
+    for r, start, stop in pieces:
+        piece = rows[start:stop] if r == 0 else torch.empty(stop - start, D)
+        if r:
+            dist.recv(piece, r)
+        out[torch.searchsorted(order, indices[r][start:stop])] = piece
+    return out, order
 
 
 def knn_predict(
