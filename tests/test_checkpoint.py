@@ -27,7 +27,7 @@ from util.run import Run
 def state(epoch: int, step: int = 0) -> dict:
     return {
         "format": 1, "kind": "finetune", "epoch": epoch, "step": step, "meta": {"model": "x", "classes": ["a"]},
-        "model": {"w": torch.full((1000,), float(epoch))}, "optimizer": {"state": {}}, "scaler": {}, "rng": [rng_state()],
+        "model": {"w": torch.full((1000,), float(epoch))}, "optimizer": {"state": {}}, "scaler": {}, "rng": [rng_state(torch.device("cpu"))],
     }  # fmt: skip
 
 
@@ -129,8 +129,8 @@ def test_kill_between_the_two_renames_loses_nothing(tmp_path):
 def test_generators_go_on_where_they_were():
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
     np.random.randn(), random.gauss(0, 1)  # leave a cached normal behind
-    saved = rng_state()
+    saved = rng_state(torch.device("cpu"))
     first = torch.rand(3), np.random.randn(3), random.gauss(0, 1), random.random()
-    set_rng_state(saved)
+    set_rng_state(saved, torch.device("cpu"))
     second = torch.rand(3), np.random.randn(3), random.gauss(0, 1), random.random()
     assert torch.equal(first[0], second[0]) and (first[1] == second[1]).all() and first[2:] == second[2:]

@@ -231,8 +231,11 @@ def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr))
     return max(usable, key=lambda item: item[0])[1] if usable else None
 
 
-def rng_state() -> dict:
-    """This process's generators, as tensors and primitives (weights_only can read them)."""
+def rng_state(device: torch.device) -> dict:
+    """This process's generators, as tensors and primitives (weights_only can read them).
+
+    CUDA's only for a run on CUDA: asking for it opens a context there, some 500 MB of the GPU per process.
+    """
     name, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
@@ -240,20 +243,20 @@ def rng_state() -> dict:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, cached],
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_rng_state(state: dict) -> None:
+def set_rng_state(state: dict, device: torch.device) -> None:
     """Inverse of `rng_state`. Generator states are CPU tensors whatever device the checkpoint was mapped to."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, pos, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def peek_meta(path: str) -> dict | None:

@@ -65,6 +65,11 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+# NCCL's watchdog aborts the process without a word of ours. So it waits longer than gloo, whose timeout ends in one line
+# (`lost_rank`, and Interrupts of util/run.py while the main thread stands behind a kernel of NCCL that never ends).
+NCCL_LATER = datetime.timedelta(minutes=2)
+
+
 def init_world(
     device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10.0, deterministic: bool = False
 ) -> World:
@@ -80,12 +85,16 @@ def init_world(
     torch.use_deterministic_algorithms(deterministic)
     if dev.type == "cpu":
         keep_freed_memory()
+        # Out of sight: torch itself looks at a GPU that is there (AdamW at each step), and so opens a context on it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if dev.type == "cuda":
         torch.cuda.set_device(dev)
         # cuDNN's benchmark picks by time measured, so another algorithm, and other roundings, at another start.
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
-        torch.set_float32_matmul_precision("high")
+        # fp32 is fp32: TF32 keeps 10 bits of a factor's 23, and is on for cuDNN's convolutions if nothing is said.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and size > 1:
         # gloo beside nccl: objects, flags and barriers travel on the CPU and never wait for a kernel.
         backend = "cpu:gloo,cuda:nccl" if dev.type == "cuda" else "gloo"
@@ -98,6 +107,8 @@ def init_world(
         # dead: keys of its own for each attempt.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        if dev.type == "cuda":
+            dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(timeout + NCCL_LATER)
     else:
         size, rank = 1, 0
     return World(rank, size, local_rank, dev)
@@ -108,20 +119,28 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+# What gloo, torch's store and NCCL say of another rank; tests/test_dist.py has the whole texts.
+GONE = ("onnection closed", "onnection reset", "onnection refused", "onnection was likely closed", "Broken pipe",
+        "remote process exit", "remote peer", "communicator was aborted")  # fmt: skip
+NOT_A_RANK = ("CUDA error", "DataLoader")  # these time out by themselves
+
+
 def lost_rank(error: RuntimeError) -> UserError | None:
     """What happened, if a collective failed because another rank hangs or is gone; None for any other error."""
     text = " ".join(str(error).split())
     hangs = "timed out" in text.lower() or "timeout" in text.lower()
-    gone = any(words in text for words in ("onnection closed", "onnection reset", "onnection refused", "Broken pipe"))
-    if not dist.is_initialized() or not (hangs or gone):
+    gone = any(words in text for words in GONE)
+    broken = "unhandled system error" in text  # NCCL's name for any system call that fails
+    if not dist.is_initialized() or not (hangs or gone or broken) or any(words in text for words in NOT_A_RANK):
         return None
-    happened = (
-        "waited for another rank longer than --timeout_minutes: one that reports nothing hangs"
-        if hangs
-        else "another rank died; what it said last is above"
-    )
+    if hangs:
+        happened = "waited for another rank longer than --timeout_minutes: one that reports nothing hangs"
+    elif gone:
+        happened = "another rank died; what it said last is above"
+    else:
+        happened = "the exchange with another rank failed: it died, or /dev/shm is full (NCCL_DEBUG=INFO tells more)"
     return UserError(
-        f"rank {dist.get_rank()} of {dist.get_world_size()}: {happened} ({text[:120]}); the last checkpoint is kept, "
+        f"rank {dist.get_rank()} of {dist.get_world_size()}: {happened} ({text[:160]}); the last checkpoint is kept, "
         "--resume auto goes on; torchrun's --max-restarts does so by itself"
     )
 

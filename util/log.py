@@ -236,7 +236,7 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()} x {torch.cuda.device_count()}" if torch.cuda.is_available() else ""),
+        + (f", {torch.cuda.get_device_name()} x {torch.cuda.device_count()}" if torch.cuda.is_initialized() else ""),
     }
 
 

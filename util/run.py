@@ -1,19 +1,25 @@
 """The life of a run, the same for pretraining and fine-tuning: position, signals, saving, resuming."""
 
+import inspect
+import os
 import signal
+import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from queue import SimpleQueue
 
 import torch
 import torch.distributed as dist
 
 from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, rng_state, set_rng_state
-from util.dist import World, broadcast_object, gather_objects
+from util.dist import World, broadcast_object, gather_objects, lost_rank
 from util.errors import UserError
 from util.log import RunLog
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
+MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
 
 
@@ -40,7 +46,7 @@ class Interrupts:
     """SIGTERM, SIGUSR1, SIGINT and the save timer, agreed by all ranks at the same step without stalling one.
 
     Each poll starts a small all-reduce on a group of its own and reads the one before, which ran beside the step. A
-    second SIGINT interrupts at once.
+    second SIGINT interrupts at once. A thread waits for the all-reduces as well: see `_watch`.
     """
 
     def __init__(self, save_every_minutes: float = 0.0, timeout_minutes: float = 10.0):
@@ -50,6 +56,9 @@ class Interrupts:
         timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.pending = None
+        self.watched, self.closed = SimpleQueue(), threading.Event()
+        if self.group is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
 
@@ -59,7 +68,9 @@ class Interrupts:
         self.stop = True
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Give the signals back, let the thread end."""
+        self.closed.set()
+        self.watched.put(None)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -76,9 +87,25 @@ class Interrupts:
                 stop, save = bool(flags[0]), bool(flags[1])
             flags = torch.tensor([int(self.stop), int(save_due)])
             self.pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True), flags
+            self.watched.put(self.pending[0])
         if save:
             self.next_save = time.monotonic() + self.period
         return stop, save
+
+    def _watch(self) -> None:
+        """End the process in one line when another rank hangs or is gone and the main thread cannot tell.
+
+        Behind a kernel of NCCL that never ends, it stands still in its next launch or copy.
+        """
+        for work in iter(self.watched.get, None):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                lost = lost_rank(error)
+                if lost is None or self.closed.wait(MAIN_THREAD_FIRST):
+                    return
+                print(f"{os.path.basename(sys.argv[0])}: error: {lost}", file=sys.stderr, flush=True)
+                os._exit(2)
 
 
 class Run:
@@ -116,7 +143,7 @@ class Run:
             "ema": ema.module.state_dict() if ema is not None else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "rng": gather_objects(rng_state()),
+            "rng": gather_objects(rng_state(self.world.device)),
         }
 
     def save(self, state: dict, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
@@ -213,7 +240,7 @@ class Run:
             scale = steps * self.world.size / len(parts)
             self.position.sums = {k: scale * sum(p[k] for p in parts) for k in parts[0]}
         if len(content["rng"]) == self.world.size:
-            set_rng_state(content["rng"][self.world.rank])
+            set_rng_state(content["rng"][self.world.rank], self.world.device)
 
     def _go_on_after_as_many_images(self, global_batch: int) -> None:
         """--force_resume: the epoch's order of samples is the same for any batch size, so none is left out and none, but
@@ -265,8 +292,16 @@ def restore_optimizer(optimizer, state: dict) -> None:
 
 
 def wrap_ddp(model, world: World):
-    """DistributedDataParallel, or the model itself in a single process."""
+    """DistributedDataParallel, or the model itself in a single process.
+
+    DDP would send rank 0's buffers to the others at every update: 86 MB of attention masks and position tables for
+    Swin-V2-B at 384 px, which never change. No training step reads the ones that do, BatchNorm's statistics; what reads
+    them takes rank 0's (util.dist.broadcast_buffers before an evaluation, and checkpoints, which rank 0 writes).
+    """
     if world.size == 1:
         return model
+    DDP = torch.nn.parallel.DistributedDataParallel
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    new = "forward_sync_buffers" in inspect.signature(DDP.__init__).parameters  # its name since torch 2.14
+    keep = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **keep)
