@@ -1,5 +1,6 @@
 """Members from paths, weights, stacking, calibration, labels: against scikit-learn, torchmetrics and hand-made numbers."""
 
+import csv
 import json
 import math
 
@@ -14,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from util.calibration import expected_calibration_error, reliability, scores
 from util.ensemble import Weighted, build_combiners, read_oof, validation_scores
 from util.errors import UserError
-from util.labels import read_images, spreadsheet_safe
+from util.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
 from util.members import Member, find_members, short_names
 
 CLASSES = ["cat", "dog", "owl"]
@@ -268,7 +269,41 @@ def test_folder_is_labelled_only_if_every_image_is_in_a_class_folder(images):
     assert "not scored" in notes[0] and "has b" in notes[0] and "1 .heic" in notes[1]
 
 
+@pytest.mark.parametrize(
+    "label,classes,number",
+    [
+        ("cats ", ["cats", "cats "], 1),
+        ("cats", ["cats", "cats "], 0),
+        ("cats", ["cats ", "dogs"], 0),  # an editor of tables cut the space off
+        ("cats  ", ["cats ", "dogs"], 0),
+        ("'-1", ["-1", "0"], 0),
+        ("'-1", ["'-1", "-1"], 0),
+        ("-1", ["'-1", "-1"], 1),
+        (" '-1 ", ["-1", "0"], 0),
+        ("a\rb", ["a\rb", "a"], 0),
+        ("cats", [" cats", "cats "], None),  # could be either
+        ("'cats", ["cats", "dogs"], None),
+        ("", ["cats", "dogs"], None),
+    ],
+)
+def test_a_class_is_found_by_its_exact_name_first(label, classes, number):
+    assert class_finder(classes)(label) == number
+
+
+def test_images_are_found_by_their_exact_names_first(tmp_path):
+    names = ["-1.jpg", "'-1.jpg", " x.jpg", "x.jpg", "y .jpg", "z\r.jpg"]
+    for name in names:
+        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "a" / name).touch()
+    rows = [("-1.jpg", "a"), ("'-1.jpg", "b"), (" x.jpg", "a"), ("a/x.jpg", "b"), ("y", "a"), ("z\r.jpg", "b")]
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("ID", "label"), *rows])
+    data, ids, notes = read_images("folder", str(tmp_path / "images"), ["a", "b"], str(tmp_path / "labels.csv"))
+    assert dict(zip(ids, data.targets.tolist())) == {f"a/{n}": i % 2 for i, n in enumerate(names)} and not notes
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
-def test_fields_never_start_a_formula(text):
+def test_safe_fields_never_start_a_formula(text):
     assert spreadsheet_safe(text) == "'" + text and spreadsheet_safe("'" + text) == "'" + text
-    assert spreadsheet_safe("a" + text) == "a" + text
+    assert spreadsheet_safe("a" + text) == "a" + text and without_apostrophe("'a" + text) == "'a" + text
+    assert without_apostrophe("'" + text) == text == without_apostrophe(text)

@@ -182,8 +182,8 @@ def test_names_of_any_bytes_go_through_training_tables_and_messages(tmp_path, ca
     argv = ["--data_path", os.fsdecode(root), "--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16", "--epochs", "1", "--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--kfold", "2", "--output_dir", str(out), "--aug", "none"]  # fmt: skip
     assert main_finetune.main(argv) == 0
     header, *rows = list(csv.reader(io.StringIO((out / "oof.csv").read_text("utf-8"))))
-    assert header == ["ID", "fold", "True", "'=1+1", "caf\\xe9"] and len(rows) == 8
-    assert all(field[:1] not in "=+-@" for row in rows for field in row)
+    assert header == ["ID", "fold", "True", "=1+1", "caf\\xe9"] and len(rows) == 8
+    assert sorted(row[0] for row in rows)[:2] == ["=1+1/@\\xff\n0.png", "=1+1/@\\xff\n1.png"]
     folds = [out / "fold-0" / BEST, out / "fold-1" / BEST]
     metas = [read_checkpoint(str(p)) for p in folds]
     assert metas[0]["meta"]["classes"] == ["=1+1", "caf\\xe9"]
@@ -193,11 +193,32 @@ def test_names_of_any_bytes_go_through_training_tables_and_messages(tmp_path, ca
     assert "caf\\xe9.jpg" in capsys.readouterr().out
 
 
-def test_out_of_fold_names_are_not_formulas(tmp_path):
-    data = FileDataset(["/d/-a.png"], torch.tensor([0]), ["+x", "y"], "/d")
+def test_out_of_fold_files_have_names_as_they_are_and_every_digit(tmp_path):
+    """A network with one more output than there are classes: its share goes to the classes that there are."""
+    names, classes = ["-a.png", " b\r.png", "'-c.png", 'd"\n,.png'], ["+x", "y "]
+    data = FileDataset([f"/d/{n}" for n in names], torch.tensor([0, 1, 1, 0]), classes, "/d")
+    p = np.array([[0.25, 0.75, 0], [1e-9, 0.5, 0.5], [1, 0, 0], [0.1, 0.2, 0.7]], dtype=np.float32)
 
     class Evaluated:
-        index, probabilities = np.array([0]), np.array([[0.25, 0.75]])
+        index, probabilities = np.arange(4), p
 
     write_oof(str(tmp_path), 0, data, Evaluated)
-    assert (tmp_path / "oof.csv").read_text() == "ID,fold,True,'+x,y\n'-a.png,0,'+x,0.250000,0.750000\n"
+    assert (tmp_path / "oof.csv").read_text().startswith("ID,fold,True,+x,y \n-a.png,0,+x,0.25,0.75\n")
+    meta = {"classes": classes[::-1], "num_classes": 3}
+    table = read_oof([Member("x", [str(tmp_path / "checkpoint-best.pth")], [{"meta": meta}])], classes[::-1])
+    assert table.ids == sorted(names) and table.targets.tolist() == [
+        [1, 0, 0, 1][names.index(n)] for n in sorted(names)
+    ]
+    whole = p[:, 1::-1].astype(float) / p[:, :2].sum(1, keepdims=True, dtype=float)
+    np.testing.assert_allclose(table.probabilities[0], whole[[names.index(n) for n in sorted(names)]], rtol=1e-8)
+
+
+def test_out_of_fold_files_of_older_versions_are_read(tmp_path):
+    """Six decimals, an apostrophe before what a spreadsheet would run, and a column for each output without a name."""
+    (tmp_path / "oof.csv").write_text(
+        "ID,fold,True,'+x,y\n'-a.png,0,'+x,0.250000,0.500000,0.250000\nb.png,0,y,0.000000,0.900000,0.100000\n"
+    )
+    meta = {"classes": ["+x", "y"], "num_classes": 3}
+    table = read_oof([Member("x", [str(tmp_path / "checkpoint-best.pth")], [{"meta": meta}])], ["+x", "y"])
+    assert table.ids == ["-a.png", "b.png"] and table.targets.tolist() == [0, 1]
+    np.testing.assert_allclose(table.probabilities[0], [[1 / 3, 2 / 3], [0, 1]])

@@ -229,17 +229,27 @@ def test_unreadable_image_is_an_error_that_names_it_or_an_empty_row(ensemble, tm
         predict(*line, "--output_dir", out, "--on_bad_image", "skip")
 
 
-def test_names_are_safe_in_spreadsheets_and_pictures_of_another_run_go(ensemble, tmp_path):
+def test_names_are_written_as_they_are_or_safe_for_spreadsheets_and_pictures_of_another_run_go(ensemble, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     out.mkdir()
     (out / "confusion.png").touch()
     image = Image.new("RGB", (33, 47), (10, 90, 200))
-    names = [b"=cmd().png", b"-1.png", b"caf\xc3\xa9, \xe2\x98\x95.png", b"latin\xe9.png", b"two\nlines.png"]
+    names = [
+        b"=cmd().png",
+        b"-1.png",
+        b"caf\xc3\xa9, \xe2\x98\x95.png",
+        b"latin\xe9.png",
+        b"two\nlines.png",
+        b"a\r.png",
+        b' "b" .png',
+    ]
     for name in names:
         image.save(os.path.join(os.fsencode(images), name).decode("utf-8", "surrogateescape"))
-    assert predict("--checkpoints", ensemble[0][0], "--data_path", images, "--output_dir", out, "--views", 1) == 0
-    assert set(read_csv(out)[1]) == {"'=cmd().png", "'-1.png", "café, ☕.png", "latin\\xe9.png", "two\nlines.png"}
+    line = ["--checkpoints", ensemble[0][0], "--data_path", images, "--output_dir", out, "--views", 1]
+    others = {"café, ☕.png", "latin\\xe9.png", "two\nlines.png", "a\r.png", ' "b" .png'}
+    assert predict(*line) == 0 and set(read_csv(out)[1]) == {"=cmd().png", "-1.png"} | others
+    assert predict(*line, "--spreadsheet_safe") == 0 and set(read_csv(out)[1]) == {"'=cmd().png", "'-1.png"} | others
     assert not (out / "confusion.png").exists() and (out / "least_certain.png").exists()
     assert "No labels, no scores" in (out / "report.md").read_text()
 

@@ -5,13 +5,14 @@ Probabilities are float64 [M, N, C]: members, images, classes in the first membe
 
 import csv
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from util.errors import UserError
-from util.labels import spreadsheet_safe
+from util.labels import without_apostrophe
 from util.log import read_log
 from util.members import Member
 
@@ -190,29 +191,45 @@ def read_oof(members: list[Member], classes: list[str], flag: str = "--weights s
 
 def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[int, int, list[float]]]:
     """image -> (fold, class number, probabilities), from oof.csv beside each of the member's checkpoints."""
-    number, table = {spreadsheet_safe(c): i for i, c in enumerate(classes)}, {}
-    for path in (os.path.join(os.path.dirname(p), "oof.csv") for p in member.paths):
+    table = {}
+    for checkpoint, meta in zip(member.paths, member.metas):
+        path = os.path.join(os.path.dirname(checkpoint), "oof.csv")
         if not os.path.isfile(path):
             raise UserError(
                 f"{flag}: {member.name} has no out-of-fold file ({path}); "
                 "train it with main_finetune.py --kfold 5 and give that --output_dir"
             )
         try:
-            with open(path, encoding="utf-8", newline="") as file:
-                header, *rows = list(csv.reader(file))
-            order = [number[spreadsheet_safe(name)] for name in header[3:]]
-            if sorted(order) != list(range(len(classes))):
-                raise ValueError("its columns are not the members' classes")
-            for name, fold, true, *values in rows:
-                p = [0.0] * len(classes)
-                for i, value in zip(order, values, strict=True):
-                    p[i] = float(value)
+            for name, *row in _rows_of(path, classes, meta.get("num_classes", len(classes))):
                 if name in table:
                     raise ValueError(f"{name} is in it twice")
-                table[name] = (int(fold), number[spreadsheet_safe(true)], p)
+                table[name] = tuple(row)
         except (ValueError, KeyError, csv.Error) as error:
             reason = f"unknown class {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{flag}: {path}: not readable as an out-of-fold file ({reason})") from None
     if not table:
         raise UserError(f"{flag}: the out-of-fold files of {member.name} are empty")
     return table
+
+
+def _rows_of(path: str, classes: list[str], outputs: int) -> Iterator[tuple[str, int, int, list[float]]]:
+    """(image, fold, class number, probabilities in the order of `classes`) per line of an oof.csv.
+
+    Older versions wrote six decimals, an apostrophe before names such as -1, and all `outputs` of a network that has more
+    of them than there are classes.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    old = all(len(value) == 8 and value[1] == "." for row in rows for value in row[3:])
+    plain = without_apostrophe if old else str
+    number = {c: i for i, c in enumerate(classes)}
+    order = [number[plain(name)] for name in header[3:]]
+    if sorted(order) != list(range(len(classes))):
+        raise ValueError("its columns are not the members' classes")
+    for name, fold, true, *values in rows:
+        p = np.array([float(value) for value in values])
+        if len(p) not in (len(order), outputs) or not ((p >= 0) & (p <= 1)).all() or p[: len(order)].sum() == 0:
+            raise ValueError(f"{plain(name)} has not a probability for each class")
+        if len(p) > len(order):
+            p = p[: len(order)] / p[: len(order)].sum()
+        yield plain(name), int(fold), number[plain(true)], p[np.argsort(order)].tolist()

@@ -5,14 +5,14 @@ import csv
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from util.checkpoint import LAST, numbered_checkpoints, write_atomic
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
-from util.image_files import printable
-from util.labels import spreadsheet_safe
+from util.labels import image_id
 from util.log import survive
 
 RESULT = "result.json"
@@ -90,25 +90,31 @@ def run_all(args, world: World, train_one) -> int:
 
 
 def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
-    """oof.csv: ID, fold, true class, one probability per class, for the fold's validation images."""
+    """oof.csv: ID, fold, true class, one probability per class of the data, for the fold's validation images."""
+    C = len(data.classes)
+    p = evaluated.probabilities.astype(np.float64)
+    if p.shape[1] > C:  # --nb_classes above the data's: as main_predict.py has it, among the classes that there are
+        p = p[:, :C] / p[:, :C].sum(1, keepdims=True)
     rows = []
-    safe = [spreadsheet_safe(c) for c in data.classes]
-    for i, probabilities in zip(evaluated.index, evaluated.probabilities):
-        name, target = spreadsheet_safe(printable(data.name(int(i)))), safe[int(data.targets[int(i)])]
-        rows.append([name, fold, target, *(f"{p:.6f}" for p in probabilities)])
+    for i, values in zip(evaluated.index.tolist(), p):
+        rows.append([image_id(data, i), fold, data.classes[int(data.targets[i])], *map(probability, values)])
     path = os.path.join(output_dir, "oof.csv")
     with survive(path):
-        write_csv(path, ["ID", "fold", "True", *safe], rows)
+        write_csv(path, ["ID", "fold", "True", *data.classes], rows)
+
+
+def probability(p: float) -> str:
+    """Nine digits, of small ones too: float32 exactly, and no logarithm of it changes by more than 1e-8."""
+    return f"{p:.9g}"
 
 
 def write_csv(path: str, header: list[str], rows: list[list]) -> None:
-    import io
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+    """Lines end in a line feed; names may hold any character."""
+    lines = []
+    # csv quotes what its own line end is made of: with "\n" alone, a name with a carriage return would be cut in two.
+    sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    csv.writer(sink, lineterminator="\r\n").writerows([header, *rows])
+    write_atomic(path, lambda file: file.write("".join(lines).encode("utf-8")))
 
 
 def summarise(output_dir: str, kfold: int) -> None:

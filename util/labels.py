@@ -3,6 +3,7 @@
 import csv
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +15,30 @@ from util.image_files import EXTENSIONS, class_folders, printable
 def spreadsheet_safe(text: str) -> str:
     """A field that no spreadsheet takes for a formula: an apostrophe before = + - @ tab and carriage return."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def without_apostrophe(text: str) -> str:
+    """The name that spreadsheet_safe made this field of; any other text as it is."""
+    return text[1:] if spreadsheet_safe(text[1:]) == text else text
+
+
+def class_finder(classes: list[str]) -> Callable[[str], int | None]:
+    """text -> number of the class, None if it names none: exactly, else but for spaces at the ends or an apostrophe that
+    a spreadsheet was meant to see."""
+    number = {c: i for i, c in enumerate(classes)}
+    stripped = defaultdict(list)
+    for i, c in enumerate(classes):
+        stripped[c.strip()].append(i)
+
+    def find(text: str) -> int | None:
+        bare = text.strip()
+        for name in (text, bare, without_apostrophe(text), without_apostrophe(bare)):
+            if name in number:
+                return number[name]
+        same = stripped.get(bare, [])
+        return same[0] if len(same) == 1 else None
+
+    return find
 
 
 def image_id(data: ArrayDataset | FileDataset, i: int) -> str:
@@ -75,7 +100,8 @@ def _ignored_files(root: str) -> list[str]:
 def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str]) -> list[int]:
     """A class number per image, -1 without a label, from a CSV file whose first line has the columns ID and label.
 
-    An ID is the image's path below --data_path, or its file name where that is unique; with or without extension.
+    An ID is the image's path below --data_path, or its file name where that is unique; with or without extension. A name
+    that is written exactly as the image's or class's wins; spaces at its ends and an apostrophe before = + - @ are forgiven.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets put a byte-order mark
@@ -88,21 +114,23 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
             f"--labels {path}: its first line is {','.join(header)[:80]!r}; should have the columns ID,label"
         )
     id_column, label_column = columns.index("id"), columns.index("label")
-    number = {name: i for i, c in enumerate(classes) for name in (c, spreadsheet_safe(c))}
-    find, targets, unknown = _finder(ids, path), [-1] * len(ids), []
+    class_number, find, targets, unknown = class_finder(classes), _finder(ids, path), [-1] * len(ids), []
     for line, row in enumerate(rows, 2):
-        if len(row) <= max(id_column, label_column) or not row[label_column].strip():
-            continue  # a blank line, or an image without a label
-        name, label = row[id_column].strip(), row[label_column].strip()
-        if label not in number:
+        if len(row) <= max(id_column, label_column):
+            continue  # a blank line
+        name, label = row[id_column], row[label_column]
+        number = class_number(label)
+        if number is None and not label.strip():
+            continue  # an image without a label
+        if number is None:
             raise UserError(f"--labels {path}: line {line}: class {label!r} is not one of {', '.join(classes[:10])}")
         i = find(name)
         if i is None:
             unknown.append(name)
-        elif targets[i] not in (-1, number[label]):
+        elif targets[i] not in (-1, number):
             raise UserError(f"--labels {path}: line {line}: {name} already has the label {classes[targets[i]]}")
         else:
-            targets[i] = number[label]
+            targets[i] = number
     if max(targets) < 0:
         example = f"; its {unknown[0]!r} is none like {ids[0]!r}" if unknown else ""
         raise UserError(f"--labels {path}: labels none of the {len(ids)} images{example}")
@@ -112,15 +140,18 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
 
 
 def _finder(ids: list[str], path: str):
-    """name -> number of the image, None if there is none. Exact paths win over names without folder or extension."""
-    levels = [defaultdict(list) for _ in range(4)]
+    """name -> number of the image, None if there is none. Exact paths win over names without folder or extension, and
+    these over what differs in spaces at the ends."""
+    levels = [defaultdict(list) for _ in range(8)]
     for i, name in enumerate(ids):
         base = name.rsplit("/", 1)[-1]
-        for level, key in zip(levels, (name, os.path.splitext(name)[0], base, os.path.splitext(base)[0])):
+        keys = [name, os.path.splitext(name)[0], base, os.path.splitext(base)[0]]
+        for level, key in zip(levels, keys + [key.strip() for key in keys]):
             level[key].append(i)
 
     def find(name: str) -> int | None:
-        for key in dict.fromkeys((name, name.removeprefix("./"), name.removeprefix("'"))):
+        bare = name.strip()
+        for key in dict.fromkeys((name, bare, bare.removeprefix("./"), without_apostrophe(bare))):
             for level in levels:
                 numbers = level.get(key, [])
                 if len(numbers) > 1:

@@ -52,6 +52,9 @@ def get_args_parser() -> Parser:
     parser.add_argument("--out_of_fold", action="store_true",
                         help="--data_path is what k-fold members were trained on: each image by the networks that had "
                         "not seen it")  # fmt: skip
+    parser.add_argument("--spreadsheet_safe", action="store_true",
+                        help="an apostrophe in predictions.csv before names that begin with = + - @, which a spreadsheet would "
+                        "run as formulas; a join on the ID then misses these rows")  # fmt: skip
     parser.add_argument("--output_dir", default="./predictions", help="where predictions.csv and report.md go")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="images x views per process")
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")

@@ -12,7 +12,6 @@ import torch
 from engine_predict import Prediction, predict
 from util.ensemble import read_oof
 from util.errors import UserError
-from util.labels import spreadsheet_safe
 from util.members import Member, Net
 
 
@@ -39,12 +38,12 @@ def fold_of_images(members: list[Member], classes: list[str], ids: list[str]) ->
     if not oof.same_folds:
         raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
     fold_of = dict(zip(oof.ids, oof.folds))
-    strange = next((i for i in ids if spreadsheet_safe(i) not in fold_of), None)
+    strange = next((i for i in ids if i not in fold_of), None)
     if strange is not None:
         raise UserError(
             f"--out_of_fold: {strange} is in no fold of {members[0].name}; --data_path should be what it was trained on"
         )
-    return np.array([fold_of[spreadsheet_safe(i)] for i in ids])
+    return np.array([fold_of[i] for i in ids])
 
 
 def predict_out_of_fold(

@@ -16,7 +16,7 @@ from util.choices import VIEW_NAMES
 from util.contact_sheet import Entry, draw_sheet
 from util.datasets import ArrayDataset
 from util.ensemble import Combiners, Stacked
-from util.folds import write_csv
+from util.folds import probability, write_csv
 from util.labels import spreadsheet_safe
 from util.members import Member, crop_pct_of, short_names
 from util.plots import plot_confusion
@@ -36,19 +36,18 @@ COLUMNS = {"accuracy": "accuracy %", "balanced_accuracy": "balanced %", "macro_f
 ENSEMBLES = {"equal": "equal weights", "val": "weights by validation", "stacked": "stacked"}
 
 
-def write_predictions(path: str, ids: list[str], prediction: Prediction, final: np.ndarray, classes: list[str]) -> None:
-    """ID, Predict, a probability per class, sorted by ID. An unreadable image has its row, with nothing predicted."""
-    row_of = {int(i): p for i, p in zip(prediction.index, final)}
-    rows = []
-    for i, name in enumerate(ids):
-        p = row_of.get(i)
-        cells = (
-            [""] * (1 + len(classes))
-            if p is None
-            else [spreadsheet_safe(classes[p.argmax()]), *(f"{v:.6f}" for v in p)]
-        )
-        rows.append([spreadsheet_safe(name), *cells])
-    write_csv(path, ["ID", "Predict", *map(spreadsheet_safe, classes)], rows)
+def write_predictions(
+    path: str, ids: list[str], prediction: Prediction, final: np.ndarray, classes: list[str], *, safe: bool = False
+) -> None:
+    """ID, Predict, a probability per class, sorted by ID. An unreadable image has its row, with nothing predicted.
+
+    safe: names that a spreadsheet would take for formulas get an apostrophe.
+    """
+    names, ids = ([spreadsheet_safe(t) if safe else t for t in texts] for texts in (classes, ids))
+    rows = [[name, *[""] * (1 + len(classes))] for name in ids]
+    for i, p in zip(prediction.index, final):
+        rows[i][1:] = [names[p.argmax()], *map(probability, p)]
+    write_csv(path, ["ID", "Predict", *names], rows)
 
 
 def compare(members: list[Member], combiners: Combiners, prediction: Prediction, views: int, chosen: str) -> list[dict]:
@@ -197,7 +196,8 @@ def write_all(
     final = next(row["probabilities"] for row in rows if row["chosen"])
     targets = data.targets.numpy()[prediction.index]  # of the readable images
     n_labelled = int((targets >= 0).sum())
-    write_predictions(os.path.join(output_dir, "predictions.csv"), ids, prediction, final, classes)
+    path = os.path.join(output_dir, "predictions.csv")
+    write_predictions(path, ids, prediction, final, classes, safe=args.spreadsheet_safe)
     scored, oof, per_class = (
         score_rows(rows, targets, final),
         out_of_fold_rows(members, combiners),
