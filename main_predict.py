@@ -62,12 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     members, classes = find_members(args.checkpoints)
     combiners = build_combiners(members, classes, args.weights)
     data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
-    notes += combiners.notes
     if args.margin is not None:
         notes.append(f"--margin {args.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts")
     if args.out_of_fold:
         fold_of_nets(members)  # a single network is refused before its weights are read
-        image_folds = fold_of_images(members, classes, ids)
+        image_folds = fold_of_images(members, classes, data, ids)
         notes.append("out of fold: each image is predicted by the networks that had not seen it")
     if world.is_main:
         make_folder(args.output_dir, "--output_dir")
@@ -83,11 +82,12 @@ def main(argv: list[str] | None = None) -> int:
                on_bad_image=args.on_bad_image, margin=args.margin)  # fmt: skip
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
-        combiners.cross_fit(image_folds[prediction.index])
+        combiners.cross_fit(image_folds[prediction.index], args.weights)
     else:
         prediction = predict(nets, data, args.views, **how)
     if not world.is_main:
         return 0
+    notes += combiners.notes
     for i, reason in prediction.bad.items():
         notes.append(f"not readable, its row is empty: {ids[i]} ({reason})")
     text = write_all(

@@ -150,9 +150,34 @@ def test_stacking_is_scikit_learns_regression_on_log_probabilities(tmp_path, cla
     )
     folds = np.arange(len(targets)) % 2
     expected = cross_val_predict(model, features, targets, groups=folds, cv=LeaveOneGroupOut(), method="predict_proba")
-    np.testing.assert_allclose(combiners.oof.cross_stacked(balanced=combiners.balanced), expected, atol=1e-5)
+    np.testing.assert_allclose(combiners.cross_stacked, expected, atol=1e-5)
     stacked, equal = (accuracy_score(targets, q.argmax(1)) for q in (expected, p.mean(0)))
     assert stacked > equal + 0.1, (stacked, equal)  # it finds out whom to believe
+
+
+def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp_path):
+    members, targets, p = two_kfold_runs(tmp_path)
+    for run, columns in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        for fold in (0, 1):
+            rows = [i for i in range(fold, 60, 2) if fold == 0 or targets[i] != 2]
+            save_oof(tmp_path / run / f"fold-{fold}", fold, [f"x/{i:02d}.jpg" for i in rows], targets[rows],
+                     p["ab".index(run), rows][:, columns], [CLASSES[i] for i in columns])  # fmt: skip
+    combiners = build_combiners(members, CLASSES, "stacked")  # all images together have every class
+    assert set(combiners.ways) == {"equal", "stacked"} and combiners.cross_stacked is None
+    assert "not scored out of fold" in combiners.notes[-1] and "class owl outside of fold 0" in combiners.notes[-1]
+    folds = np.zeros(2, dtype=np.int64)
+    with pytest.raises(UserError, match=r"--weights stacked: .* class owl outside of fold 0"):
+        combiners.cross_fit(folds, "stacked")
+    combiners.cross_fit(folds, "equal")
+    assert set(combiners.ways) == {"equal"} and "class owl" in combiners.notes[-1]
+
+    for run in "ab":
+        header, *lines = (tmp_path / run / "fold-0" / "oof.csv").read_text().splitlines(keepends=True)
+        (tmp_path / run / "fold-0" / "oof.csv").write_text(header + "".join(s for s in lines if ",owl," not in s))
+    combiners = build_combiners(members, CLASSES, "equal")
+    assert set(combiners.ways) == {"equal"} and "no out-of-fold image of class owl" in combiners.notes[-1]
+    with pytest.raises(UserError, match=r"--weights stacked: no out-of-fold image of class owl$"):
+        build_combiners(members, CLASSES, "stacked")
 
 
 def test_out_of_fold_files_are_matched_by_image_and_class(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
             if held_out(name) == fold:
                 expected = fitted.predict_proba(np.log(np.concatenate([p[0, i], p[1, i]]).clip(1e-6))[None])[0]
                 np.testing.assert_allclose(values(rows, name), expected, atol=1e-4)
+
+
+def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_line(members, photo_folder, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(photo_folder / "val", images)
+    (images / "blue" / "broken.png").write_bytes((images / "blue" / "blue_00.png").read_bytes()[:60])
+    line = ["--checkpoints", members[0] / "a", "--data_path", images, "--out_of_fold", "--views", 1]
+    with pytest.raises(UserError, match=r"blue/broken\.png: cannot be read as an image"):
+        predict(*line, "--output_dir", tmp_path / "strict")
+    assert predict(*line, "--on_bad_image", "skip", "--output_dir", tmp_path / "skip") == 0
+    rows = read_csv(tmp_path / "skip")[1]
+    assert len(rows) == 13 and [n for n in rows if not rows[n][0]] == ["blue/broken.png"]
+    shutil.copy(images / "blue" / "blue_00.png", images / "blue" / "new.png")  # readable: no run had seen it
+    with pytest.raises(UserError, match=r"--out_of_fold: blue/new\.png is in no fold"):
+        predict(*line, "--on_bad_image", "skip", "--output_dir", tmp_path / "skip")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,6 @@ class Stacked:
     """
 
     def __init__(self, probabilities: np.ndarray, targets: np.ndarray, *, balanced: bool):
-        C = probabilities.shape[2]
-        absent = sorted(set(range(C)) - set(targets.tolist()))
-        if absent:
-            raise UserError(f"--weights stacked: the out-of-fold files have no image of class number {absent[0]}")
         self.model = LogisticRegression(max_iter=2000, class_weight="balanced" if balanced else None)
         self.model.fit(self.features(probabilities), targets)
 
@@ -65,11 +61,21 @@ class Combiners:
     val_scores: list[float] | None = None
     oof: "OutOfFold | None" = None
     balanced: bool = False  # of the stacked regression
+    cross_stacked: np.ndarray | None = None  # [N, C] of oof's images, each fold by a regression fitted on the others
 
-    def cross_fit(self, folds: np.ndarray) -> None:
-        """For images of the folds themselves, int64 [n]: the regression must not have seen what it predicts."""
-        if "stacked" in self.ways:
-            self.ways["stacked"] = CrossStacked(self.oof, folds, balanced=self.balanced)
+    def cross_fit(self, folds: np.ndarray, wanted: str) -> None:
+        """For images of the folds themselves, int64 [n]: the regression must not have seen what it predicts.
+
+        Where that is impossible, stacking is a UserError if it is the `wanted` way, else it leaves the comparison.
+        """
+        try:
+            if "stacked" in self.ways:
+                self.ways["stacked"] = CrossStacked(self.oof, folds, balanced=self.balanced)
+        except UserError as error:
+            if wanted == "stacked":
+                raise
+            del self.ways["stacked"]
+            self.notes.append(f"not compared: {error}")
 
 
 def build_combiners(members: list[Member], classes: list[str], wanted: str) -> Combiners:
@@ -97,6 +103,12 @@ def build_combiners(members: list[Member], classes: list[str], wanted: str) -> C
                 raise
             if len(members) > 1:
                 result.notes.append(f"not compared: {error}")
+    if "stacked" in result.ways and result.oof.same_folds and len(set(result.oof.folds)) > 1:
+        try:
+            crossed = CrossStacked(result.oof, result.oof.folds, balanced=balanced)
+            result.cross_stacked = crossed(result.oof.probabilities)
+        except UserError as error:
+            result.notes.append(f"stacking is not scored out of fold: {error}")
     return result
 
 
@@ -135,16 +147,17 @@ class OutOfFold:
     folds: np.ndarray
     targets: np.ndarray
     probabilities: np.ndarray
+    classes: list[str]
     same_folds: bool = True  # every member held the same images out together
 
-    def stack(self, *, balanced: bool, rows=slice(None)) -> Stacked:
+    def stack(self, *, balanced: bool, without: int | None = None) -> Stacked:
+        """Fitted on all images, or on those of the other folds than `without`. UserError where these lack a class."""
+        rows = self.folds != without
+        for c, name in enumerate(self.classes):
+            if c not in self.targets[rows]:
+                where = "" if without is None else f" outside of fold {without}"
+                raise UserError(f"--weights stacked: no out-of-fold image of class {name}{where}")
         return Stacked(self.probabilities[:, rows], self.targets[rows], balanced=balanced)
-
-    def cross_stacked(self, *, balanced: bool) -> np.ndarray | None:
-        """Stacked probabilities [N, C], each fold by a regression fitted on the others; None where that is impossible."""
-        if len(set(self.folds)) < 2 or not self.same_folds:
-            return None
-        return CrossStacked(self, self.folds, balanced=balanced)(self.probabilities)
 
 
 class CrossStacked(Stacked):
@@ -154,13 +167,13 @@ class CrossStacked(Stacked):
     """
 
     def __init__(self, oof: OutOfFold, folds: np.ndarray, *, balanced: bool):
-        self.oof, self.folds, self.balanced = oof, folds, balanced
+        self.folds = folds
+        self.fitted = {fold: oof.stack(balanced=balanced, without=fold) for fold in sorted(set(folds.tolist()))}
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         out = np.empty(probabilities.shape[1:])
-        for fold in sorted(set(self.folds.tolist())):
+        for fold, fitted in self.fitted.items():
             inside = self.folds == fold
-            fitted = self.oof.stack(balanced=self.balanced, rows=self.oof.folds != fold)
             out[inside] = fitted(probabilities[:, inside])
         return out
 
@@ -185,6 +198,7 @@ def read_oof(members: list[Member], classes: list[str], flag: str = "--weights s
         np.array([first[i][0] for i in ids]),
         np.array([first[i][1] for i in ids]),
         np.array([[table[i][2] for i in ids] for table in tables]),
+        list(classes),
         all(table[i][0] == first[i][0] for table in tables for i in ids),
     )
 

@@ -9,7 +9,8 @@ import re
 import numpy as np
 import torch
 
-from engine_predict import Prediction, predict
+from engine_predict import Prediction, ViewReader, predict
+from util.datasets import FileDataset
 from util.ensemble import read_oof
 from util.errors import UserError
 from util.members import Member, Net
@@ -29,28 +30,36 @@ def fold_of_nets(members: list[Member]) -> list[int]:
     return folds
 
 
-def fold_of_images(members: list[Member], classes: list[str], ids: list[str]) -> np.ndarray:
-    """Per image the fold it was held out in, int64 [N].
+def fold_of_images(members: list[Member], classes: list[str], data: FileDataset, ids: list[str]) -> np.ndarray:
+    """Per image the fold it was held out in, int64 [N]; -1 for one that cannot be read, which the run had left out.
 
-    UserError if the members were split differently, or an image is in none of their folds.
+    UserError if the members were split differently, or an image that can be read is in none of their folds.
     """
     oof = read_oof(members, classes, "--out_of_fold")
     if not oof.same_folds:
         raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
     fold_of = dict(zip(oof.ids, oof.folds))
-    strange = next((i for i in ids if i not in fold_of), None)
-    if strange is not None:
-        raise UserError(
-            f"--out_of_fold: {strange} is in no fold of {members[0].name}; --data_path should be what it was trained on"
-        )
-    return np.array([fold_of[i] for i in ids])
+    folds = np.array([fold_of.get(i, -1) for i in ids])
+    reader = ViewReader(data, [(8, 8, 3)], [0])
+    for i in np.flatnonzero(folds < 0).tolist():
+        if reader[i][2] is None:
+            raise UserError(
+                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was trained on"
+            )
+    if folds.max() < 0:
+        raise UserError(f"--data_path: none of its {len(ids)} images can be read")
+    return folds
 
 
 def predict_out_of_fold(
     nets: list[Net], net_folds: list[int], data, image_folds: np.ndarray, views: list[int], **options
 ) -> Prediction:
-    """`predict`, fold by fold, with that fold's networks on that fold's images."""
+    """`predict`, fold by fold, with that fold's networks on that fold's images.
+
+    Images of fold -1 cannot be read; they go with a fold's, where `predict` refuses them or leaves them out.
+    """
     parts, bad = [], {}
+    image_folds = np.where(image_folds < 0, image_folds.max(), image_folds)
     for fold in sorted(set(image_folds.tolist())):
         rows = np.flatnonzero(image_folds == fold)
         own = [net for net, f in zip(nets, net_folds) if f == fold]

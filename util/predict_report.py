@@ -92,7 +92,7 @@ def out_of_fold_rows(members: list[Member], combiners: Combiners) -> list[dict]:
     named = list(zip(short_names(members), oof.probabilities))
     for key, way in combiners.ways.items():
         if isinstance(way, Stacked):
-            p = oof.cross_stacked(balanced=combiners.balanced)
+            p = combiners.cross_stacked
             named += [] if p is None else [(f"{ENSEMBLES[key]}, fitted on the other folds", p)]
         elif len(members) > 1:
             named.append((ENSEMBLES[key], way(oof.probabilities)))
