@@ -40,7 +40,7 @@ from util.plots import plot_confusion
 from util.profile import StepProfiler
 from util.report import write_finetune_report
 from util.resolve import resolve_meta
-from util.run import Interrupts, Position, Run
+from util.run import Interrupts, Run
 from util.seed import seed_all
 
 
@@ -172,9 +172,17 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
         log.say(describe(args, meta, net, groups, loaders[0], precision, global_batch, lr))
         return 0
 
-    run = Run(world, log, kind="finetune", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
-    run.names = lambda index: [train.name(int(i)) for i in index]
-    run.global_batch = loaders[0].order.batch_size * world.size
+    run = Run(
+        world,
+        log,
+        kind="finetune",
+        options=vars(args),
+        meta=meta,
+        save_freq=args.save_freq,
+        keep=args.keep,
+        flags=get_args_parser().flags,
+    )
+    run.follow(loaders[0], args.accum_iter)
     if not args.resume:
         folds.refuse_overwrite(output_dir, args.overwrite, world)
     interrupts = Interrupts(args.save_every_minutes, args.timeout_minutes)
@@ -198,16 +206,16 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
     best_net = net if ema is None else ema.module
     mixup = build_mixup(args, meta["num_classes"])
     criterion = Criterion(args.smoothing, class_weights(args, train, meta["num_classes"])).to(world.device)
-    content = run.find(args.resume, args.force_resume) if args.resume else None
+    content = run.find(args.resume) if args.resume else None
     start, total_epochs = content["epoch"] if content else args.start_epoch, args.head_epochs + args.epochs
     in_head_phase = start < args.head_epochs
     model, optimizer = enter_phase(args, net, in_head_phase, lr, world)
     if content:
         # Saved at the end of the head phase: its optimizer knows the head only, and the next phase starts its own.
         at_boundary = args.head_epochs and content["epoch"] == args.head_epochs and content["step"] == 0
-        run.restore(content, net, None if at_boundary else optimizer, precision.scaler, ema)
+        run.restore(content, net, None if at_boundary else optimizer, precision.scaler, ema, args.force_resume)
     else:
-        run.position = Position(epoch=start)
+        run.start_at(start, total_epochs)
     position = run.position
     # A finished run goes on when the line is run again with more epochs.
     position.finished = position.epoch >= total_epochs or (position.finished and position.planned == total_epochs)

@@ -24,6 +24,7 @@ from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
 from util.dry_run import describe
+from util.errors import UserError
 from util.folds import refuse_overwrite
 from util.log import RunLog, write_args
 from util.lr_sched import lr_at
@@ -31,10 +32,11 @@ from util.optim import build_adamw, param_groups
 from util.pictures import reconstruction_grid
 from util.profile import StepProfiler
 from util.report import write_pretrain_report
-from util.run import Interrupts, Position, Run, wrap_ddp
-from util.seed import seed_all
+from util.run import Interrupts, Run, wrap_ddp
+from util.seed import mix, seed_all
 
 NUM_PICTURES = 8
+NUM_MEASURED = 4096  # images that tell --sigma_data
 
 
 def read_images(args, world: World, in_chans: int):
@@ -48,7 +50,8 @@ def read_images(args, world: World, in_chans: int):
     return train, train if val is None else val
 
 
-def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: World) -> tuple[Loader, Loader]:
+def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: World) -> tuple[Loader, Loader, Loader]:
+    """Loaders of training, of the pictures, and of the images that --sigma_data is measured on, the same on any ranks."""
     in_memory = isinstance(train, ArrayDataset)
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
     batch_transform = BatchTransform(mean, std, size=size, hflip=hflip if in_memory else 0.0, seed=args.seed)
@@ -56,27 +59,45 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
         batch_transform=batch_transform, seed=args.seed, in_chans=in_chans, pin_memory=args.pin_mem,
         on_bad_image=args.on_bad_image,
     )  # fmt: skip
+    transform, alone = build_train_transform(size, "pretrain", hflip=hflip), World(device=world.device)
     train_loader = Loader(
-        train, transform=build_train_transform(size, "pretrain", hflip=hflip), batch_size=args.batch_size, train=True,
+        train, transform=transform, batch_size=args.batch_size, train=True,
         world=world, num_workers=args.num_workers, fast=args.loader == "fast", **common,
     )  # fmt: skip
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(args.seed)))[:NUM_MEASURED]
+    measured_loader = Loader(
+        train.subset(some),
+        transform=transform,
+        batch_size=64,
+        train=False,
+        world=alone,
+        num_workers=args.num_workers,
+        **common,
+    )
+    measured_loader.bad_images = train_loader.bad_images  # each is named once
     few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
     picture_loader = Loader(
-        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False,
-        world=World(device=world.device), **common,
+        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False, world=alone, **common,
     )  # fmt: skip
-    return train_loader, picture_loader
+    return train_loader, picture_loader, measured_loader
 
 
-def measure_std(loader: Loader, images: int = 4096) -> float:
-    """Standard deviation of normalised training pixels, over the first `images` of epoch 0 on rank 0."""
+def measure_std(loader: Loader) -> float:
+    """Standard deviation of the normalised pixels of a loader's images."""
     count, total, squares = 0, 0.0, 0.0
-    for batch in loader.epoch(0):
+    for batch in loader.epoch():
         x = batch.images.double() if batch.images.device.type != "mps" else batch.images
         count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
-        if count >= images * x[0].numel():
-            break
+    if not count:
+        raise UserError(f"--data_path: none of {len(loader.data)} images can be read")
     return max(squares / count - (total / count) ** 2, 1e-12) ** 0.5
+
+
+def saved_sigma_data(content: dict, path: str) -> float:
+    value = content["meta"].get("noprop", {}).get("sigma_data")
+    if not isinstance(value, float) or not value > 0:
+        raise UserError(f"--resume {path}: its meta lacks sigma_data; give --sigma_data")
+    return value
 
 
 def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog, epoch: int) -> None:
@@ -91,7 +112,7 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
         images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"],
         log.path(f"reconstruction_epoch_{epoch}.png"), net.sigmas[:-1], mask=out["mask"],
     )  # fmt: skip
-    log.image("reconstruction", picture, epoch * 1000)
+    log.image("reconstruction", picture, (epoch + 1) * 1000)  # as the epoch's other values: dropped if it is done again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,14 +142,29 @@ def main(argv: list[str] | None = None) -> int:
         refuse_overwrite(args.output_dir, args.overwrite, world)
 
     train, held_out = read_images(args, world, in_chans)
-    loader, picture_loader = build_loaders(args, train, held_out, size, in_chans, mean, std, world)
+    loader, picture_loader, measured_loader = build_loaders(args, train, held_out, size, in_chans, mean, std, world)
+    run = Run(
+        world,
+        log,
+        kind="pretrain",
+        options=vars(args),
+        meta={},
+        save_freq=args.save_freq,
+        keep=args.keep,
+        flags=get_args_parser().flags,
+    )
+    run.follow(loader, args.accum_iter)
+    content = run.find(args.resume) if args.resume and not args.dry_run else None
+    if args.sigma_data is None and content:
+        args.sigma_data = saved_sigma_data(content, args.resume)  # part of the network that was trained
     if args.sigma_data is None:
-        measured = measure_std(loader) if world.is_main and args.target == "pixel" else 1.0
+        measured = measure_std(measured_loader) if world.is_main and args.target == "pixel" else 1.0
         args.sigma_data = broadcast_object(measured)
+    del measured_loader  # and its processes
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     net = NoPropMAE(**keywords, sigma_data=args.sigma_data).to(world.device)
     # What fine-tuning, probing and sampling need to rebuild this encoder, or all of it, without a flag.
-    meta = {
+    run.meta = meta = {
         "kind": "pretrain", "model": f"vit_custom_patch{args.patch_size}", "model_kwargs": sizes, "global_pool": True,
         "img_size": list(size), "in_chans": in_chans, "num_classes": 0, "mean": list(mean), "std": list(std),
         "dataset": args.dataset, "noprop": net.config(), "sigmas": net.sigmas,
@@ -149,19 +185,27 @@ def main(argv: list[str] | None = None) -> int:
         log.say(describe(args, meta, net, groups, loader, precision, global_batch, lr, one_decoder))
         return 0
 
-    run = Run(world, log, kind="pretrain", options=vars(args), meta=meta, save_freq=args.save_freq, keep=args.keep)
-    run.names = lambda index: [train.name(int(i)) for i in index]
-    run.global_batch = loader.order.batch_size * world.size
     interrupts = Interrupts(args.save_every_minutes, args.timeout_minutes)
     try:
-        return fit(args, world, run, net, groups, (loader, picture_loader), precision, interrupts, lr)
+        return fit(args, world, run, net, groups, (loader, picture_loader), precision, interrupts, lr, content)
     finally:
         interrupts.close()
         log.close()
 
 
-def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, precision, interrupts, lr: float) -> int:
-    """Train from where --resume says to the last epoch; after each one log, draw and save."""
+def fit(
+    args,
+    world: World,
+    run: Run,
+    net: NoPropMAE,
+    groups: list,
+    loaders,
+    precision,
+    interrupts,
+    lr: float,
+    content: dict | None,
+) -> int:
+    """Train from where the checkpoint `content` was, or anew, to the last epoch; after each one log, draw and save."""
     loader, picture_loader = loaders
     log, meta = run.log, run.meta
     optimizer = build_adamw(groups, lr=lr, betas=(0.9, 0.95))
@@ -171,12 +215,12 @@ def fit(args, world: World, run: Run, net: NoPropMAE, groups: list, loaders, pre
     profiler = (
         StepProfiler(args.profile, log, world.device, precision.dtype) if args.profile and log.output_dir else None
     )
-    content = run.find(args.resume, args.force_resume) if args.resume else None
     if content:
-        run.restore(content, net, optimizer, precision.scaler)
+        run.restore(content, net, optimizer, precision.scaler, force=args.force_resume)
     else:
-        run.position = Position(epoch=args.start_epoch)
+        run.start_at(args.start_epoch, args.epochs)
     position = run.position
+    position.finished = position.epoch >= args.epochs  # a finished run goes on when it is given more epochs
     log.start(position.epoch + position.step / len(loader))
     if log.output_dir:
         write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})

@@ -3,20 +3,24 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_common import assert_same_run, copy_first_epoch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests_common import PLAIN, assert_same_run, copy_first_epoch, finetune, one_line
 
 import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
-from util.checkpoint import read_checkpoint
+from util.checkpoint import LAST, read_checkpoint
+from util.dist import World
 from util.errors import UserError
 from util.log import read_log
 from util.options import run_main
+from util.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--dataset", "digits", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--decoder_embed_dim", "24", "--decoder_depth", "1", "--T", "3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--mask_ratio", "0.6", "--mask_ratio_max", "1", "--hflip", "0.5", "--loss_weighting", "edm", "--vis_freq", "2", "--save_freq", "1", "--device", "cpu"]  # fmt: skip
@@ -48,6 +52,77 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path
     copy_first_epoch(uninterrupted, tmp_path)
     assert pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_each_picture_is_in_tensorboard_once_after_epochs_were_done_again(uninterrupted, tmp_path):
+    """--vis_freq 2 of 3 epochs: after the second and the last one; TensorBoard's step is 1000 x the epochs done."""
+    copy_first_epoch(uninterrupted, tmp_path)  # with TensorBoard's file of all three epochs
+    assert pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("reconstruction")] == [2000, 3000]
+
+
+def test_finished_run_that_is_given_more_epochs_is_not_finished_until_they_are_done(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """A run that is finished must be saved or ends in an error; one that is not goes on over a full disk."""
+    (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes())
+    saved, real = [], Run.save
+    monkeypatch.setattr(
+        Run, "save", lambda run, state, **how: (saved.append(state["progress"]), real(run, state, **how))
+    )
+    line = [*TINY, "--epochs", 4, "--save_every_minutes", "1e-9", "--output_dir", tmp_path, "--resume", "auto"]
+    assert pretrain(*line) == 0
+    assert len(saved) > 2 and [p["finished"] for p in saved] == [False] * (len(saved) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--sigma_max 40", ["--sigma_max 40.0", "with 80.0"]),
+        ("--target norm_pixel", ["--target norm_pixel", "with pixel"]),
+        ("--loss_weighting none --T 2", ["--T 2", "with 3", "--loss_weighting"]),
+        ("--sigma_data 0.5", ["--sigma_data 0.5", "with 0.9"]),
+        ("--embed_dim 48", ["--embed_dim 48", "with 24"]),
+    ],
+)
+def test_other_method_at_resume_is_refused(uninterrupted, tmp_path, flags, words):
+    line = [*TINY, "--resume", uninterrupted / LAST, "--output_dir", tmp_path]
+    with pytest.raises(UserError) as caught:
+        pretrain(*line, *flags.split())
+    assert all(w in one_line(caught) for w in [*words, "--force_resume"]), str(caught.value)
+
+
+def test_sigma_data_is_one_number_on_any_ranks_and_the_checkpoints_at_resume(uninterrupted, tmp_path, monkeypatch):
+    """It is the standard deviation of all 1437 training digits, in NumPy: fewer than are looked at, and no mirror image
+    changes it."""
+    args = main_pretrain_noprop.get_args_parser().parse_args([*TINY, "--data_path", "."])
+    train, held_out = main_pretrain_noprop.read_images(args, World(), 1)
+    expected = np.std((train.images.numpy() / 255 - 0.3) / 0.4)
+    for ranks in (1, 2, 3):
+        world = World(rank=ranks - 1, size=ranks)
+        *_, loader = main_pretrain_noprop.build_loaders(args, train, held_out, (8, 8), 1, (0.3,), (0.4,), world)
+        assert main_pretrain_noprop.measure_std(loader) == pytest.approx(expected, rel=1e-6)
+    content = read_checkpoint(str(uninterrupted / LAST))
+    content["meta"]["noprop"]["sigma_data"] = content["args"]["sigma_data"] = 0.625  # as if it had been another set
+    torch.save(content, tmp_path / LAST)
+    monkeypatch.setattr(main_pretrain_noprop, "measure_std", lambda loader: 1 / 0)
+    assert pretrain(*TINY, "--epochs", 4, "--output_dir", tmp_path, "--resume", "auto") == 0
+    after = read_checkpoint(str(tmp_path / LAST))
+    assert after["epoch"] == 4 and after["meta"]["noprop"]["sigma_data"] == 0.625
+
+
+@pytest.mark.parametrize(
+    "flags,words", [("--epochs 0", ["--epochs 0"]), ("--start_epoch 3", ["--start_epoch 3", "3 epochs"])]
+)
+def test_a_run_with_nothing_to_train_is_one_line(tmp_path, flags, words):
+    for main in (pretrain, finetune):
+        line = TINY if main is pretrain else PLAIN
+        with pytest.raises(UserError) as caught:
+            main(*line, "--epochs", 3, "--output_dir", tmp_path, *flags.split())
+        assert all(w in one_line(caught) for w in words)
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_signal_in_mid_epoch_on_two_ranks_goes_on_bit_for_bit(tmp_path):

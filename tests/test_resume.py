@@ -6,7 +6,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tests_common import PLAIN, TINY, assert_same_run, assert_same_state, comparable, copy_first_epoch, finetune
+from tests_common import (
+    PLAIN,
+    TINY,
+    assert_same_run,
+    assert_same_state,
+    comparable,
+    copy_first_epoch,
+    finetune,
+    one_line,
+)
 
 import main_finetune
 from bench import chaos
@@ -15,10 +24,11 @@ from models import create_model
 from util import steps
 from util.checkpoint import read_checkpoint
 from util.data import Loader
+from util.dist import World
 from util.errors import UserError
-from util.log import read_log
+from util.log import RunLog, read_log
 from util.options import run_main
-from util.run import Interrupts
+from util.run import Interrupts, Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -101,6 +111,78 @@ def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path
     with pytest.raises(UserError, match=r"64 images per micro-step.*--force_resume"):
         finetune(*line)
     assert finetune(*line, "--force_resume") == 0
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--smoothing", "0.2"], ["--smoothing 0.2", "0.1"]),
+        (["--seed", "1"], ["--seed 1", "with 0"]),
+        (["--eval_metric", "loss"], ["--eval_metric loss", "acc1"]),
+        (["--accum_iter", "4"], ["--accum_iter 4", "with 2"]),
+        (["--aa", "none", "--reprob", "0"], ["--aa (not given)", "rand-m9", "--reprob, too"]),
+        (["--model_kwargs", "embed_dim=36", "depth=2", "num_heads=3"], ["embed_dim=36", "embed_dim=24"]),
+    ],
+)
+def test_other_value_of_a_flag_that_changes_results_is_refused_at_resume(uninterrupted, tmp_path, flags, words):
+    (tmp_path / "checkpoint-last.pth").write_bytes((uninterrupted / "checkpoint-last.pth").read_bytes())
+    with pytest.raises(UserError) as caught:
+        finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto", *flags)
+    assert all(w in one_line(caught) for w in [*words, "--force_resume"]), str(caught.value)
+
+
+def test_flags_that_change_nothing_or_what_comes_later_may_differ_at_resume(uninterrupted, tmp_path, capsys):
+    """The finished run is read and compared; nothing is left to train."""
+    line = [*TINY, "--output_dir", tmp_path, "--resume", "auto"]
+    (tmp_path / "checkpoint-last.pth").write_bytes((uninterrupted / "checkpoint-last.pth").read_bytes())
+    assert finetune(*line, "--num_workers", 1, "--print_freq", 7, "--timeout_minutes", 3, "--save_freq", 9, "--lr", "0.5",
+                    "--weight_decay", "0.1", "--clip_grad", "1", "--patience", 9) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "resume: --lr 0.5 from here on, 0.002 before" in said and "--patience 9 from here on" in said
+    assert "--print_freq" not in said and "--num_workers" not in said
+    content = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
+    del content["args"]["smoothing"]  # as a version without the flag would have written it
+    torch.save(content, tmp_path / "checkpoint-last.pth")
+    assert finetune(*line, "--smoothing", 0.2) == 0
+    assert finetune(*line, "--reprob", 0.5, "--force_resume") == 0
+    assert "resume: --reprob 0.5 from here on, 0.25 before" in capsys.readouterr().out
+
+
+class Order:
+    """Of a Loader, what Run.follow reads."""
+
+    def __init__(self, batch_size: int, steps: int):
+        self.batch_size, self.steps, self.order = batch_size, steps, self
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+@pytest.mark.parametrize(
+    "done,batch,accum,total,goes_on",
+    [
+        (7, 64, 1, 22, 7),  # as it was
+        (7, 64, 4, 22, 4),  # rounded down to a whole update
+        (23, 64, 2, 23, 23),  # stopped during the evaluation: the last update was of one micro-step
+        (6, 48, 1, 29, 8),  # 384 images
+        (6, 48, 3, 29, 6),
+        (3, 512, 1, 2, 0),
+        (22, 32, 4, 44, 44),
+        (22, 32, 4, 30, 30),  # fewer images than there were
+    ],
+)
+def test_resume_with_other_steps_counts_each_step_once(capsys, done, batch, accum, total, goes_on):
+    """Every micro-step of 64 images before the stop had a loss of 2: so has the sum of as many steps as are kept."""
+    net = torch.nn.Linear(1, 1)
+    before, after = (
+        Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0) for _ in "ab"
+    )
+    before.follow(Order(64, done), 1)
+    before.position.step, before.position.sums = done, {"loss": 2.0 * done}
+    after.follow(Order(batch, total), accum)
+    after.restore(before.state(net) | {"optimizer": None}, net, force=True)
+    assert after.position.step == goes_on and after.position.sums == pytest.approx({"loss": 2.0 * goes_on})
+    assert f"at epoch 0, step {goes_on}\n" in capsys.readouterr().out
 
 
 def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_path, monkeypatch):

@@ -13,23 +13,45 @@ import re
 import shlex
 import signal
 import sys
+from functools import partial
 
 from util.choices import MAE_NAMES, is_mae_name, timm_names
 from util.data_specs import DATASETS
 from util.errors import UserError
+from util.flags import Flag
 from util.image_files import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and recipes: @file holds flags, `#` comments, several a line."""
+    """argparse with one-line errors, no abbreviations, and recipes: @file holds flags, `#` comments, several a line.
+
+    add_argument takes two words more (see util/flags.py): changes_results=False for a flag with which a run comes to the
+    same numbers whatever its value, free_at_resume=True for one that a resume may set anew. `flags` has them by dest.
+    """
 
     def __init__(self, **kwargs):
+        self.flags: dict[str, Flag] = {}
         super().__init__(
             fromfile_prefix_chars="@",
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             **kwargs,
         )
+
+    def add_argument(self, *names, **keywords):
+        return self._declare(super().add_argument, *names, **keywords)
+
+    def add_argument_group(self, *args, **keywords):
+        group = super().add_argument_group(*args, **keywords)
+        group.add_argument = partial(self._declare, group.add_argument)
+        return group
+
+    def _declare(self, add, *names, changes_results: bool = True, free_at_resume: bool = False, **keywords):
+        action = add(*names, **keywords)
+        self.flags.setdefault(
+            action.dest, Flag((action.option_strings or [action.dest])[0], changes_results, free_at_resume)
+        )
+        return action
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return shlex.split(line, comments=True)
@@ -242,12 +264,18 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
                        help="channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)")  # fmt: skip
     group.add_argument("--mean", type=pixel_mean, nargs="+", default=None, help="normalisation, per channel")
     group.add_argument("--std", type=pixel_std, nargs="+", default=None, help="normalisation, per channel")
-    group.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
     group.add_argument(
-        "--pin_mem", action="store_true", default=True, help="pin loader memory for faster copies to the GPU"
+        "--num_workers", changes_results=False, type=count, default=10, help="loader processes, at most one per core"
+    )
+    group.add_argument(
+        "--pin_mem",
+        changes_results=False,
+        action="store_true",
+        default=True,
+        help="pin loader memory for faster copies to the GPU",
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    group.add_argument("--on_bad_image", choices=("error", "skip"), default="error",
+    group.add_argument("--on_bad_image", free_at_resume=True, choices=("error", "skip"), default="error",
                        help="an unreadable image ends the run, or is reported and replaced (training) or left out")  # fmt: skip
 
 
@@ -255,48 +283,94 @@ def add_run_options(
     parser: Parser, *, batch_size: int, epochs: int, default_output: str | None = "./output_dir"
 ) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="per process and micro-step")
-    group.add_argument("--epochs", type=count, default=epochs)
+    group.add_argument(
+        "--batch_size", free_at_resume=True, type=positive_int, default=batch_size, help="per process and micro-step"
+    )
+    group.add_argument("--epochs", free_at_resume=True, type=count, default=epochs)
     group.add_argument("--accum_iter", type=positive_int, default=1, help="micro-steps per optimizer step")
-    group.add_argument("--output_dir", default=default_output, help="where to save; '' saves nothing")
-    group.add_argument("--log_dir", default=None, help="where to put TensorBoard's files (default: --output_dir)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
+    group.add_argument(
+        "--output_dir", changes_results=False, default=default_output, help="where to save; '' saves nothing"
+    )
+    group.add_argument(
+        "--log_dir",
+        changes_results=False,
+        default=None,
+        help="where to put TensorBoard's files (default: --output_dir)",
+    )
+    group.add_argument("--device", changes_results=False, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
                        help="mixed precision (default: bf16 where the device computes it, else off)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
-    group.add_argument("--resume", default="", help="checkpoint to go on from, or `auto`: the newest in --output_dir")
-    group.add_argument("--force_resume", action="store_true", help="resume with another batch size times processes")
     group.add_argument(
-        "--start_epoch", type=count, default=0, help="first epoch, for weights without a position of their own"
+        "--resume",
+        changes_results=False,
+        default="",
+        help="checkpoint to go on from, or `auto`: the newest in --output_dir",
     )
     group.add_argument(
-        "--save_freq", type=count, default=20, help="epochs between kept checkpoint-{epoch}.pth (0: none)"
+        "--force_resume",
+        changes_results=False,
+        action="store_true",
+        help="go on although flags that change the results, or the images per step, are others than in the checkpoint",
     )
     group.add_argument(
-        "--keep", type=count, default=0, help="kept checkpoint-{epoch}.pth files; older ones go (0: all)"
+        "--start_epoch",
+        free_at_resume=True,
+        type=count,
+        default=0,
+        help="first epoch, for weights without a position of their own",
+    )
+    group.add_argument(
+        "--save_freq",
+        changes_results=False,
+        type=count,
+        default=20,
+        help="epochs between kept checkpoint-{epoch}.pth (0: none)",
+    )
+    group.add_argument(
+        "--keep",
+        changes_results=False,
+        type=count,
+        default=0,
+        help="kept checkpoint-{epoch}.pth files; older ones go (0: all)",
     )
     group.add_argument("--loader", choices=("pil", "fast"), default="fast",
                        help="training's JPEG files: `fast` decodes and resizes them at the scale their crop needs (the same "
                        "crops, pixels within a few levels); evaluation is always `pil`")  # fmt: skip
-    group.add_argument("--print_freq", type=positive_int, default=20, help="steps between lines of progress")
-    group.add_argument("--max_bad_steps", type=positive_int, default=10,
+    group.add_argument(
+        "--print_freq", changes_results=False, type=positive_int, default=20, help="steps between lines of progress"
+    )
+    group.add_argument("--max_bad_steps", changes_results=False, type=positive_int, default=10,
                        help="non-finite steps in a row (each is skipped) that end the run")  # fmt: skip
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the net: needs a C++ compiler, and minutes to start"
+        "--compile",
+        changes_results=False,
+        action="store_true",
+        help="torch.compile the net: needs a C++ compiler, and minutes to start",
     )
-    group.add_argument("--profile", type=count, default=0, metavar="N",
+    group.add_argument("--profile", changes_results=False, type=count, default=0, metavar="N",
                        help="time N micro-steps, then trace N: trace.json, profile.txt and the rates in --output_dir (0: no)")  # fmt: skip
-    group.add_argument("--save_every_minutes", type=non_negative, default=0.0, help="also save in mid-epoch (0: never)")
-    group.add_argument("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
-    group.add_argument("--dry_run", action="store_true", help="print what would run, and its memory, then stop")
-    group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
+    group.add_argument(
+        "--save_every_minutes",
+        changes_results=False,
+        type=non_negative,
+        default=0.0,
+        help="also save in mid-epoch (0: never)",
+    )
+    group.add_argument(
+        "--overwrite", changes_results=False, action="store_true", help="start anew in an --output_dir that holds a run"
+    )
+    group.add_argument(
+        "--dry_run", changes_results=False, action="store_true", help="print what would run, and its memory, then stop"
+    )
+    group.add_argument("--dist_url", changes_results=False, default="env://", help="where torchrun's processes meet")
     add_deterministic_option(group)
-    group.add_argument("--timeout_minutes", type=number(float, 0, 1e6, open_low=True), default=10.0,
+    group.add_argument("--timeout_minutes", changes_results=False, type=number(float, 0, 1e6, open_low=True), default=10.0,
                        help="end the job when a process has waited that long for another one")  # fmt: skip
 
 
 def add_deterministic_option(group) -> None:
-    group.add_argument("--deterministic", action="store_true",
+    group.add_argument("--deterministic", changes_results=False, action="store_true",
                        help="on CUDA the same bits each time, more slowly; on CPU they are so anyway")  # fmt: skip
 
 
@@ -304,12 +378,20 @@ def add_optimizer_options(
     parser: Parser, *, blr: float, min_lr: float, warmup_epochs: int, weight_decay: float
 ) -> None:
     group = parser.add_argument_group("optimizer (AdamW, warm-up, half a cosine)")
-    group.add_argument("--lr", type=rate, default=None, help="absolute learning rate; overrides --blr")
-    group.add_argument("--blr", type=rate, default=blr, help="lr = blr * batch_size * accum_iter * processes / 256")
-    group.add_argument("--min_lr", type=rate, default=min_lr)
-    group.add_argument("--warmup_epochs", type=non_negative, default=warmup_epochs)
-    group.add_argument("--weight_decay", type=rate, default=weight_decay)
-    group.add_argument("--clip_grad", type=positive, default=None, help="largest gradient norm")
+    group.add_argument(
+        "--lr", free_at_resume=True, type=rate, default=None, help="absolute learning rate; overrides --blr"
+    )
+    group.add_argument(
+        "--blr",
+        free_at_resume=True,
+        type=rate,
+        default=blr,
+        help="lr = blr * batch_size * accum_iter * processes / 256",
+    )
+    group.add_argument("--min_lr", free_at_resume=True, type=rate, default=min_lr)
+    group.add_argument("--warmup_epochs", free_at_resume=True, type=non_negative, default=warmup_epochs)
+    group.add_argument("--weight_decay", free_at_resume=True, type=rate, default=weight_decay)
+    group.add_argument("--clip_grad", free_at_resume=True, type=positive, default=None, help="largest gradient norm")
 
 
 def image_size(values: list[int] | None) -> tuple[int, int] | None:

@@ -73,7 +73,12 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument(
         "--nb_classes", type=positive_int, default=None, help="classes of the head (default: from the data)"
     )
-    group.add_argument("--grad_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    group.add_argument(
+        "--grad_checkpointing",
+        changes_results=False,
+        action="store_true",
+        help="recompute activations: less memory, slower",
+    )
 
     group = parser.add_argument_group("augmentation and regularisation")
     group.add_argument("--aug", choices=("mae", "photo", "light", "none"), default="mae",
@@ -108,25 +113,36 @@ def add_finetune_options(parser: Parser) -> None:
                        help="average the weights; the average is validated, selected and used")  # fmt: skip
 
     group = parser.add_argument_group("fine-tuning schedule")
-    group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.75)
+    group.add_argument("--layer_decay", free_at_resume=True, type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
-    group.add_argument("--head_lr", type=rate, default=1e-3)
+    group.add_argument("--head_lr", free_at_resume=True, type=rate, default=1e-3)
     group.add_argument("--freeze_layers", type=count, default=0,
                        help="keep the first N layers as they are (1: the embedding): cheaper, for small data")  # fmt: skip
     group.add_argument(
         "--freeze_bn", action="store_true", help="keep the pretrained BatchNorm statistics: for small data"
     )
-    group.add_argument("--patience", type=count, default=0, help="stop after this many epochs without gain (0: never)")
+    group.add_argument(
+        "--patience",
+        free_at_resume=True,
+        type=count,
+        default=0,
+        help="stop after this many epochs without gain (0: never)",
+    )
     group.add_argument("--eval_metric", choices=("acc1", "balanced_acc", "macro_f1", "loss"), default="acc1",
                        help="what checkpoint-best.pth and --patience go by")  # fmt: skip
-    group.add_argument("--dist_eval", action="store_true", default=True,
+    group.add_argument("--dist_eval", changes_results=False, action="store_true", default=True,
                        help="share the evaluation among the ranks, each image once: the accuracy is the same number")  # fmt: skip
     group.add_argument("--no_dist_eval", action="store_false", dest="dist_eval", help="every rank evaluates all of it")
-    group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume or --finetune, and stop")
+    group.add_argument(
+        "--eval",
+        changes_results=False,
+        action="store_true",
+        help="evaluate the weights of --resume or --finetune, and stop",
+    )
     group.add_argument("--val_split", type=number(float, 0, 1, open_high=True), default=0.0,
                        help="hold out this share of train/ (stratified) where there is no val/")  # fmt: skip
     group.add_argument("--kfold", type=number(int, 0, 1000), default=0, help="stratified folds of train/ (0: none)")
-    group.add_argument("--fold", default="all", help="0 .. kfold - 1, or `all`")
+    group.add_argument("--fold", changes_results=False, default="all", help="0 .. kfold - 1, or `all`")
     group.add_argument("--split_seed", type=number(int, 0, 2**32 - 1), default=0, help="of --val_split and --kfold")
 
 

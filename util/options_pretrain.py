@@ -62,10 +62,19 @@ def add_pretrain_options(parser: Parser) -> None:
         "--loss_weighting", choices=LOSS_WEIGHTINGS, default="none", help="edm: every level counts alike"
     )
     group.add_argument("--target", choices=TARGETS, default="pixel", help="norm_pixel: patches normalised one by one")
-    group.add_argument("--use_checkpoint", action="store_true", help="gradient checkpointing: less memory, slower")
+    group.add_argument(
+        "--use_checkpoint",
+        changes_results=False,
+        action="store_true",
+        help="gradient checkpointing: less memory, slower",
+    )
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
-    group.add_argument("--vis_freq", type=count, default=50, help="epochs between pictures (0: never)")
-    group.add_argument("--vis_type", choices=SAMPLERS, default="stochastic", help="sampler of the pictures")
+    group.add_argument(
+        "--vis_freq", changes_results=False, type=count, default=50, help="epochs between pictures (0: never)"
+    )
+    group.add_argument(
+        "--vis_type", changes_results=False, choices=SAMPLERS, default="stochastic", help="sampler of the pictures"
+    )
 
 
 def check_pretrain_options(args) -> None:

@@ -1,6 +1,7 @@
 """The life of a run, the same for pretraining and fine-tuning: position, signals, saving, resuming."""
 
 import inspect
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, rng_state, set_rng_state
 from util.dist import World, broadcast_object, gather_objects, lost_rank
 from util.errors import UserError
+from util.flags import Flag, differences, refusal
 from util.log import RunLog
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
@@ -111,15 +113,45 @@ class Interrupts:
 class Run:
     """Saves and restores a run's state; rank 0 writes, all ranks read."""
 
-    def __init__(self, world: World, log: RunLog, *, kind: str, options: dict, meta: dict, save_freq: int, keep: int):
+    def __init__(
+        self,
+        world: World,
+        log: RunLog,
+        *,
+        kind: str,
+        options: dict,
+        meta: dict,
+        save_freq: int,
+        keep: int,
+        flags: dict[str, Flag] | None = None,
+    ):
         self.world, self.log, self.kind, self.options, self.meta = world, log, kind, options, meta
+        self.flags = flags or {}  # what the options' flags declare of themselves, for a resume
         self.save_freq = save_freq
         self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
         self.wrote = False  # the last checkpoint, on the rank that writes
+        self.source = ""  # the checkpoint that this run goes on from
         self.position = Position()
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
+        self.total, self.accum_iter = math.inf, 1  # micro-steps of an epoch, and of an update
         self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
+
+    def follow(self, loader, accum_iter: int) -> None:
+        """The order of samples that the run goes through: training's Loader, and micro-steps per update."""
+        self.global_batch, self.total = loader.order.batch_size * self.world.size, len(loader)
+        self.accum_iter = accum_iter
+        self.names = lambda index: [loader.data.name(int(i)) for i in index]
+
+    def start_at(self, epoch: int, epochs: int) -> None:
+        """A run without a checkpoint begins with `epoch` of `epochs`. UserError if there is nothing to train."""
+        if epoch >= epochs:
+            raise UserError(
+                f"--start_epoch {epoch}: should be below the {epochs} epochs of the run"
+                if epochs
+                else "--epochs 0: should be 1 or more; there is nothing to train"
+            )
+        self.position = Position(epoch=epoch)
 
     def describe_speed(self) -> str:
         return (
@@ -180,7 +212,7 @@ class Run:
         self.log.say(f"stopped by a signal at epoch {self.position.epoch}, step {self.position.step}; {saved}")
         return EXIT_STOPPED
 
-    def find(self, resume: str, force: bool = False) -> dict | None:
+    def find(self, resume: str) -> dict | None:
         """The checkpoint that --resume means, read on every rank; None to start anew."""
         path = resume
         if resume == "auto":
@@ -194,32 +226,51 @@ class Run:
             raise UserError(
                 f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
             )
-        if content.get("global_batch", self.global_batch) != self.global_batch and not force:
-            raise UserError(
-                f"--resume {path}: written with {content['global_batch']} images per micro-step over {content.get('world_size')} "
-                f"processes, this line has {self.global_batch} over {self.world.size}; choose --batch_size so that they are "
-                "equal (then the sample order goes on exactly), or --force_resume"
-            )
         lacking = [k for k in NEEDED if k not in content]
         if lacking:
             raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
         if not all(type(content[k]) is int and 0 <= content[k] < 2**31 for k in ("epoch", "step")):
             raise UserError(f"--resume {path}: its epoch or step is not a number of 0 or more")
-        self.log.say(f"resume: {path} at epoch {content['epoch']}, step {content['step']}")
+        self.source = path
         return content
 
-    def restore(self, content: dict, model, optimizer=None, scaler=None, ema=None) -> None:
+    def compare(self, content: dict, force: bool) -> None:
+        """UserError if a flag that changes the results, or the images per micro-step, are others than in the checkpoint.
+
+        What a resume may set anew is told, and so is all that --force_resume lets pass.
+        """
+        before = content.get("args")
+        found = differences(self.flags, before if isinstance(before, dict) else {}, self.options)
+        refused = [d for d in found if not d.flag.free_at_resume]
+        if refused and not force:
+            raise UserError(
+                refusal(refused, f"--resume {self.source} was written with", "give its value, or --force_resume")
+            )
+        if content["global_batch"] != self.global_batch and not force:
+            raise UserError(
+                f"--resume {self.source}: written with {content['global_batch']} images per micro-step over "
+                f"{content.get('world_size')} processes, this line has {self.global_batch} over {self.world.size}; choose "
+                "--batch_size so that they are equal (then the sample order goes on exactly), or --force_resume"
+            )
+        for d in found:
+            self.log.say(f"resume: {d.flag.name} {d.now} from here on, {d.before} before")
+
+    def restore(self, content: dict, model, optimizer=None, scaler=None, ema=None, force: bool = False) -> None:
         """Put everything back; learning-rate scales and weight decay stay those of this command line.
 
-        UserError if the checkpoint is of another model or some part of it is not what `state` writes.
+        UserError if the checkpoint is of another model or another run (`compare`), or some part of it is not what `state`
+        writes. Uses `content` up: it is empty afterwards, so that its tensors do not stay in memory.
         """
         try:
+            self.compare(content, force)
             self._restore(content, model, optimizer, scaler, ema)
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
+        self.log.say(f"resume: {self.source} at epoch {self.position.epoch}, step {self.position.step}")
+        content.clear()
 
     def _restore(self, content: dict, model, optimizer, scaler, ema) -> None:
         load_exactly(model, content["model"], "--resume")
@@ -230,9 +281,14 @@ class Run:
         if scaler is not None and content["scaler"]:
             scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["progress"])
-        if content["global_batch"] != self.global_batch:
-            self._go_on_after_as_many_images(content["global_batch"])
-        if len(content["sums"]) == self.world.size and content["global_batch"] == self.global_batch:
+        self.position.step = self._step_after(content["step"], content["global_batch"])
+        same_steps = content["global_batch"] == self.global_batch and content["step"] == self.position.step
+        if not same_steps:
+            self.log.say(
+                f"resume: {content['step']} steps of {content['global_batch']} images of epoch {self.position.epoch} "
+                f"were done; goes on at step {self.position.step} of {self.global_batch} images each"
+            )
+        if len(content["sums"]) == self.world.size and same_steps:
             self.position.sums = content["sums"][self.world.rank]
         elif self.world.is_main and content["step"]:
             # Sums over micro-steps and ranks, which are divided by this run's number of both.
@@ -242,16 +298,12 @@ class Run:
         if len(content["rng"]) == self.world.size:
             set_rng_state(content["rng"][self.world.rank], self.world.device)
 
-    def _go_on_after_as_many_images(self, global_batch: int) -> None:
-        """--force_resume: the epoch's order of samples is the same for any batch size, so none is left out and none, but
-        for a part of a batch, seen twice."""
-        position = self.position
-        seen = position.step * global_batch
-        position.step = seen // self.global_batch
-        self.log.say(
-            f"--force_resume: {seen} images of epoch {position.epoch} were seen, {global_batch} at a time; goes on at step "
-            f"{position.step} of {self.global_batch} images each"
-        )
+    def _step_after(self, step: int, global_batch: int) -> int:
+        """The micro-step that comes after `step` steps of an epoch in `global_batch` images each, rounded down to a whole
+        update. The epoch's order of samples is the same for any batch size: none is left out and few are seen twice."""
+        if global_batch != self.global_batch:
+            step = step * global_batch // self.global_batch
+        return self.total if step >= self.total else step - step % self.accum_iter
 
 
 def load_exactly(model, state: dict, flag: str) -> None:

@@ -49,7 +49,6 @@ class Steps:
         self.profiler = profiler  # a StepProfiler of util/profile.py, or None
         self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
         self.stopped = False
-        self.position.step -= self.position.step % accum_iter  # --force_resume may have put it between two updates
         device = run.world.device
         self.sums = torch.tensor([self.position.sums.get(n, 0.0) for n in names], device=device)
         self.group_losses = torch.zeros(len(names), device=device)  # mean over the accumulation group so far
