@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from util.calibration import expected_calibration_error, reliability, scores
+from util.calibration import accuracy_interval, expected_calibration_error, reliability, scores
 from util.ensemble import Weighted, build_combiners, read_oof, validation_scores
 from util.errors import UserError
 from util.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
@@ -237,6 +237,15 @@ def test_calibration_error_by_hand():
         (0.575, 0.5)
     )
     assert expected_calibration_error(p, targets) == pytest.approx(0.5 * 0.35 + 0.5 * 0.075)
+
+
+@pytest.mark.parametrize("right,images", [(0, 1), (1, 1), (0, 12), (12, 12), (77, 101), (1, 40000)])
+def test_interval_of_an_accuracy_is_wilsons(right, images):
+    """The accuracies a for which |right / images - a| is at most 1.96 standard errors sqrt(a (1 - a) / images): roots of a
+    quadratic (Wilson 1927)."""
+    p, z2 = right / images, 1.959963984540054**2
+    expected = np.sort(np.roots([1 + z2 / images, -(2 * p + z2 / images), p * p]))
+    np.testing.assert_allclose(accuracy_interval(right, images), 100 * expected, atol=1e-6)
 
 
 # Labels

@@ -262,6 +262,9 @@ def test_labels_file_scores_the_images_that_it_names(ensemble, photo_folder, tmp
     _, rows = read_csv(tmp_path / "out")
     right = sum(rows[name][0] == "red" for name in ("blue/blue_00.png", "red/red_01.png"))
     assert results["labelled"] == 2 and results["views"] == ["centre", "blur"]
+    interval = ((0, 65.76), (9.45, 90.55), (34.24, 100))[right]  # Wilson's of 0, 1 and 2 of 2 images
+    assert results["accuracy_interval"] == pytest.approx(interval, abs=0.01)
+    assert f"95 % interval {interval[0]:.1f} to {interval[1]:.1f} %" in (tmp_path / "out" / "report.md").read_text()
     assert [r["accuracy"] for r in results["results"] if r["chosen"]] == [50.0 * right]
 
 

@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import binomtest
 
 from engine_finetune import scores_from_confusion
 from util.plots import save_figure
@@ -22,6 +23,12 @@ def scores(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         "log_loss": float(-np.log(np.clip(true, np.finfo(np.float64).eps, 1.0)).mean()),
         "ece": 100.0 * expected_calibration_error(probabilities, targets),
     }
+
+
+def accuracy_interval(right: int, images: int) -> tuple[float, float]:
+    """The 95 % interval in percent of an accuracy of right / images, Wilson's, which holds at 0 and 100 % too."""
+    interval = binomtest(right, images).proportion_ci(0.95, method="wilson")
+    return 100.0 * interval.low, 100.0 * interval.high
 
 
 def confusion_counts(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:

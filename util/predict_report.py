@@ -1,7 +1,6 @@
 """What main_predict.py leaves behind: predictions.csv, the tables, the pictures, report.md."""
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -11,7 +10,7 @@ from PIL import Image
 
 from augment.image import open_image
 from engine_predict import Prediction
-from util.calibration import confusion_counts, plot_class_distribution, plot_reliability, scores
+from util.calibration import accuracy_interval, confusion_counts, plot_class_distribution, plot_reliability, scores
 from util.choices import VIEW_NAMES
 from util.contact_sheet import Entry, draw_sheet
 from util.datasets import ArrayDataset
@@ -206,11 +205,11 @@ def write_all(
     pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
     unreadable = {ids[i]: reason for i, reason in prediction.bad.items()}
 
-    results = table(scored)
+    results, interval = table(scored), None
     if n_labelled:
-        share = next(row["accuracy"] for row in scored if row["chosen"]) / 100
-        error = 100 * math.sqrt(share * (1 - share) / n_labelled)
-        results += ["", f"On {n_labelled} labelled images; the standard error of such an accuracy is {error:.1f} points. In bold: predictions.csv."]  # fmt: skip
+        right = int((final.argmax(1) == targets)[targets >= 0].sum())
+        low, high = interval = accuracy_interval(right, n_labelled)
+        results += ["", f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval {low:.1f} to {high:.1f} % (Wilson)."]  # fmt: skip
     else:
         results += [
             "",
@@ -219,7 +218,7 @@ def write_all(
     if oof:
         results += ["", f"Out of fold, on {len(combiners.oof.ids)} training images (one view: what to expect of new images):", "", *table(oof)]  # fmt: skip
     write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
-    content = {"images": len(ids), "labelled": n_labelled, "unreadable": unreadable, "views": [VIEW_NAMES[v] for v in views],
+    content = {"images": len(ids), "labelled": n_labelled, "accuracy_interval": interval, "unreadable": unreadable, "views": [VIEW_NAMES[v] for v in views],
                "results": scored, "out_of_fold": oof, "classes": per_class, "members": member_facts(members, combiners)}  # fmt: skip
     write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
 
