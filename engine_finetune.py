@@ -96,7 +96,8 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
             logits = model(batch.images)
         logits = logits.float()
         loss_sum += F.cross_entropy(logits, batch.targets, reduction="sum")
-        confusion += torch.bincount(batch.targets * num_classes + logits.argmax(1), minlength=num_classes**2)
+        cell = batch.targets * num_classes + logits.argmax(1)
+        confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
         if num_classes > 5:
             top5 += (logits.topk(5).indices == batch.targets[:, None]).sum()
         if collect:

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
 from augment.rand_augment import color_jitter, parse_rand_augment, rand_augment
+from augment.transfer import to_device
 from util.seed import counted_normal, counted_uniform
 
 CROPS = ("none", "pad", "rrc")
@@ -67,7 +68,7 @@ def crop_flip(
     start = start[:, None] + torch.arange(0, C * Hp * Wp, Hp * Wp, device=top.device)  # [B, C]
     span = (H - 1) * Wp + W
     spans = both.as_strided((both.numel() - span + 1, span), (1, 1))
-    out = spans.index_select(0, start.flatten().to(x.device, non_blocking=True))  # [B * C, span]
+    out = spans.index_select(0, to_device(start.flatten(), x.device))  # [B * C, span]
     return out.as_strided((B, C, H, W), (C * span, span, Wp, 1))
 
 
@@ -124,8 +125,8 @@ def resized_crop(
     B, C, H, W = x.shape
     top, left, h, w = box
     columns = resample_matrix(left, w, W, size[1])
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns).to(x.device, non_blocking=True)
-    rows = resample_matrix(top, h, H, size[0]).to(x.device, non_blocking=True)
+    columns = to_device(torch.where(flip[:, None, None], columns.flip(1), columns), x.device)
+    rows = to_device(resample_matrix(top, h, H, size[0]), x.device)
     y = torch.bmm(x.reshape(B, C * H, W).float(), columns.transpose(1, 2))  # [B, C H, size_w]
     y = y.round_().clamp_(0, 255).view(B, C, H, size[1])
     y = torch.matmul(rows[:, None], y)  # [B, C, size_h, size_w]
@@ -191,7 +192,7 @@ def random_erase(
         fills = [0.0] * len(hits)
     elif mode == "rand":
         counters = torch.tensor([numbers[i] * recount + k for i, k, *_ in hits])
-        normal = counted_normal(seed, epoch, counters, C, _ERASE_NOISE).to(x.device, non_blocking=True)
+        normal = to_device(counted_normal(seed, epoch, counters, C, _ERASE_NOISE), x.device)
         fills = normal[:, :, None, None].unbind()  # each [C, 1, 1]
     else:
         counters = []  # a number for each pixel of each sample; only the erased ones are visited
@@ -271,7 +272,7 @@ class BatchTransform:
             x = self._geometry(x, index, epoch)
             if self.vflip > 0:
                 flip = counted_uniform(self.seed, epoch, index, 1, _VFLIP)[:, 0] < self.vflip
-                x = torch.where(flip.to(x.device, non_blocking=True)[:, None, None, None], x.flip(-2), x)
+                x = torch.where(to_device(flip, x.device)[:, None, None, None], x.flip(-2), x)
             if self.aa is not None:
                 fill = [min(255, round(255 * m)) for m in self.mean]
                 x = rand_augment(x, self.aa, seed=self.seed, epoch=epoch, index=index, fill=fill)

@@ -7,6 +7,8 @@ and torchvision's per-image augmentations give; only `affine` may differ, by one
 import torch
 import torch.nn.functional as F
 
+from augment.transfer import to_device
+
 # ---- Tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
 
 
@@ -138,12 +140,12 @@ def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tens
         m[:, 1, 0] * xs * (2 / H),
         (m[:, 1, 1] * ys + m[:, 1, 2]) * (2 / H) - 1,
     )
-    terms = [t.float().to(x.device, non_blocking=True) for t in terms]
+    terms = [to_device(t.float(), x.device) for t in terms]
     u, v = terms[0] + terms[1], terms[2] + terms[3]  # [B, H, W]
     grid = torch.stack([u, v], dim=-1)
     y = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     outside = (torch.maximum(u.abs_(), v.abs_()) > 1.0).unsqueeze(1)  # [B, 1, H, W]
-    colour = torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1).to(x.device, non_blocking=True)
+    colour = to_device(torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1), x.device)
     y = torch.where(outside, colour, y)
     # Pillow truncates; the small step keeps flat areas from losing a level to float32's rounding.
     return y.add_(1e-3).to(torch.uint8)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from augment import pixel_ops as ops
+from augment.transfer import to_device
 from util.seed import counted_normal, counted_uniform
 
 # Lookups in a table, then affine maps, then the rest: batches are sorted by operation, and each kind is one slice.
@@ -152,7 +153,7 @@ def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[i
     order = op.argsort()
     counts = torch.bincount(op + 1, minlength=len(OPS) + 1).tolist()
     level, sign = level[order], sign[order]
-    x = x.index_select(0, order.to(x.device, non_blocking=True))
+    x = x.index_select(0, to_device(order, x.device))
     first = stop = counts[0]
     tables, matrices = [], []
     for name, count in zip(OPS, counts[1:]):
@@ -163,7 +164,7 @@ def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[i
         if name in GEOMETRIC:
             matrices.append(affine_matrix(name, argument, height, width))
             continue
-        part, argument = x[start:stop], argument.to(x.device, non_blocking=True)
+        part, argument = x[start:stop], to_device(argument, x.device)
         if name in TABLES:
             tables.append(lookup_table(name, part, argument).expand(-1, x.shape[1], -1))
         else:
@@ -177,7 +178,7 @@ def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[i
         matrix = torch.cat(matrices)
         part = x[first : first + len(matrix)]
         part.copy_(ops.affine(part, matrix, fill))
-    return x.index_select(0, order.argsort().to(x.device, non_blocking=True))
+    return x.index_select(0, to_device(order.argsort(), x.device))
 
 
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -192,12 +193,12 @@ def color_jitter(x: torch.Tensor, strength: float, *, seed: int, epoch: int, ind
         raise ValueError(f"color_jitter {strength}: must be 0 or more")
     u = counted_uniform(seed, epoch, index, 4, _JITTER_STREAM)
     low = max(0.0, 1.0 - strength)
-    factor = (low + (1.0 + strength - low) * u[:, :3]).to(x.device, non_blocking=True)  # [B, 3]
+    factor = to_device(low + (1.0 + strength - low) * u[:, :3], x.device)  # [B, 3]
     order = torch.tensor(ORDERS, device=u.device)[(u[:, 3] * len(ORDERS)).long()]  # [B, 3]
     x = x.clone(memory_format=torch.contiguous_format)
     for step in range(3):
         for number in range(3):
-            rows = (order[:, step] == number).nonzero().flatten().to(x.device, non_blocking=True)
+            rows = to_device((order[:, step] == number).nonzero().flatten(), x.device)
             part, f = x.index_select(0, rows), factor[rows, number]
             if number == 2:
                 part = ops.color(part, f)

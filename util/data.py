@@ -234,10 +234,11 @@ class Loader:
         device = self.world.device
         if self.files is None:
             for keys in self.order:
-                index = torch.tensor([i for _, i in keys])
-                where = index.to(device)
+                # From pageable memory a copy would wait for all that the device has been given to do.
+                index = torch.tensor([i for _, i in keys], pin_memory=device.type == "cuda")
+                where = index.to(device, non_blocking=True)
                 images = self.batch_transform(self.images.index_select(0, where), index, epoch, self.train)
-                yield Batch(images, self.targets[where], index)
+                yield Batch(images, self.targets.index_select(0, where), index)
             return
         for images, targets, index, bad in self.files:
             self._report(bad)
