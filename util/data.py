@@ -33,11 +33,13 @@ class Batch:
     index: torch.Tensor
 
 
-def stratified_split(targets: torch.Tensor, val_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def stratified_split(
+    targets: torch.Tensor, val_split: float, seed: int, classes: list[str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices (train, val), each class divided alike. UserError where a class is too small to be in both."""
     from sklearn.model_selection import train_test_split
 
-    check_class_sizes(targets, 2, f"--val_split {val_split}")
+    check_class_sizes(targets, 2, f"--val_split {val_split}", classes)
     try:
         train, val = train_test_split(np.arange(len(targets)), test_size=val_split, stratify=targets, random_state=seed)
     except ValueError as error:
@@ -45,22 +47,24 @@ def stratified_split(targets: torch.Tensor, val_split: float, seed: int) -> tupl
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
 
 
-def kfold_split(targets: torch.Tensor, kfold: int, fold: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def kfold_split(
+    targets: torch.Tensor, kfold: int, fold: int, seed: int, classes: list[str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices (train, val) of fold 0..kfold-1 of scikit-learn's StratifiedKFold, shuffled by seed."""
     from sklearn.model_selection import StratifiedKFold
 
-    check_class_sizes(targets, kfold, f"--kfold {kfold}")
+    check_class_sizes(targets, kfold, f"--kfold {kfold}", classes)
     folds = StratifiedKFold(kfold, shuffle=True, random_state=seed).split(np.zeros(len(targets)), targets)
     train, val = list(folds)[fold]
     return torch.from_numpy(train), torch.from_numpy(val)
 
 
-def check_class_sizes(targets: torch.Tensor, needed: int, flag: str) -> None:
-    counts = torch.bincount(targets)
+def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: list[str] | None = None) -> None:
+    counts = torch.bincount(targets, minlength=len(classes or ()))
     if counts.min() < needed:
-        raise UserError(
-            f"{flag}: class number {int(counts.argmin())} has {int(counts.min())} images; needs at least {needed}"
-        )
+        smallest, n = int(counts.argmin()), int(counts.min())
+        name = repr(printable(classes[smallest])) if classes else f"number {smallest}"
+        raise UserError(f"{flag}: class {name} has {n} image{'s' * (n != 1)}; needs at least {needed}")
 
 
 def load_data(
@@ -82,10 +86,10 @@ def load_data(
     if len(train.classes) < 2:
         raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
     if kfold:
-        train_index, val_index = kfold_split(train.targets, kfold, fold, seed)
+        train_index, val_index = kfold_split(train.targets, kfold, fold, seed, train.classes)
         train, val = train.subset(train_index), train.subset(val_index)
     elif val_split:
-        train_index, val_index = stratified_split(train.targets, val_split, seed)
+        train_index, val_index = stratified_split(train.targets, val_split, seed, train.classes)
         train, val = train.subset(train_index), train.subset(val_index)
     elif val is None:
         raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
@@ -103,6 +107,11 @@ class EpochOrder:
             self.batch_size = min(batch_size, n // world.size)
             if even:  # mixup pairs each sample with its mirror in the batch
                 self.batch_size -= self.batch_size % 2
+            if even and self.batch_size < 1 and n >= world.size:
+                raise UserError(
+                    f"--batch_size {batch_size}: --mixup and --cutmix mix pairs of images, and a batch has one here ({n} "
+                    f"training images, {world.size} processes); give 2 or more, or --mixup 0 --cutmix 0"
+                )
             if self.batch_size < 1:
                 raise UserError(f"--data_path: {n} training images cannot fill a batch on {world.size} ranks")
         self.epoch = self.start_step = 0
