@@ -20,25 +20,43 @@ VIT_SIZES = {
 }
 
 
-def mae_vit(name: str, **kwargs) -> VisionTransformer:
+# Keywords that are whole numbers of 1 or more, or tuples of them, in every family that has them.
+SIZES = ("patch_size", "embed_dim", "embed_dims", "dims", "depth", "depths", "layers", "num_heads", "window_size")
+
+
+class NoStochasticDepth(UserError):
+    """--drop_path for a family that has none."""
+
+
+def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
     """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token whatever the pooling.
 
-    global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token.
+    global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token; a string is
+    timm's name of another pooling.
     """
     size, patch = parse_mae_name(name)
-    kwargs = {"patch_size": patch, **VIT_SIZES.get(size, {}), **kwargs}
+    kwargs = {
+        "patch_size": patch, **VIT_SIZES.get(size, {}), "qkv_bias": True, "norm_layer": _layer_norm,
+        "drop_path_rate": drop_path, **kwargs,
+    }  # fmt: skip
     if size == "custom" and not {"embed_dim", "depth", "num_heads"} <= set(kwargs):
         raise UserError(f"--model {name}: needs --model_kwargs embed_dim=.. depth=.. num_heads=..")
+    check_sizes(name, kwargs)
     if kwargs["embed_dim"] % kwargs["num_heads"]:
         raise UserError(
             f"--model {name}: embed_dim {kwargs['embed_dim']} must be a multiple of num_heads {kwargs['num_heads']}"
         )
     check_patch(kwargs["img_size"], kwargs["patch_size"])
-    kwargs["global_pool"] = "avg" if kwargs.pop("global_pool") else "token"
-    kwargs["drop_path_rate"] = kwargs.pop("drop_path")
-    model = VisionTransformer(qkv_bias=True, norm_layer=_layer_norm, **kwargs)
-    # MAE starts a classifier at 2e-5; timm at zero, which gives the first step's backbone no gradient.
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    if isinstance(global_pool, bool):
+        global_pool = "avg" if global_pool else "token"
+    kwargs["global_pool"] = global_pool
+    try:
+        model = VisionTransformer(**kwargs)
+    except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
+        raise UserError(f"--model {name} with {_shown(kwargs)}: {reason(error)}") from None
+    if isinstance(model.head, nn.Linear):
+        # MAE starts a classifier at 2e-5; timm at zero, which gives the first step's backbone no gradient.
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
 
 
@@ -54,39 +72,91 @@ def check_patch(img_size, patch_size) -> None:
         raise UserError(f"--input_size {height} {width}: must be multiples of the patch size {ph}")
 
 
-def timm_classifier(name: str, *, img_size, **kwargs) -> nn.Module:
-    """Any timm classifier. img_size and drop_path reach the families that know them; others adapt to any size."""
+def check_sizes(name: str, kwargs: dict) -> None:
+    """UserError for a size of which no network can be built: timm makes one without blocks of a depth of -1."""
+    for key in [k for k in SIZES if k in kwargs]:
+        values = kwargs[key] if isinstance(kwargs[key], (tuple, list)) else (kwargs[key],)
+        values = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
+            raise UserError(f"--model {name}: {key} {kwargs[key]}: should be a whole number of 1 or more")
+
+
+def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool | str, **kwargs) -> nn.Module:
+    """Any timm classifier. img_size and drop_path reach the families that know them; others adapt to any size.
+
+    NoStochasticDepth where drop_path is above 0 and the family has none. global_pool: timm's name of a pooling, or a bool
+    for the family's own.
+    """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
         raise UserError(f"--model {name}: not one of MAE's names or timm's{'; near: ' + close if close else ''}")
-    drop_path = kwargs.pop("drop_path")
-    optional = {"img_size": img_size if isinstance(img_size, int) else tuple(img_size), "drop_path_rate": drop_path}
-    if not drop_path:
-        del optional["drop_path_rate"]
+    check_sizes(name, kwargs)
+    if not isinstance(global_pool, bool):
+        kwargs["global_pool"] = global_pool
+    optional = {"img_size": img_size, **({"drop_path_rate": drop_path} if drop_path else {})}
     # timm has no list of who takes what: families without a position grid refuse img_size by TypeError.
     while True:
         try:
-            return timm.create_model(name, **optional, **kwargs)
-        except TypeError as error:
-            refused = [k for k in optional if f"'{k}'" in str(error)]
-            if not refused:
-                raise UserError(f"--model {name}: {_one_line(error)}") from None
+            return timm.create_model(name, **{**optional, **kwargs})
+        except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
+            refused = [k for k in optional if f"'{k}'" in str(error)] if isinstance(error, TypeError) else []
             if "drop_path_rate" in refused:
-                raise UserError(f"--drop_path {drop_path}: {name} has no stochastic depth; use --drop_path 0") from None
-            del optional[refused[0]]
-        except Exception as error:
-            if kwargs.get("pretrained"):
+                raise NoStochasticDepth(
+                    f"--drop_path {drop_path}: {name} has no stochastic depth; use --drop_path 0"
+                ) from None
+            if refused:
+                del optional[refused[0]]
+                continue
+            if kwargs.pop("pretrained", False) and _can_be_built(name, {**optional, **kwargs}):
                 raise UserError(
-                    f"--pretrained: the weights of {name} could not be had ({_one_line(error)[:160]}); "
+                    f"--pretrained: the weights of {name} could not be had ({reason(error)[:160]}); "
                     "offline, give a file of them with --finetune"
                 ) from None
-            if not isinstance(error, (RuntimeError, ValueError, AssertionError)):
-                raise
-            raise UserError(f"--model {name} with {optional} {kwargs}: {_one_line(error)}") from None
+            raise UserError(f"--model {name} with {_shown({**optional, **kwargs})}: {reason(error)}") from None
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _can_be_built(name: str, kwargs: dict) -> bool:
+    """Without weights and memory: what failed before was not the architecture."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _shown(kwargs: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in kwargs.items() if not callable(v))[:300]
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, with its type where its text alone says little (KeyError, IndexError)."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, (RuntimeError, ValueError, TypeError, AssertionError))
+    return text[:300] if text and plain else f"{type(error).__name__}: {text[:300]}"
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Module names of the final classifiers by timm's `default_cfg`: ['head.fc']; ['head', 'head_dist'] of two heads."""
+    names = getattr(model, "default_cfg", {}).get("classifier") or "head"
+    return [names] if isinstance(names, str) else list(names)
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """What the head phase trains: the classifier, or all of a family with several (DeiT distilled, CrossViT, VOLO)."""
+    own = model.get_classifier()
+    found = list(own) if isinstance(own, (tuple, list, nn.ModuleList)) else [own]
+    modules = dict(model.named_modules())
+    found += [modules[n] for n in classifier_names(model) if n in modules]
+    return list(dict.fromkeys(found))
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
+    """UserError for the families that have none."""
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError, NotImplementedError):
+        raise UserError(f"--grad_checkpointing: {name} has none; leave the flag out") from None
 
 
 def trunk_blocks(model: nn.Module) -> list[nn.Module]:
@@ -98,10 +168,10 @@ def trunk_blocks(model: nn.Module) -> list[nn.Module]:
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else None
     stem = _patterns(matcher["stem"]) if isinstance(matcher, dict) and "stem" in matcher else ["stem", "patch_embed"]
     is_stem = re.compile("|".join(stem)).match
-    head = str(getattr(model, "default_cfg", {}).get("classifier", "head")).split(".")[0]
+    heads = {name.split(".")[0] for name in classifier_names(model)}
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
-        if name == head:
+        if name in heads:
             break
         params = [f"{name}.{n}" for n, _ in child.named_parameters()]
         if not params or all(is_stem(n) for n in params):
