@@ -1,3 +1,4 @@
+import importlib
 import re
 from pathlib import Path
 
@@ -66,9 +67,65 @@ def test_wrong_values_name_flag_value_and_what_would_be_right(argv, words):
 
 def test_recipes_hold_flags_and_comments_and_later_flags_win(tmp_path):
     recipe = tmp_path / "x.args"
-    recipe.write_text("# a comment\n--epochs 7 --lr 1e-3   # two on a line\n--model_kwargs depth=2 name=abc\n")
+    recipe.write_text("# a comment\n--epochs 7 --lr 1e-3   # two on a line\n--model_kwargs depth=2 act_layer=relu\n")
     args = parse(f"@{recipe}", "--epochs", "9")
-    assert (args.epochs, args.lr, args.model_kwargs) == (9, 1e-3, [("depth", 2), ("name", "abc")])
+    assert (args.epochs, args.lr, args.model_kwargs) == (9, 1e-3, [("depth", 2), ("act_layer", "relu")])
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("--output_dir runs/exp#7  # a comment", "runs/exp#7"),
+        ("--output_dir #comment\n runs", "runs"),
+        ("\ufeff--output_dir runs", "runs"),
+        ("\ufeff# saved by an editor on Windows\r\n--output_dir runs\r\n", "runs"),
+        (r"--output_dir C:\photos\new\run #1", r"C:\photos\new\run"),
+        (r"--output_dir \\server\share\#1", r"\\server\share\#1"),
+        (r'--output_dir "C:\my photos\" --epochs 3', "C:\\my photos\\"),
+        (r"--output_dir my\ photos#1", "my photos#1"),
+        (r"--output_dir \#1", "#1"),
+        ("--output_dir 'a # b'\"c d\"", "a # bc d"),
+        ("--epochs 3 \\\n    --output_dir runs", "runs"),
+        ("--output_dir=", ""),
+    ],
+)
+def test_a_recipes_words_are_what_they_look_like(tmp_path, text, value):
+    """As in a shell, but for a backslash before a letter, which a path of Windows has."""
+    (tmp_path / "x.args").write_bytes(text.encode())
+    assert parse(f"@{tmp_path / 'x.args'}").output_dir == value
+
+
+@pytest.mark.parametrize("data,word", [(b'--output_dir "a b', "quote"), ("--epochs 3".encode("utf-16"), "(?i)utf-8")])
+def test_a_recipe_that_is_no_text_or_lacks_a_quote_is_one_line(tmp_path, data, word):
+    (tmp_path / "x.args").write_bytes(data)
+    with pytest.raises(UserError, match=word) as caught:
+        parse(f"@{tmp_path / 'x.args'}")
+    assert "@file" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["finetune", "pretrain", "linprobe"])
+def test_img_size_is_another_name_of_input_size(module):
+    parser = importlib.import_module(f"util.options_{module}").get_args_parser()
+    assert parser.parse_args(["--img_size", "48", "32"]).input_size == [48, 32]
+
+
+@pytest.mark.parametrize(
+    "given,flag",
+    [
+        ("num_classes=3", "--nb_classes"), ("img_size=32", "--input_size"), ("in_chans=4", "--in_chans"),
+        ("drop_path=0.1", "--drop_path"), ("drop_path_rate=0.1", "--drop_path"), ("pretrained=True", "--pretrained"),
+        ("alpha_blend=3", "--alpha_blend"), ("name=x", "--model"), ("global_pool=False", "--cls_token"),
+        ("features_only=True", "left out"), ("checkpoint_path=x.pth", "left out"), ("pretrained_cfg={}", "left out"),
+        ("embed_dim=70000", "65536"), ("drop_rate={1: 2}", "should be"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("module", ["finetune", "linprobe"])
+def test_model_kwargs_that_have_a_flag_or_could_not_be_saved_are_one_line(module, given, flag):
+    options = importlib.import_module(f"util.options_{module}")
+    line = ["--model", "vit_tiny_patch16_224", "--pretrained", "--model_kwargs", "depth=2", given]
+    with pytest.raises(UserError) as caught:
+        getattr(options, f"check_{module}_options")(options.get_args_parser().parse_args(line))
+    assert given in str(caught.value) and flag in str(caught.value)
 
 
 def test_each_test_that_readme_promises_exists():

@@ -15,6 +15,24 @@ LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
 FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
              "scriptable", "exportable", "no_jit"}  # fmt: skip
 
+# create_model's own arguments, which meta has in other places: the flags that set them.
+OWN_FLAGS = {"name": "--model", "num_classes": "--nb_classes", "img_size": "--input_size", "in_chans": "--in_chans",
+             "drop_path": "--drop_path", "alpha_blend": "--alpha_blend"}  # fmt: skip
+
+
+def check_model_kwargs(pairs: list[tuple[str, object]]) -> None:
+    """UserError for what --model_kwargs cannot set, and for what no checkpoint could be read with afterwards."""
+    for name, value in pairs:
+        given = f"--model_kwargs {name}={str(value)[:40]}"
+        if flag := {**OWN_FLAGS, "drop_path_rate": "--drop_path", "pretrained": "--pretrained"}.get(name):
+            raise UserError(f"{given}: has a flag of its own; give {flag}")
+        if name == "global_pool" and isinstance(value, bool):
+            raise UserError(f"{given}: give --global_pool or --cls_token, or timm's name of a pooling: avg, token, max")
+        if name in FORBIDDEN:
+            raise UserError(f"{given}: should be left out; it makes another thing than a classifier, or opens a file")
+        if not _is_plain(value):
+            raise UserError(f"{given}: should be text, True, False, None, a number up to {LARGEST} or a list of them")
+
 
 def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
@@ -30,7 +48,9 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
             refuse(key, wanted)
 
     check("model", _is_model_name, "the name of a model")
-    check("model_kwargs", _is_plain_keywords, f"keywords with plain values up to {LARGEST}, none that fetches anything")
+    check(
+        "model_kwargs", _are_model_keywords, f"keywords with plain values up to {LARGEST}, none that fetches anything"
+    )
     check("global_pool", lambda v: isinstance(v, bool), "True or False")
     check("img_size", lambda v: _is_list(v) and len(v) == 2 and all(_is_size(x) for x in v), "[height, width]")
     check("in_chans", _is_size, f"1 to {LARGEST}")
@@ -84,3 +104,7 @@ def _is_plain(v) -> bool:
 
 def _is_plain_keywords(v) -> bool:
     return isinstance(v, dict) and all(isinstance(k, str) and k not in FORBIDDEN and _is_plain(x) for k, x in v.items())
+
+
+def _are_model_keywords(v) -> bool:
+    return _is_plain_keywords(v) and not set(v) & set(OWN_FLAGS)

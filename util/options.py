@@ -10,7 +10,6 @@ import importlib.util
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 from functools import partial
@@ -23,7 +22,7 @@ from util.image_files import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and recipes: @file holds flags, `#` comments, several a line.
+    """argparse with one-line errors, no abbreviations, and recipes: @file holds flags, several a line, and comments.
 
     add_argument takes two words more (see util/flags.py): changes_results=False for a flag with which a run comes to the
     same numbers whatever its value, free_at_resume=True for one that a resume may set anew. `flags` has them by dest.
@@ -54,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        return words_of(line)
 
     def error(self, message: str):
         raise UserError(re.sub(r"(\S{200})\S+", r"\1...", message))  # a value of 5000 digits is no line to read
@@ -74,6 +73,29 @@ class Parser(argparse.ArgumentParser):
             hint = f"; did you mean {close[0]}?" if close else f"; {self.prog} --help lists the flags"
             raise UserError(f"{unknown[0]}: no such flag{hint}")
         return options
+
+
+_WORD = re.compile(r"""(?:^\\#|\\[\s"']|"[^"]*"|'[^']*'|[^\s"'])+""")
+_QUOTED = re.compile(r"""^\\(#)|\\([\s"'])|"([^"]*)"|'([^']*)'""")
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a recipe's line. A `#` at a word's start begins a comment; in quotes everything is literal.
+
+    A backslash takes the meaning of the space or quote after it, or of a word's first `#`; before anything else, as in a
+    path of Windows, it is itself. ValueError for a quote without its end.
+    """
+    if "\0" in line:
+        raise ValueError("not UTF-8 text; save it as UTF-8")
+    words, rest = [], line.removeprefix("\ufeff").strip()  # editors on Windows begin a file with a byte-order mark
+    while rest and not rest.startswith("#"):
+        word = _WORD.match(rest)
+        rest = rest[word.end() :] if word else rest
+        if rest and not rest[0].isspace():
+            raise ValueError(f"a quote without its end: {rest[:40]}")
+        words.append(_QUOTED.sub(lambda m: "".join(g or "" for g in m.groups()), word[0]))
+        rest = rest.lstrip()
+    return words[:-1] if words[-1:] == ["\\"] else words  # the end of a shell's line that goes on
 
 
 def check_command_line(get_args_parser, check=lambda args: None) -> None:
@@ -258,7 +280,7 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default=dataset, choices=sorted(DATASETS), help="see README, section Data")
     group.add_argument("--data_path", default=None, help="the data set's folder (default: data, or ./ for digits)")
-    group.add_argument("--input_size", type=number(int, 1, 16384), nargs="+", default=None, metavar="N",
+    group.add_argument("--input_size", "--img_size", type=number(int, 1, 16384), nargs="+", default=None, metavar="N",
                        help="image size in pixels, N or H W (default: the checkpoint's, or the data set's own, or 224)")  # fmt: skip
     group.add_argument("--in_chans", type=int, choices=(1, 3), default=None,
                        help="channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)")  # fmt: skip

@@ -4,7 +4,7 @@ import os
 
 from util.choices import ANNEALS, SCHEDULES, SPACES, TOKENS
 from util.errors import UserError
-from util.meta import LEAST_CROP_PCT
+from util.meta import LEAST_CROP_PCT, check_model_kwargs
 from util.options import (
     Parser,
     add_data_options,
@@ -149,6 +149,7 @@ def add_finetune_options(parser: Parser) -> None:
 def check_finetune_options(args) -> None:
     """What one flag's type cannot see."""
     parse_and_check_paths(args)
+    check_model_kwargs(args.model_kwargs)
     if args.kfold == 1:
         raise UserError("--kfold 1: needs 2 or more folds")
     if args.fold != "all" and args.fold not in map(str, range(max(1, args.kfold))):

@@ -1,6 +1,7 @@
 """Command-line options of main_linprobe.py."""
 
 from util.errors import UserError
+from util.meta import check_model_kwargs
 from util.options import Parser, add_data_options, add_deterministic_option, keyword, model_name, number, positive_int
 
 
@@ -41,6 +42,7 @@ def get_args_parser() -> Parser:
 
 
 def check_linprobe_options(args) -> None:
+    check_model_kwargs(args.model_kwargs)
     if not args.finetune and not args.model:
         raise UserError("--checkpoint: give one, or --model NAME with --pretrained or --random_init")
     if not (args.finetune or args.pretrained or args.random_init):
