@@ -22,7 +22,8 @@ from augment.batch import BatchTransform
 from augment.image import SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
-from models.rebuild import create_from_meta, require_complete
+from models.rebuild import create_from_meta, require_complete, try_forward
+from models.vit import NoStochasticDepth, enable_grad_checkpointing
 from util import folds
 from util.checkpoint import peek_meta
 from util.compiled import compile_net, require_compiler
@@ -118,11 +119,15 @@ def build_model(args, meta: dict, world: World, noise, log: RunLog):
     """The network on its device, with the weights that --finetune or --pretrained name."""
     extra = {"pretrained": True} if args.pretrained else {}
     described = {**meta, "model_kwargs": {**meta["model_kwargs"], **extra}}
-    net = create_from_meta(described, drop_path=args.drop_path, alpha_blend=noise)
-    if args.finetune:
+    try:
+        net = create_from_meta(described, drop_path=0.0 if args.eval else args.drop_path, alpha_blend=noise)
+    except NoStochasticDepth:
+        log.say(f"note: --drop_path {args.drop_path}: does nothing, {meta['model']} has no stochastic depth")
+        net = create_from_meta(described, alpha_blend=noise)
+    if args.finetune and not (args.eval and args.resume):
         report = load_pretrained(net, args.finetune)
         log.say(f"finetune: {args.finetune}: {report}")
-        if args.eval and not args.resume:
+        if args.eval:
             require_complete(report, args.finetune)
     if args.eval and args.resume:
         require_complete(load_pretrained(net, args.resume), args.resume)
@@ -130,13 +135,13 @@ def build_model(args, meta: dict, world: World, noise, log: RunLog):
     if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
         net.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
-        net.set_grad_checkpointing()
+        enable_grad_checkpointing(net, meta["model"])
     return net
 
 
 def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     """One run: data, model, loop or evaluation, report. Returns the exit code."""
-    source = peek_meta(args.finetune or (args.resume if args.eval else ""))
+    source = peek_meta((args.resume if args.eval else "") or args.finetune)
     train, val = load_data(
         args.dataset, args.data_path, world, val_split=args.val_split, kfold=args.kfold, fold=fold,
         seed=args.split_seed,
@@ -154,7 +159,7 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
-    noise = build_noise(args)
+    noise = build_noise(args) if args.noise_eval or not args.eval else None
     log = RunLog(None if args.eval or args.dry_run else output_dir, args.log_dir, is_main=world.is_main)
     net = build_model(args, meta, world, noise, log)
     loaders = build_loaders(args, meta, train, val, world)
@@ -163,10 +168,13 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
             f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
     if args.eval:
+        try_forward(net.eval(), meta, 1)
         result = evaluate(net, loaders[1], precision, meta["num_classes"])
         log.say("  ".join(f"{k}: {v:.4f}" for k, v in result.scores().items()))
         log.say(f"Accuracy of the network on the {result.confusion.sum()} test images: {result.acc1:.2f}%")
         return 0
+    freezing(args, in_head_phase=not args.epochs)(net.train())
+    try_forward(net, meta, min(2, loaders[0].order.batch_size))
     if args.dry_run:
         groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         log.say(describe(args, meta, net, groups, loaders[0], precision, global_batch, lr))

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from models.vit import classifiers
 from util.dist import World
 from util.errors import UserError
 from util.lr_sched import lr_at
@@ -14,7 +15,8 @@ from util.run import wrap_ddp
 def freeze_backbone(model) -> None:
     """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on."""
     model.eval()
-    model.get_classifier().train()
+    for classifier in classifiers(model):
+        classifier.train()
     if hasattr(model, "alpha_blend"):
         model.alpha_blend.train()
 
@@ -33,7 +35,7 @@ def freeze_batchnorm(model, everywhere: bool) -> None:
 
 def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
     """(model to call, optimizer) of a phase: the head on a frozen backbone, then all but --freeze_layers, with layer decay."""
-    head = {id(p) for p in net.get_classifier().parameters()}
+    head = {id(p) for classifier in classifiers(net) for p in classifier.parameters()}
     layers, last = layer_ids(net)
     if args.freeze_layers > last:
         raise UserError(
