@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment.batch import normalize, resize
-from augment.image import build_eval_transform, open_file
-from augment.image import to_channels as image_to_channels
+from augment.decoding import ImageError, open_file
+from augment.decoding import to_channels as image_to_channels
+from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from util.datasets import ArrayDataset, FileDataset
 from util.datasets import to_channels as array_to_channels
@@ -17,7 +18,7 @@ from util.errors import UserError
 from util.image_files import printable
 from util.log import Progress
 from util.members import Net
-from util.reading import Reading, loader_processes
+from util.reading import Reading, loader_processes, reason_of, worker_init
 
 
 @dataclass
@@ -53,13 +54,11 @@ class ViewReader:
 
     def __getitem__(self, i: int):
         self.reading.note(i)
-        try:
+        try:  # any other error is not the file's
             images = self.decode(i)
-            return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
-        except Exception as error:  # PIL and its plugins raise anything on a broken file
-            path = getattr(self.data, "paths", {i: ""})[i]
-            reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
-            return i, None, reason[0].strip()[:160]
+        except ImageError as error:
+            return i, None, reason_of(error, self.data.paths[i])
+        return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
 
     def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
         """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
@@ -79,7 +78,6 @@ class ViewReader:
             one = self.data.subset(torch.tensor([i]))
             return {c: array_to_channels(one, c).images[0] for c in wanted}
         with open_file(self.data.paths[i]) as image:
-            image.load()  # decoded here, whatever it is converted to afterwards
             return {c: image_to_channels(image, c) for c in wanted}
 
 
@@ -92,10 +90,6 @@ def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, 
         views,
         {s[0]: s[2] for s in samples if s[2] is not None},
     )
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 @torch.inference_mode()
@@ -127,7 +121,7 @@ def predict(
     workers = loader_processes(num_workers)
     loader = DataLoader(
         ViewReader(data, inputs, computed, margin, workers), batch_sampler=mine, collate_fn=collate, num_workers=workers,
-        pin_memory=world.device.type == "cuda", worker_init_fn=_one_thread,
+        pin_memory=world.device.type == "cuda", worker_init_fn=worker_init(),
     )  # fmt: skip
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
     done, bad = [], {}

@@ -19,6 +19,7 @@ from timm.data import Mixup
 
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform
+from augment.decoding import limit_pixels
 from augment.image import SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
@@ -27,7 +28,7 @@ from models.vit import NoStochasticDepth, enable_grad_checkpointing
 from util import folds
 from util.checkpoint import peek_meta
 from util.compiled import compile_net, require_compiler
-from util.data import Loader, load_data
+from util.data import Loader, load_data, choose_loader
 from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
@@ -295,7 +296,9 @@ def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_finetune_options(args)
+    limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url, args.timeout_minutes, args.deterministic)
+    args.loader = choose_loader(args.loader, args.dataset, world)
     if args.compile:
         require_compiler(world.device)
     if args.kfold and args.fold == "all":

@@ -19,6 +19,7 @@ import sys
 import time
 
 from augment.batch import BatchTransform
+from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
 from util.data import Loader, load_data
 from util.datasets import ArrayDataset, to_channels
@@ -47,6 +48,7 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_linprobe_options(args)
+    limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
     resolve_data(args, content)

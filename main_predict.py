@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from augment.decoding import limit_pixels
 from engine_predict import predict
 from util.checkpoint import LAST, numbered_checkpoints
 from util.dist import Precision, init_world
@@ -54,6 +55,7 @@ def check_options(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     args, started = get_args_parser().parse_args(argv), time.time()
     check_options(args)
+    limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url)
     # The fastest algorithm is chosen by timing, and so may differ between ranks and runs, and with it the last digits.
     torch.backends.cudnn.benchmark = False

@@ -15,11 +15,12 @@ import time
 import torch
 
 from augment.batch import BatchTransform
+from augment.decoding import limit_pixels
 from augment.image import build_eval_transform, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from util.compiled import compile_noprop, require_compiler
-from util.data import Loader
+from util.data import Loader, choose_loader
 from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
@@ -118,7 +119,9 @@ def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog,
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_pretrain_options(args)
+    limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url, args.timeout_minutes, args.deterministic)
+    args.loader = choose_loader(args.loader, args.dataset, world)
     if args.compile:
         require_compiler(world.device)
     spec = DATASETS[args.dataset]

@@ -18,6 +18,7 @@ import sys
 import torch
 
 from augment.batch import BatchTransform
+from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
 from util.data import Loader
 from util.datasets import ArrayDataset, FileDataset, read_split, to_channels
@@ -87,6 +88,7 @@ def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     check_sample_options(args)
+    limit_pixels(args.max_pixels)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: main_sample.py runs in one process; start it with python")
     world = init_world(args.device)

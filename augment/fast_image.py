@@ -24,11 +24,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
-from augment.image import LARGEST_ASPECT, open_file, to_channels
+from augment.decoding import LARGEST_ASPECT, ImageError, decoding, open_file, orientation, to_channels
 from augment.opencv_ops import decode_jpeg, on_arrays
 
 REDUCTIONS = (8, 4, 2)  # libjpeg's, that Pillow reaches
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 END_OF_IMAGE = b"\xff\xd9"
 _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 
@@ -36,7 +35,8 @@ _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 class FastTrainTransform:
     """path -> uint8 [C, h, w]: what `transform(open_image(path))` gives, in about half the time.
 
-    transform: a pipeline of build_train_transform that begins with a random resized crop; in_chans: 1 or 3.
+    transform: a pipeline of build_train_transform that begins with a random resized crop; in_chans: 1 or 3. ImageError
+    where the file cannot be decoded, or OpenCV cannot.
     """
 
     def __init__(self, transform: transforms.Compose, in_chans: int):
@@ -89,15 +89,16 @@ def is_plain_jpeg(image: Image.Image, in_chans: int) -> bool:
         image.format == "JPEG"
         and image.mode == ("L" if in_chans == 1 else "RGB")
         and max(image.size) <= LARGEST_ASPECT * min(image.size)
-        and image.getexif().get(ORIENTATION, 1) == 1
+        and orientation(image) == 1
         and ends_properly(image.fp)
     )
 
 
 def ends_properly(file) -> bool:
     """OpenCV fills what is missing at a file's end without a word; Pillow reports it."""
-    file.seek(-2, os.SEEK_END)
-    return file.read() == END_OF_IMAGE
+    with decoding():
+        file.seek(-2, os.SEEK_END)
+        return file.read() == END_OF_IMAGE
 
 
 def reduction(box_h: int, box_w: int, size: tuple[int, int]) -> int:
@@ -110,12 +111,17 @@ def decode_crop(
 ) -> torch.Tensor:
     """Box (top, left, h, w) of an opened JPEG, in its full-size pixels, resized to `size` (h, w): uint8 [C, h, w].
 
+    ImageError if OpenCV cannot decode it.
     The channels are interleaved in memory: torch's kernel and RandAugment are several times as fast that way.
     """
     top, left, h, w = box
     scale = reduction(h, w, size)
-    image.fp.seek(0)
-    pixels = decode_jpeg(image.fp.read(), scale, grey=image.mode == "L")
+    with decoding():
+        image.fp.seek(0)
+        data = image.fp.read()
+    pixels = decode_jpeg(data, scale, grey=image.mode == "L")
+    if pixels.shape[:2] != tuple(-(-side // scale) for side in image.size[::-1]):
+        raise ImageError("OpenCV decodes it to another size than its header says")
     if scale == 1:
         crop = pixels[top : top + h, left : left + w]
         x = torch.from_numpy(crop.reshape(1, h, w, -1)).permute(0, 3, 1, 2)

@@ -4,83 +4,22 @@ Normalisation and erasing come later, for the whole batch on its device (augment
 global generators of random, numpy and torch, which util.seed.sample_rng sets per sample.
 """
 
-import os
-import stat
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from augment.decoding import open_file, open_image, to_channels  # noqa: F401 (public names of this module)
 from util.data_specs import IMAGENET_MEAN
 
 PRESETS = ("mae", "photo", "light", "pretrain", "none")
 RATIO = (3 / 4, 4 / 3)
 # Area fraction of the random resized crop: MAE's fine-tuning and pretraining, and the photo-folder recipe.
 SCALES = {"mae": (0.08, 1.0), "light": (0.08, 1.0), "pretrain": (0.2, 1.0), "photo": (0.7, 1.0)}
-# What is decoded, whatever a file's name says. Pillow would also hand PostScript to Ghostscript, a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "DIB")
-LARGEST_ASPECT = 16
-
-
-def open_image(path: str, in_chans: int) -> Image.Image:
-    """Decode an image file (an animation's first frame), upright, as `L` (in_chans 1) or `RGB` (3)."""
-    with open_file(path) as image:
-        return to_channels(image, in_chans)
-
-
-def open_file(path: str) -> Image.Image:
-    """Pillow's Image.open for regular files (a pipe or device would be waited for without end) in one of FORMATS.
-
-    Pillow refuses more than 179 million pixels (Image.MAX_IMAGE_PIXELS x 2) before decoding any.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-    Image.init()
-    return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
-
-
-def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
-    """An image of any mode, turned upright by its EXIF orientation, as 8-bit `L` (in_chans 1) or `RGB` (3).
-
-    Transparency is composited over white, as a page shows it; the colours hidden under it are arbitrary.
-    Integers beyond 8 bits count as 0..65535; floats as 0..1 if none exceeds 1, else as 0..255.
-    What is longer than 16 times its breadth keeps its middle 16 : 1: resized to cover a square, all of it would take
-    memory without bound, to be cropped away.
-    """
-    if in_chans not in (1, 3):
-        raise ValueError(f"in_chans {in_chans}: image files have 1 or 3 channels")
-    image = limit_aspect(ImageOps.exif_transpose(image))
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F":
-            values = values * 255.0 if np.nanmax(values) <= 1.0 else values
-        else:
-            values = values / 257.0
-        image = Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "L" if in_chans == 1 else "RGB"
-    if image.mode != mode:
-        image = image.convert(mode)
-    image.load()
-    return image
-
-
-def limit_aspect(image: Image.Image) -> Image.Image:
-    """The image, or the middle of one beyond LARGEST_ASPECT : 1 either way."""
-    w, h = image.size
-    side = LARGEST_ASPECT * min(w, h)
-    if side >= max(w, h):
-        return image
-    new_w, new_h = min(w, side), min(h, side)
-    left, top = (w - new_w) // 2, (h - new_h) // 2
-    return image.crop((left, top, left + new_w, top + new_h))
 
 
 def build_train_transform(
@@ -122,10 +61,11 @@ def build_train_transform(
     # The crop's aspect varies around the input's own: a wide input must not stretch square crops.
     ratio = tuple(r * size[1] / size[0] for r in ratio)
     if preset != "photo":
-        return create_transform(
+        transform = create_transform(
             tuple(size), is_training=True, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
             color_jitter=color_jitter, auto_augment=aa, interpolation=interpolation, mean=mean, normalize=False,
         )  # fmt: skip
+        return transforms.Compose([allow_zero_bits(step) for step in transform.transforms])
     strength = 0.3 if color_jitter is None else color_jitter
     fill = [round(255 * m) for m in mean]
     # A resize of the whole image before the crop, as the method's reference has, would resample twice: the crop's
@@ -145,6 +85,32 @@ def build_train_transform(
 def default_crop_pct(size: tuple[int, int]) -> float:
     """The share of the resized side that evaluation keeps, as MAE evaluates: 224/256 up to 224 pixels, 1 above."""
     return 224 / 256 if max(size) <= 224 else 1.0
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's, and black for 0 bits, which policies draw: as Pillow gave it before version 13, which refuses."""
+    return Image.new(image.mode, image.size) if bits_to_keep < 1 else auto_augment.posterize(image, bits_to_keep)
+
+
+def allow_zero_bits(step: Callable) -> Callable:
+    """A step of timm's pipeline; a policy of operations with `posterize` above for timm's."""
+    if isinstance(step, auto_augment.AutoAugment):
+        ops = [op for pair in step.policy for op in pair]
+    else:
+        ops = step.ops if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)) else []
+    for op in ops:
+        op.aug_fn = posterize if op.aug_fn is auto_augment.posterize else op.aug_fn
+    return step
+
+
+def timm_policy(aa: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+    """The policy alone that timm's string names (rand, original, v0, 3a, augmix, ...), for images of `size` (h, w).
+
+    mean: as in build_train_transform. Interpolates bilinearly.
+    """
+    policies = (auto_augment.AutoAugment, auto_augment.RandAugment, auto_augment.AugMixAugment)
+    steps = build_train_transform(size, "mae", aa=aa, interpolation="bilinear", mean=mean).transforms
+    return next(step for step in steps if isinstance(step, policies))
 
 
 def build_eval_transform(

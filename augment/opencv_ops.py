@@ -15,6 +15,9 @@ import numpy as np
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
 
+from augment.decoding import ImageError, decoding
+from augment.image import posterize
+
 cv2.setNumThreads(0)  # images are small; loader processes are what works side by side
 
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
@@ -26,13 +29,14 @@ _TRUNCATE = 1e-3 - 0.5  # added before OpenCV rounds, what comes out is truncate
 def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
     """uint8 [h, w, 3] in RGB order, or [h, w]: Pillow's pixels, at 1/scale (1, 2, 4 or 8) of the file's size.
 
-    The orientation in EXIF is ignored. OSError for what cannot be decoded; a file that ends too early is filled up grey.
+    The orientation in EXIF is ignored. ImageError for what cannot be decoded; a file that ends too early is filled up grey.
     """
     reduced = {1: 0, 2: 16, 4: 32, 8: 64}[scale]  # cv2.IMREAD_REDUCED_GRAYSCALE_*
     colour = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
-    x = cv2.imdecode(np.frombuffer(data, np.uint8), colour | reduced | cv2.IMREAD_IGNORE_ORIENTATION)
+    with decoding():
+        x = cv2.imdecode(np.frombuffer(data, np.uint8), colour | reduced | cv2.IMREAD_IGNORE_ORIENTATION)
     if x is None:
-        raise OSError("OpenCV cannot decode it")
+        raise ImageError("OpenCV cannot decode it")
     return x
 
 
@@ -197,6 +201,7 @@ _TWINS = {
     auto_augment.invert: _invert,
     auto_augment.rotate: _rotate,
     auto_augment.posterize: _posterize,
+    posterize: _posterize,
     auto_augment.solarize: _solarize,
     auto_augment.solarize_add: _solarize_add,
     auto_augment.color: _color,

@@ -248,6 +248,30 @@ def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
     assert not torch.equal(plain[0].images, next(iter(file_loader(photo_folder).epoch(3))).images)
 
 
+def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_folder, monkeypatch):
+    """On CUDA, a blocking copy of the sample numbers would wait for the step before."""
+    images = torch.arange(32 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(32, 1, 8, 8)
+    data = ArrayDataset(images, torch.arange(32), [str(i) for i in range(32)])
+    transform = BatchTransform(
+        (0.5,), (0.5,), crop="rrc", hflip=0.5, vflip=0.5, reprob=0.5, aa="rand-m9", color_jitter=0.3
+    )
+    plain = Loader(data, batch_transform=transform, batch_size=8, train=True, world=World())
+    next(iter(plain.epoch(0)))  # constants are copied once
+    real, blocking = torch.Tensor.to, []
+
+    def to(self, *args, non_blocking=False, **kwargs):
+        if any(isinstance(a, torch.device) for a in args) and not non_blocking:
+            blocking.append(args)
+        return real(self, *args, non_blocking=non_blocking, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batches = [*plain.epoch(0), *file_loader(photo_folder).epoch(0)]
+    assert len(batches) == 4 + 8 and sorted(torch.cat([b.targets for b in batches[:4]]).tolist()) == list(range(32))
+    assert all(torch.equal(b.targets, b.index) for b in batches[:4])
+    # (a new loader's transform copies its constants)
+    assert len(blocking) <= 2, blocking
+
+
 def test_unmixed_evaluation_batches_hold_the_right_targets(photo_folder):
     for batch in file_loader(photo_folder, train=False, split="val").epoch():
         redder = batch.images[:, 0].mean((1, 2)) > batch.images[:, 2].mean((1, 2))

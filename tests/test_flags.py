@@ -12,7 +12,7 @@ HARMLESS = {"num_workers", "pin_mem", "output_dir", "log_dir", "device", "resume
             "deterministic", "timeout_minutes"}  # fmt: skip
 # What a stopped run may be told anew: its schedule, and what --max_bad_steps advises to change.
 SCHEDULE = {"epochs", "batch_size", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "amp",
-            "on_bad_image", "start_epoch"}  # fmt: skip
+            "on_bad_image", "max_pixels", "start_epoch"}  # fmt: skip
 OWN = {
     "finetune": ({"grad_checkpointing", "dist_eval", "eval", "fold"}, {"layer_decay", "head_lr", "patience"}),
     "pretrain": ({"use_checkpoint", "vis_freq", "vis_type"}, set()),

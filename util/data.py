@@ -7,20 +7,19 @@ and resumes do not change which samples a step sees. Augmentation is counted by 
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment.fast_image import FastTrainTransform, can_be_fast
-from augment.image import open_image
+from augment.decoding import ImageError, open_image
+from util.data_specs import IN_MEMORY
 from util.datasets import ArrayDataset, FileDataset, read_split
 from util.dist import World, barrier
 from util.errors import UserError
 from util.image_files import printable
-from util.reading import Reading, loader_processes
+from util.reading import Reading, loader_processes, reason_of, worker_init
 from util.seed import mix, sample_rng
 
 
@@ -139,53 +138,78 @@ class EpochOrder:
             yield [(self.epoch, i) for i in order[first : first + B].tolist()]
 
 
-class SampleReader:
-    """Decode and augment one file: (epoch, index) -> (uint8 [C, H, W], target, index, bad), in a loader worker.
+def choose_loader(loader: str | None, dataset: str, world: World) -> str:
+    """--loader: `pil`, or `fast`, which needs OpenCV. Not given: fast; pil, with a warning, where OpenCV cannot be imported."""
+    if loader == "pil" or (loader is None and dataset in IN_MEMORY):
+        return loader or "fast"
+    try:
+        import cv2
 
-    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what fails there gets the plain way.
-    bad lists (path, reason) of images that could not be read. In training the next readable image takes the place,
-    so that batches keep their size on every rank; in evaluation the image is None and drops out.
+        _ = cv2.IMREAD_COLOR_RGB  # of two wheels at odds an empty package may be left; before 4.11 there was none
+        return "fast"
+    except Exception as error:  # a broken installation raises anything
+        reason = f"OpenCV cannot be imported ({' '.join(str(error).split())[:160] or type(error).__name__})"
+    mend = "`pip uninstall` every opencv package, then `pip install opencv-python-headless`"
+    if loader == "fast":
+        raise UserError(f"--loader fast: {reason}; {mend}, or give --loader pil")
+    if world.is_main:
+        print(f"warning: {reason}: training reads JPEGs more slowly, as with --loader pil; {mend}", file=sys.stderr)
+    return "pil"
+
+
+class SampleReader:
+    """Decode and augment one file: (epoch, index) -> (uint8 [C, H, W], target, index, bad, slow), in a loader worker.
+
+    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes the
+    plain way. bad and slow list (path, reason) of images that could not be read, and of those that only OpenCV could not.
+    In training the next readable image takes the place of a bad one, so that batches keep their size on every rank; in
+    evaluation the image is None and drops out.
     """
 
     def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False,
                  workers: int = 0):  # fmt: skip
         self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
         self.reading = Reading(data.paths, workers)
-        self.fast = FastTrainTransform(transform, in_chans) if fast and train and can_be_fast(transform) else None
+        self.fast = None
+        if fast and train:
+            from augment.fast_image import FastTrainTransform, can_be_fast  # OpenCV
+
+            self.fast = FastTrainTransform(transform, in_chans) if can_be_fast(transform) else None
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        bad = []
+        bad, slow = [], []
         for attempt in range(16 if self.train else 1):
             i = (index + attempt) % len(self.data)
             path = self.data.paths[i]
             self.reading.note(i)
-            try:
-                return self.read(path, epoch, index), int(self.data.targets[i]), i, bad
-            except Exception as error:  # PIL and its plugins raise anything on a broken file
-                reason = str(error).replace(repr(path), "").splitlines() or [type(error).__name__]
-                bad.append((path, reason[0].strip()[:160]))
-        return None, -1, index, bad
+            try:  # any other error is not the file's
+                return self.read(path, epoch, index, slow), int(self.data.targets[i]), i, bad, slow
+            except ImageError as error:
+                bad.append((path, reason_of(error, path)))
+        return None, -1, index, bad, slow
 
-    def read(self, path: str, epoch: int, index: int) -> torch.Tensor:
+    def read(self, path: str, epoch: int, index: int, slow: list) -> torch.Tensor:
         """One file's pixels, augmented with the random numbers of (seed, epoch, index)."""
+        failure = None
         if self.fast is not None:
-            with suppress(Exception), sample_rng(self.seed, epoch, index):
-                return self.fast(path)
+            try:
+                with sample_rng(self.seed, epoch, index):
+                    return self.fast(path)
+            except ImageError as error:
+                failure = error
         image = open_image(path, self.in_chans)
+        if failure is not None:
+            slow.append((path, reason_of(failure, path)))
         with sample_rng(self.seed, epoch, index):
             return self.transform(image)
 
 
 def collate(samples: list) -> tuple:
     good = [s for s in samples if s[0] is not None]
-    bad = [b for s in samples for b in s[3]]
+    bad, slow = ([file for s in samples for file in s[k]] for k in (3, 4))
     images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
-    return images, torch.tensor([s[1] for s in good]), torch.tensor([s[2] for s in good], dtype=torch.long), bad
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+    return images, torch.tensor([s[1] for s in good]), torch.tensor([s[2] for s in good], dtype=torch.long), bad, slow
 
 
 class Loader:
@@ -227,7 +251,7 @@ class Loader:
                 pin_memory=pin_memory and world.device.type == "cuda",
                 persistent_workers=workers > 0,
                 prefetch_factor=4 if workers else None,
-                worker_init_fn=_one_thread,
+                worker_init_fn=worker_init(),
                 # Each pass draws a seed for its workers, which nothing here uses: not from the run's own generator, or a
                 # resumed run, which makes one pass more, would end with another state of it.
                 generator=torch.Generator(),
@@ -249,15 +273,27 @@ class Loader:
                 images = self.batch_transform(self.images.index_select(0, where), index, epoch, self.train)
                 yield Batch(images, self.targets.index_select(0, where), index)
             return
-        for images, targets, index, bad in self.files:
+        read, slow = 0, []
+        for images, targets, index, bad, slower in self.files:
             self._report(bad)
+            slow += slower
             if self.train and len(index) < self.order.batch_size:
                 raise UserError(f"{printable(bad[-1][0])}: the last of 16 images in a row that cannot be read")
             if len(index) == 0:
                 continue
+            read += len(index)
             images = images.to(device, non_blocking=True)
             images = self.batch_transform(images, index, epoch, self.train)
             yield Batch(images, targets.to(device, non_blocking=True), index)
+        if slow:
+            path, reason = slow[0]
+            print(f"warning: epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
+                  f"e.g. {printable(path)} ({reason})", file=sys.stderr)  # fmt: skip
+        if not self.train and read == 0 and self.world.size == 1:  # on more ranks, others may have had readable ones
+            raise UserError(f"--data_path: none of the {len(self.data)} images{self._below()} can be read")
+
+    def _below(self) -> str:
+        return f" in {printable(self.data.root)}" if self.data.root else ""
 
     def _report(self, bad: list[tuple[str, str]]) -> None:
         for path, reason in bad:

@@ -38,3 +38,5 @@ DATASETS = {
     "imagenet-100": DataSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD),
     "imagenet": DataSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD),
 }
+# The others are files.
+IN_MEMORY = ("cifar10", "cifar100", "fashion-mnist", "digits")

@@ -272,8 +272,22 @@ def model_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of MAE's names or timm's{hint}")
 
 
-def choice_or_none(text: str) -> str | None:
-    return None if text.lower() in ("", "none", "off") else text
+_NUMBER = r"\d+(\.\d+)?"
+_POLICY = re.compile(
+    rf"rand(-([mn]\d+|mmax\d+|inc[01]|p{_NUMBER}|mstd({_NUMBER}|inf)|t(weights|3aw?)))*"
+    rf"|augmix(-([mwd]\d+|b[01]|(a|mstd){_NUMBER}))*|(original|v0)r?(-mstd{_NUMBER})*|3a(-mstd{_NUMBER})*"
+)
+
+
+def policy_or_none(text: str) -> str | None:
+    """--aa: an augmentation policy as timm writes it, or `none` (None)."""
+    if text.lower() in ("", "none", "off"):
+        return None
+    if _POLICY.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} should be none or timm's rand-m9-mstd0.5-inc1, original, originalr, v0, v0r, 3a, augmix-m3-w3"
+        )
+    return text
 
 
 def add_data_options(parser: Parser, *, dataset: str) -> None:
@@ -299,6 +313,12 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
     group.add_argument("--on_bad_image", free_at_resume=True, choices=("error", "skip"), default="error",
                        help="an unreadable image ends the run, or is reported and replaced (training) or left out")  # fmt: skip
+    add_max_pixels_option(group)
+
+
+def add_max_pixels_option(group) -> None:
+    group.add_argument("--max_pixels", free_at_resume=True, type=positive_int, default=178956970, metavar="N",
+                       help="image files of more pixels are refused before they are decoded: 3 bytes each, and they may be bombs")  # fmt: skip
 
 
 def add_run_options(
@@ -356,9 +376,10 @@ def add_run_options(
         default=0,
         help="kept checkpoint-{epoch}.pth files; older ones go (0: all)",
     )
-    group.add_argument("--loader", choices=("pil", "fast"), default="fast",
-                       help="training's JPEG files: `fast` decodes and resizes them at the scale their crop needs (the same "
-                       "crops, pixels within a few levels); evaluation is always `pil`")  # fmt: skip
+    group.add_argument("--loader", choices=("pil", "fast"), default=None,
+                       help="training's JPEG files: `fast` decodes and resizes them with OpenCV at the scale their crop needs "
+                       "(the same crops, pixels within a few levels); evaluation is always `pil` (default: fast where OpenCV "
+                       "can be imported, else pil)")  # fmt: skip
     group.add_argument(
         "--print_freq", changes_results=False, type=positive_int, default=20, help="steps between lines of progress"
     )

@@ -10,13 +10,13 @@ from util.options import (
     add_data_options,
     add_optimizer_options,
     add_run_options,
-    choice_or_none,
     count,
     fraction,
     keyword,
     model_name,
     number,
     parse_and_check_paths,
+    policy_or_none,
     positive_int,
     rate,
 )  # fmt: skip
@@ -83,8 +83,8 @@ def add_finetune_options(parser: Parser) -> None:
     group = parser.add_argument_group("augmentation and regularisation")
     group.add_argument("--aug", choices=("mae", "photo", "light", "none"), default="mae",
                        help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip")  # fmt: skip
-    group.add_argument("--aa", type=choice_or_none, default="rand-m9-mstd0.5-inc1",
-                       help="RandAugment policy of --aug mae; `none` for none")  # fmt: skip
+    group.add_argument("--aa", type=policy_or_none, default="rand-m9-mstd0.5-inc1",
+                       help="timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers; `none`")  # fmt: skip
     group.add_argument("--color_jitter", type=number(float, 0, 10), default=None,
                        help="strength (default: photo: 0.3; mae: none, and used without --aa only)")  # fmt: skip
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")

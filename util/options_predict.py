@@ -4,7 +4,7 @@ import argparse
 
 from util.choices import VIEW_NAMES
 from util.data_specs import DATASETS
-from util.options import Parser, count, positive_int
+from util.options import Parser, add_max_pixels_option, count, positive_int
 
 
 def view_list(text: str) -> list[int]:
@@ -60,6 +60,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error",
                         help="an unreadable image ends the run, or has an empty row in predictions.csv")  # fmt: skip
+    add_max_pixels_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default=None,
                         help="mixed precision (default: bf16 where the device computes it, else off)")  # fmt: skip

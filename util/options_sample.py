@@ -2,7 +2,7 @@
 
 from util.choices import SAMPLERS
 from util.data_specs import DATASETS
-from util.options import Parser, count, number, positive_int, require_package
+from util.options import Parser, add_max_pixels_option, count, number, positive_int, require_package
 
 MODES = ("reconstruct", "generate", "attention", "frechet")
 
@@ -31,6 +31,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--batch_size", type=positive_int, default=100)
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable images")
+    add_max_pixels_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     return parser
