@@ -28,7 +28,7 @@ from models.vit import NoStochasticDepth, enable_grad_checkpointing
 from util import folds
 from util.checkpoint import peek_meta
 from util.compiled import compile_net, require_compiler
-from util.data import Loader, load_data, choose_loader
+from util.data import Loader, choose_loader, load_data
 from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend

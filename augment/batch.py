@@ -6,13 +6,14 @@ GPU, and every device cuts the same boxes.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
-from augment.rand_augment import color_jitter, parse_rand_augment, rand_augment
+from augment.rand_augment import PillowPolicy, color_jitter, parse_rand_augment, rand_augment
 from augment.transfer import to_device
 from util.seed import counted_normal, counted_uniform
 
@@ -220,7 +221,8 @@ class BatchTransform:
         padding: pixels, for `pad`.
         scale, ratio: area fraction and aspect range, for `rrc`.
         hflip, vflip: probability of a mirror image, of one upside down.
-        aa: RandAugment as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none.
+        aa: a policy as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none. RandAugment with its usual set of
+            operations works on the batch, any other policy image by image.
         color_jitter: strength of brightness, contrast and saturation changes; None for none.
         reprob, remode, recount, re_area: random erasing (see random_erase).
     """
@@ -258,7 +260,9 @@ class BatchTransform:
         self.size = (size, size) if isinstance(size, int) else size
         self.crop, self.padding, self.scale, self.ratio = crop, padding, scale, ratio
         self.hflip, self.vflip = hflip, vflip
-        self.aa, self.color_jitter = parse_rand_augment(aa) if aa else None, color_jitter
+        batched = aa is not None and re.fullmatch(r"rand(-[^t][^-]*)*", aa)  # -t names another set of operations
+        self.aa = parse_rand_augment(aa) if batched else PillowPolicy(aa, self.mean) if aa else None
+        self.color_jitter = color_jitter
         self.erase = {"prob": reprob, "mode": remode, "recount": recount, "area": re_area}
         self.seed = seed
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -273,7 +277,9 @@ class BatchTransform:
             if self.vflip > 0:
                 flip = counted_uniform(self.seed, epoch, index, 1, _VFLIP)[:, 0] < self.vflip
                 x = torch.where(to_device(flip, x.device)[:, None, None, None], x.flip(-2), x)
-            if self.aa is not None:
+            if isinstance(self.aa, PillowPolicy):
+                x = self.aa(x, seed=self.seed, epoch=epoch, index=index)
+            elif self.aa is not None:
                 fill = [min(255, round(255 * m)) for m in self.mean]
                 x = rand_augment(x, self.aa, seed=self.seed, epoch=epoch, index=index, fill=fill)
             if self.color_jitter:

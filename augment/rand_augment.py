@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter on whole uint8 batches, for sets that live in memory.
+"""RandAugment and colour jitter on whole uint8 batches, for sets that live in memory; timm's other policies image by image.
 
 timm's policies and magnitudes (Cubuk et al., RandAugment, CVPR Workshops 2020), with counted random numbers.
 Geometric operations interpolate bilinearly (timm draws bilinear or bicubic unless told), one resampling per layer.
@@ -9,10 +9,12 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torchvision.transforms.v2 import functional as TVF
 
 from augment import pixel_ops as ops
+from augment.image import timm_policy
 from augment.transfer import to_device
-from util.seed import counted_normal, counted_uniform
+from util.seed import counted_normal, counted_uniform, sample_rng
 
 # Lookups in a table, then affine maps, then the rest: batches are sorted by operation, and each kind is one slice.
 TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
@@ -72,6 +74,26 @@ def rand_augment(
         op, level, sign = draw_layer(policy, seed, epoch, index, layer)
         x = apply_layer(x, op, level, sign, policy.increasing, fill)
     return x
+
+
+class PillowPolicy:
+    """Any of timm's policies on uint8 [B, C, H, W], image by image through Pillow: slower, for what is not RandAugment.
+
+    An image's draws depend on (seed, epoch, index) only. mean: per channel in [0, 1], fills what operations uncover.
+    """
+
+    def __init__(self, aa: str, mean: tuple[float, ...]):
+        self.aa, self.mean, self.policies = aa, mean, {}
+
+    def __call__(self, x: torch.Tensor, *, seed: int, epoch: int, index: torch.Tensor) -> torch.Tensor:
+        size = tuple(x.shape[-2:])
+        if size not in self.policies:
+            self.policies[size] = timm_policy(self.aa, size, self.mean)
+        out = []
+        for image, number in zip(x.cpu(), index.tolist()):
+            with sample_rng(seed, epoch, number):
+                out.append(TVF.pil_to_tensor(self.policies[size](TVF.to_pil_image(image))))
+        return to_device(torch.stack(out), x.device)
 
 
 def draw_layer(policy: RandAugmentPolicy, seed: int, epoch: int, index: torch.Tensor, layer: int):

@@ -1,8 +1,10 @@
 """Batched RandAugment and colour jitter against timm's and torchvision's per-image ones."""
 
+import argparse
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +13,8 @@ from test_pixel_ops import pictures, to_pil, to_tensor
 from timm.data import auto_augment as timm_aa
 from torchvision.transforms import functional as TF
 
+from augment.batch import BatchTransform
+from augment.image import build_train_transform
 from augment.rand_augment import (
     GEOMETRIC,
     OPS,
@@ -23,7 +27,8 @@ from augment.rand_augment import (
     parse_rand_augment,
     rand_augment,
 )
-from util.seed import counted_uniform
+from util.options import policy_or_none
+from util.seed import counted_uniform, sample_rng
 
 POLICY = "rand-m9-mstd0.5-inc1"
 
@@ -178,3 +183,55 @@ def test_color_jitter_of_strength_zero_changes_nothing_and_negative_is_an_error(
     assert torch.equal(color_jitter(x, 0.0, seed=0, epoch=0, index=torch.arange(5)), x)
     with pytest.raises(ValueError, match=r"color_jitter -0\.1"):
         color_jitter(x, -0.1, seed=0, epoch=0, index=torch.arange(5))
+
+
+# ---- timm's other policies
+
+
+@pytest.mark.parametrize(
+    "aa", ["original", "originalr-mstd0.5", "v0", "v0r", "3a", "augmix-m3-w3", "rand-m9-tweights", "rand-t3a"]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_policies_are_timms_image_by_image(aa, channels):
+    """timm's own function for the string, on Pillow images, with the generators that the counters seed."""
+    mean = (0.25, 0.5, 0.75)[:channels]
+    hparams = {"translate_const": int(0.45 * 24), "img_mean": tuple(round(255 * m) for m in mean),
+               "interpolation": Image.Resampling.BILINEAR}  # fmt: skip
+    build = {"augmix": timm_aa.augment_and_mix_transform, "rand": timm_aa.rand_augment_transform}
+    if aa.startswith("augmix"):
+        hparams["translate_pct"] = 0.3
+    policy = build.get(aa.split("-")[0], timm_aa.auto_augment_transform)(aa, hparams)
+    x = torch.randint(0, 256, (6, channels, 24, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = BatchTransform(mean, (1.0,) * channels, aa=aa, seed=7)
+    index = torch.tensor([5, 3, 9, 11, 2, 40])
+    before = torch.get_rng_state()
+    ours = transform(x, index, 4, True)
+    assert torch.equal(torch.get_rng_state(), before)
+    different = 0
+    for i, number in enumerate(index.tolist()):
+        image = Image.fromarray(x[i].permute(1, 2, 0).squeeze(-1).numpy())
+        with sample_rng(7, 4, number):
+            expected = np.asarray(policy(image)).reshape(24, 30, channels)
+        levels = (ours[i] + torch.tensor(mean)[:, None, None]).mul(255).round().to(torch.uint8)
+        assert np.array_equal(levels.permute(1, 2, 0).numpy(), expected)
+        different += not np.array_equal(expected, x[i].permute(1, 2, 0).numpy())
+    assert different >= 2, "the policy does something"
+
+
+def test_policies_that_the_command_line_takes_are_timms():
+    for text in (
+        "rand",
+        POLICY,
+        "rand-m9-n3-p0.7-mmax12-mstdinf-inc0-tweights",
+        "augmix-m3-w3-d2-a1.0-b1-mstd0.5",
+        "3a",
+        "v0r-mstd0.5",
+    ):
+        assert policy_or_none(text) == text
+        build_train_transform((32, 32), "mae", aa=text)
+    assert policy_or_none("none") is None
+    for text in ("foo", "rand-x3", "rand-m", "rand-m9.5", "original-m9", "augmix-q1", "v1", "rand-tnone", "rand m9"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=r"should be none or timm's rand-m9-mstd0.5-inc1, original"
+        ):
+            policy_or_none(text)

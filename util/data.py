@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from augment.decoding import ImageError, open_image
+from augment.transfer import to_device
 from util.data_specs import IN_MEMORY
 from util.datasets import ArrayDataset, FileDataset, read_split
 from util.dist import World, barrier
@@ -267,9 +268,8 @@ class Loader:
         device = self.world.device
         if self.files is None:
             for keys in self.order:
-                # From pageable memory a copy would wait for all that the device has been given to do.
-                index = torch.tensor([i for _, i in keys], pin_memory=device.type == "cuda")
-                where = index.to(device, non_blocking=True)
+                index = torch.tensor([i for _, i in keys])
+                where = to_device(index, device)
                 images = self.batch_transform(self.images.index_select(0, where), index, epoch, self.train)
                 yield Batch(images, self.targets.index_select(0, where), index)
             return
