@@ -41,7 +41,7 @@ from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
 from util.profile import StepProfiler
 from util.report import write_finetune_report
-from util.resolve import resolve_meta
+from util.resolve import describe_input, resolve_meta
 from util.run import Interrupts, Run
 from util.seed import seed_all
 
@@ -167,6 +167,7 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     global_batch = loaders[0].order.batch_size * args.accum_iter * world.size
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
+            f"{describe_input(args, meta, source)}; "
             f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
     if args.eval:
         try_forward(net.eval(), meta, 1)

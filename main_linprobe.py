@@ -28,6 +28,7 @@ from util.features import accuracy, choose_l2, extract, knn_predict, linear_prob
 from util.frozen import load_encoder, read_content, resolve_data
 from util.log import RunLog
 from util.report import write_text
+from util.resolve import describe_input
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     model.to(world.device)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
     log.say(f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
-            f"classes; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, amp {precision.name}")  # fmt: skip
+            f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, amp {precision.name}")  # fmt: skip
 
     started = time.time()
     features, targets = extract(model, build_loader(args, meta, train, world), precision, world, pool, "train")

@@ -68,11 +68,12 @@ def add_finetune_options(parser: Parser) -> None:
     )
     group.add_argument("--finetune", default="", help="start from the weights in this file (.pth or .safetensors)")
     group.add_argument("--pretrained", action="store_true", help="start from timm's own weights (a download)")
-    group.add_argument("--global_pool", action="store_true", default=True, help="average pooling (MAE's names)")
+    # True where neither flag is given: then a checkpoint's own pooling goes before it.
+    group.add_argument("--global_pool", action="store_const", const="avg", default=True,
+                       help="average pooling, of MAE's names (default: the checkpoint's, or this)")  # fmt: skip
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="class token instead")
-    group.add_argument(
-        "--nb_classes", type=positive_int, default=None, help="classes of the head (default: from the data)"
-    )
+    group.add_argument("--nb_classes", type=positive_int, default=None,
+                       help="classes of the head (default: the checkpoint's for the same classes, or from the data)")  # fmt: skip
     group.add_argument(
         "--grad_checkpointing",
         changes_results=False,
@@ -158,7 +159,9 @@ def check_finetune_options(args) -> None:
         raise UserError(f"--val_split {args.val_split}: not together with --kfold {args.kfold}")
     if not args.kfold:
         args.fold = "0"
-    if args.kfold and args.resume not in ("", "auto"):
+    if args.eval and args.kfold and args.fold == "all":
+        raise UserError(f"--kfold {args.kfold}: with --eval give the --fold whose network it is")
+    if args.kfold and args.resume not in ("", "auto") and not args.eval:
         raise UserError(f"--resume {args.resume}: with --kfold give `auto`; every fold has its own checkpoints")
     if args.finetune and not os.path.isfile(args.finetune):
         raise UserError(f"--finetune {args.finetune}: no such file")

@@ -5,9 +5,10 @@ import os
 import shlex
 import sys
 
-from util.checkpoint import write_atomic
+from util.checkpoint import BEST, LAST, write_atomic
 from util.folds import RESULT
 from util.log import read_log, survive
+from util.options_finetune import get_args_parser
 from util.plots import plot_curves
 
 
@@ -47,10 +48,36 @@ def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
         "",
         "![confusion matrix of the best epoch](confusion.png)",
         "",
-        "checkpoint-best.pth holds these weights; `python main_finetune.py --eval --resume checkpoint-best.pth` scores it.",
+        f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, args)}` scores it.",
         "",
     ]
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+
+
+def evaluation_line(output_dir: str, args) -> str:
+    """The command that scores a run's best weights as the run did: the flags that the checkpoint does not hold."""
+    flags = ["batch_size"]
+    flags += ["val_split", "split_seed"] if args.val_split else []
+    flags += ["kfold", "fold", "split_seed"] if args.kfold else []
+    usual = get_args_parser()
+    flags += [k for k in ("amp", "on_bad_image", "max_pixels") if getattr(args, k, None) != usual.get_default(k)]
+    if args.noise_eval:
+        flags += ["seed", "alpha_blend", *(k for k in vars(args) if k.startswith("noise_") and k != "noise_eval")]
+    words = ["--eval", "--resume", os.path.abspath(os.path.join(output_dir, BEST)), *_data_flags(args)]
+    for flag in flags:
+        words += [f"--{flag}", str(getattr(args, flag))]
+    return _command("main_finetune.py", *words, *(["--noise_eval"] if args.noise_eval else []))
+
+
+def _data_flags(args) -> list[str]:
+    embedded = args.dataset == "digits"
+    return ["--dataset", args.dataset, *([] if embedded else ["--data_path", os.path.abspath(args.data_path)])]
+
+
+def _command(script: str, *words: str) -> str:
+    """A line for a shell, to be typed where this process was started."""
+    started = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("main_") else ""
+    return shlex.join(["python", os.path.join(os.path.dirname(started), script), *words])
 
 
 def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
@@ -58,6 +85,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
     plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
     first, last = lines[0], lines[-1]
+    last_checkpoint = os.path.abspath(os.path.join(output_dir, LAST))
     levels = [k for k in last if k.startswith("train_loss_")]
     names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
     text = [
@@ -76,8 +104,9 @@ def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
         "![curves](curves.png)",
         "",
         *[f"![original, masked, each step, final]({name})\n" for name in pictures[-1:]],
-        "Next: `python main_finetune.py --finetune checkpoint-last.pth`, `python main_linprobe.py --checkpoint "
-        "checkpoint-last.pth`, `python main_sample.py checkpoint-last.pth`.",
+        f"Next: `{_command('main_finetune.py', '--finetune', last_checkpoint, *_data_flags(args))}`,",
+        f"`{_command('main_linprobe.py', '--checkpoint', last_checkpoint)}`,",
+        f"`{_command('main_sample.py', last_checkpoint)}`.",
         "",
     ]
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))

@@ -1,0 +1,194 @@
+"""A checkpoint says what its network is: evaluation, fine-tuning, the probe and prediction need no flag of it again."""
+
+import re
+import shlex
+
+import pytest
+from safetensors.torch import save_file
+from tests_common import finetune
+
+import main_linprobe
+import main_predict
+import main_pretrain_noprop
+from models import create_model
+from util.checkpoint import peek_meta, read_checkpoint
+from util.data_specs import DATASETS, IMAGENET_MEAN
+from util.errors import UserError
+from util.log import read_log
+from util.options_finetune import check_finetune_options, get_args_parser
+from util.resolve import describe_input, resolve_meta
+
+QUICK = ["--device", "cpu", "--amp", "off", "--warmup_epochs", 0]
+DIGITS = ["--dataset", "digits", "--epochs", 1, "--lr", "1e-3", "--batch_size", 128, *QUICK]
+TINY = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2"]
+FAMILIES = {
+    "class token, more classes than the data's": [*TINY, "qkv_bias=False", "--input_size", 32, "--cls_token", "--nb_classes", 5],
+    "another pooling": [*TINY, "global_pool=map", "--input_size", 32],
+    "a timm name with another pooling": ["--model", "vit_tiny_patch16_224", *TINY[2:], "patch_size=8", "global_pool=avg", "--input_size", 32],
+    "without stochastic depth": ["--model", "densenet121", "--model_kwargs", "growth_rate=4", "block_config=(1, 1)", "--input_size", 32],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_no_flag_of_the_network_is_given_twice(photo_folder, tmp_path, family, capsys):
+    data = ["--data_path", photo_folder, "--num_workers", 0, "--device", "cpu", "--amp", "off"]
+    line = [*data, "--epochs", 1, "--lr", "1e-3", "--batch_size", 8, "--warmup_epochs", 0]
+    assert finetune(*line, *family, "--output_dir", tmp_path / "out") == 0
+    best, score = tmp_path / "out" / "checkpoint-best.pth", read_log(str(tmp_path / "out" / "log.txt"))[0]["val_acc1"]
+    capsys.readouterr()
+    assert finetune("--eval", "--resume", best, *data) == 0
+    assert f"12 test images: {score:.2f}%" in capsys.readouterr().out
+    assert finetune("--eval", "--finetune", best, *data) == 0
+    assert f"12 test images: {score:.2f}%" in capsys.readouterr().out
+
+    assert finetune(*line, "--finetune", best, "--output_dir", tmp_path / "next") == 0
+    first, second = peek_meta(str(best)), peek_meta(str(tmp_path / "next" / "checkpoint-best.pth"))
+    assert first == second
+    assert "missing 0" in capsys.readouterr().out.partition("finetune:")[2].splitlines()[0]
+
+    where = [
+        "--checkpoints",
+        str(best),
+        "--output_dir",
+        str(tmp_path / "predictions"),
+        "--data_path",
+        str(photo_folder / "val"),
+    ]
+    assert main_predict.main([*where, "--views", "1", "--num_workers", "0", "--device", "cpu"]) == 0
+    assert main_linprobe.main(["--checkpoint", str(best), *map(str, data)]) == 0
+    assert "input 3 x 32 x 32 (the checkpoint's)" in capsys.readouterr().out
+
+
+def test_a_flag_goes_before_the_checkpoint(tmp_path):
+    args = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x"])
+    source = {"model": "vit_tiny_patch4", "global_pool": False, "classes": ["a", "b"], "num_classes": 3, "in_chans": 1,
+              "img_size": [8, 8], "mean": [0.1], "std": [0.2], "model_kwargs": {"depth": 2}}  # fmt: skip
+    assert resolve_meta(args, ["a", "b"], source)["num_classes"] == 3
+    assert resolve_meta(args, ["a", "b", "c"], source)["num_classes"] == 3
+    assert resolve_meta(args, ["a", "b", "c", "d"], source)["num_classes"] == 4
+    for flags, expected in (([], False), (["--global_pool"], True), (["--cls_token"], False)):
+        args = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x", *flags, "--nb_classes", "5"])
+        meta = resolve_meta(args, ["a", "b"], source)
+        assert meta["global_pool"] is expected and meta["num_classes"] == 5 and meta["model_kwargs"] == {"depth": 2}
+    other = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x", "--model", "vit_small_patch4"])
+    meta = resolve_meta(other, ["a", "b"], source)
+    assert meta["global_pool"] is True and meta["model_kwargs"] == {}
+
+
+@pytest.mark.parametrize(
+    "flags,source,size,mean,words",
+    [
+        # MAE and DeiT published these at 224 pixels with ImageNet's statistics.
+        ("--model vit_base_patch16 --finetune x", {}, 224, IMAGENET_MEAN, "the weights'"),
+        ("--model vit_huge_patch14 --finetune x --input_size 28", {}, 28, IMAGENET_MEAN, "--input_size"),
+        ("--model vit_base_patch16 --finetune x --mean 0.5", {}, 224, (0.5,) * 3, "--mean"),
+        # timm's own: the second was trained with 0.5 for mean and deviation.
+        ("--model deit_tiny_patch16_224 --finetune x", {}, 224, IMAGENET_MEAN, "the weights'"),
+        ("--model vit_tiny_patch16_224 --finetune x", {}, 224, (0.5,) * 3, "the weights'"),
+        # Nobody published weights under these names, or none were given.
+        ("--model vit_tiny_patch4 --finetune x", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
+        ("--model vit_base_patch16", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
+        ("--model resnet10t", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
+        ("--finetune x", {"model": "vit_base_patch16", "img_size": [48, 48], "in_chans": 3, "mean": [0.1] * 3, "std": [0.2] * 3},
+         48, (0.1,) * 3, "the checkpoint's"),
+    ],
+)  # fmt: skip
+def test_input_follows_flag_checkpoint_weights_data_set_and_the_first_line_says_which(flags, source, size, mean, words):
+    args = get_args_parser().parse_args(["--dataset", "cifar10", *flags.split()])
+    meta = resolve_meta(args, ["a", "b"], source)
+    assert meta["img_size"] == [size, size] and meta["mean"] == pytest.approx(list(mean))
+    said = describe_input(args, meta, source)
+    assert f"input 3 x {size} x {size}" in said and " ".join(f"{v:.4g}" for v in mean) in said and words in said
+
+
+def test_weights_under_maes_name_are_fine_tuned_as_under_timms(tmp_path, capsys):
+    """A DeiT file under both names, on grey images of 8 pixels: the same input."""
+    sizes = ["embed_dim=12", "depth=1", "num_heads=2"]
+    net = create_model("deit_tiny_patch16_224", num_classes=5, embed_dim=12, depth=1, num_heads=2)
+    save_file(net.state_dict(), tmp_path / "deit.safetensors")
+    inputs = []
+    for name in ("vit_tiny_patch16", "deit_tiny_patch16_224"):
+        line = [
+            *DIGITS,
+            "--model",
+            name,
+            "--model_kwargs",
+            *sizes,
+            "--cls_token",
+            "--finetune",
+            tmp_path / "deit.safetensors",
+        ]
+        assert finetune(*line, "--dry_run") == 0
+        inputs.append(re.search(r"input .*?\) *, mean .*?\)", capsys.readouterr().out).group(0))
+    assert inputs[0] == inputs[1] and inputs[0].startswith("input 3 x 224 x 224 (the weights'), mean 0.485 0.456 0.406")
+
+
+def evaluation_line(folder) -> list[str]:
+    text = (folder / "report.md").read_text()
+    words = shlex.split(re.search(r"`(python [^`]*--eval[^`]*)`", text).group(1))
+    assert words[:2] == ["python", "main_finetune.py"]
+    return words[2:]
+
+
+@pytest.mark.parametrize("split", [["--val_split", 0.25, "--split_seed", 3], ["--kfold", 2, "--fold", 1]])
+def test_the_reports_last_line_scores_the_run_from_anywhere(photo_folder, tmp_path, monkeypatch, capsys, split):
+    """A path with a space and a quote, relative to where the run was started; a data set without val/."""
+    place = tmp_path / "it's here"
+    place.mkdir()
+    (place / "my photos").symlink_to(photo_folder / "train")
+    monkeypatch.chdir(place)
+    line = [
+        "--data_path",
+        "my photos",
+        *TINY,
+        "--input_size",
+        32,
+        "--epochs",
+        2,
+        "--lr",
+        "1e-3",
+        "--batch_size",
+        8,
+        "--num_workers",
+        0,
+    ]
+    assert finetune(*line, *QUICK, *split, "--output_dir", "out") == 0
+    monkeypatch.chdir("/")
+    folder = place / "out" / "fold-1" if "--kfold" in split else place / "out"
+    lines = read_log(str(folder / "log.txt"))
+    best = lines[read_checkpoint(str(folder / "checkpoint-best.pth"))["progress"]["best_epoch"]]
+    capsys.readouterr()
+    assert finetune(*evaluation_line(folder), "--device", "cpu", "--num_workers", 0) == 0
+    said = capsys.readouterr().out
+    assert f"loss: {best['val_loss']:.4f}" in said and f" test images: {best['val_acc1']:.2f}%" in said
+
+
+def test_a_pretraining_reports_lines_run_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = [
+        "--embed_dim",
+        "12",
+        "--depth",
+        "1",
+        "--num_heads",
+        "3",
+        "--decoder_embed_dim",
+        "12",
+        "--decoder_depth",
+        "1",
+        "--T",
+        "2",
+    ]
+    assert main_pretrain_noprop.main(["--dataset", "digits", *sizes, "--epochs", "1", "--batch_size", "256", "--device", "cpu",
+                                      "--amp", "off", "--output_dir", "my out"]) == 0  # fmt: skip
+    monkeypatch.chdir("/")
+    lines = re.findall(r"`(python [^`]*)`", (tmp_path / "my out" / "report.md").read_text())
+    assert [shlex.split(x)[1] for x in lines] == ["main_finetune.py", "main_linprobe.py", "main_sample.py"]
+    assert finetune(*shlex.split(lines[0])[2:], "--dry_run", "--device", "cpu") == 0
+    assert main_linprobe.main([*shlex.split(lines[1])[2:], "--device", "cpu"]) == 0
+
+
+def test_evaluating_a_fold_needs_its_number():
+    args = get_args_parser().parse_args(["--eval", "--resume", __file__, "--kfold", "5", "--dataset", "digits"])
+    with pytest.raises(UserError, match=r"--kfold 5: .* --fold"):
+        check_finetune_options(args)
