@@ -35,7 +35,7 @@ from util.dist import Precision, World, broadcast_buffers, init_world, set_atten
 from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
-from util.log import RunLog, write_args
+from util.log import RunLog, claim
 from util.optim import param_groups
 from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
@@ -161,7 +161,14 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
     noise = build_noise(args) if args.noise_eval or not args.eval else None
-    log = RunLog(None if args.eval or args.dry_run else output_dir, args.log_dir, is_main=world.is_main)
+    log = claim(
+        None if args.eval or args.dry_run else output_dir,
+        "finetune",
+        world,
+        log_dir=args.log_dir,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
     net = build_model(args, meta, world, noise, log)
     loaders = build_loaders(args, meta, train, val, world)
     global_batch = loaders[0].order.batch_size * args.accum_iter * world.size
@@ -193,8 +200,6 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
         flags=get_args_parser().flags,
     )
     run.follow(loaders[0], args.accum_iter)
-    if not args.resume:
-        folds.refuse_overwrite(output_dir, args.overwrite, world)
     interrupts = Interrupts(args.save_every_minutes, args.timeout_minutes)
     try:
         return fit(args, world, fold, run, net, noise, loaders, precision, interrupts, lr)
@@ -231,8 +236,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
     position.finished = position.epoch >= total_epochs or (position.finished and position.planned == total_epochs)
     position.planned = total_epochs
     log.start(start + position.step / len(train_loader))
-    if log.output_dir:
-        write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})
+    log.write_args({**vars(args), "resolved": meta, "lr": lr})
 
     while not position.finished:
         epoch, tic = position.epoch, time.time()
@@ -303,12 +307,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile:
         require_compiler(world.device)
     if args.kfold and args.fold == "all":
-        return folds.run_all(args, world, run_fold)
-    output_dir = args.output_dir
-    fold = int(args.fold)
-    if args.kfold and output_dir:
-        output_dir = folds.folder(output_dir, fold)
-    return run_fold(copy.copy(args), world, output_dir, fold)
+        return folds.run_all(args, get_args_parser().flags, world, run_fold)
+    if args.kfold:
+        one, output_dir = folds.of_fold(args, int(args.fold))
+        return run_fold(one, world, output_dir, int(args.fold))
+    return run_fold(copy.copy(args), world, args.output_dir, 0)
 
 
 if __name__ == "__main__":

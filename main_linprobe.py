@@ -26,7 +26,7 @@ from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, init_world, set_attention_backend
 from util.features import accuracy, choose_l2, extract, knn_predict, linear_probe
 from util.frozen import load_encoder, read_content, resolve_data
-from util.log import RunLog
+from util.log import claim
 from util.report import write_text
 from util.resolve import describe_input
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
     resolve_data(args, content)
-    log = RunLog(args.output_dir or None, is_main=world.is_main)
+    log = claim(args.output_dir, "linprobe", world)
     train, val = load_data(args.dataset, args.data_path, world, val_split=args.val_split, seed=args.split_seed)
 
     precision = Precision(args.amp, world.device)
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     log.say(f"k-NN accuracy (k {k}, temperature {args.knn_t:g}): {knn:.2f}%")
     log.say(f"linear probe accuracy: {linear:.2f}% (on its training images {linear_train:.2f}%, l2 {l2:g})")
     if log.output_dir:
+        log.write_args(vars(args))
         log.epoch(line)
         write_report(log.output_dir, line)
     return 0

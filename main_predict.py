@@ -18,12 +18,11 @@ import torch
 
 from augment.decoding import limit_pixels
 from engine_predict import predict
-from util.checkpoint import LAST, numbered_checkpoints
 from util.dist import Precision, init_world
 from util.ensemble import build_combiners
 from util.errors import UserError
 from util.labels import read_images
-from util.log import make_folder, write_args
+from util.log import claim
 from util.members import find_members, load_nets, short_names
 from util.out_of_fold import fold_of_images, fold_of_nets, predict_out_of_fold
 from util.predict_report import write_all
@@ -46,10 +45,6 @@ def check_options(args) -> None:
         raise UserError(
             f"--output_dir {args.output_dir}: lies in --data_path; its pictures would be predicted the next time"
         )
-    if os.path.isdir(out) and (os.path.exists(os.path.join(out, LAST)) or numbered_checkpoints(out)):
-        raise UserError(
-            f"--output_dir {args.output_dir}: holds a training run, whose report would be lost; choose another"
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     say = print if world.is_main else lambda *text, **kwargs: None
 
     members, classes = find_members(args.checkpoints)
+    log = claim(args.output_dir, "predict", world)
     combiners = build_combiners(members, classes, args.weights)
     data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
     if args.margin is not None:
@@ -70,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         fold_of_nets(members)  # a single network is refused before its weights are read
         image_folds = fold_of_images(members, classes, data, ids)
         notes.append("out of fold: each image is predicted by the networks that had not seen it")
-    if world.is_main:
-        make_folder(args.output_dir, "--output_dir")
-        write_args(os.path.join(args.output_dir, "args.json"), vars(args))
+    log.write_args(vars(args))
     nets = load_nets(members, classes, world.device)
     precision = Precision(args.amp, world.device)
     for name, member in zip(short_names(members), members):

@@ -26,8 +26,7 @@ from util.datasets import ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
 from util.dry_run import describe
 from util.errors import UserError
-from util.folds import refuse_overwrite
-from util.log import RunLog, write_args
+from util.log import RunLog, claim
 from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
 from util.pictures import reconstruction_grid
@@ -140,9 +139,14 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
-    log = RunLog(None if args.dry_run else args.output_dir, args.log_dir, is_main=world.is_main)
-    if not args.resume and not args.dry_run:
-        refuse_overwrite(args.output_dir, args.overwrite, world)
+    log = claim(
+        None if args.dry_run else args.output_dir,
+        "pretrain",
+        world,
+        log_dir=args.log_dir,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
 
     train, held_out = read_images(args, world, in_chans)
     loader, picture_loader, measured_loader = build_loaders(args, train, held_out, size, in_chans, mean, std, world)
@@ -225,8 +229,7 @@ def fit(
     position = run.position
     position.finished = position.epoch >= args.epochs  # a finished run goes on when it is given more epochs
     log.start(position.epoch + position.step / len(loader))
-    if log.output_dir:
-        write_args(log.path("args.json"), {**vars(args), "resolved": meta, "lr": lr})
+    log.write_args({**vars(args), "resolved": meta, "lr": lr})
 
     while position.epoch < args.epochs:
         epoch, tic = position.epoch, time.time()

@@ -27,7 +27,7 @@ from util.errors import UserError
 from util.frechet import EncoderFeatures, find_inception, load_inception
 from util.frozen import load_noprop, resolve_data
 from util.image_files import find_images
-from util.log import RunLog
+from util.log import RunLog, claim
 from util.report import write_text
 from util.sampling import Study
 from util.seed import mix
@@ -101,12 +101,13 @@ def main(argv: list[str] | None = None) -> int:
     args.mask_ratio = args.mask_ratio or (ratios or [0.75])[0]
     if args.output_dir is None:
         args.output_dir = os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), "samples")
-    log = RunLog(args.output_dir)
+    log = claim(args.output_dir, "sample", world)
     log.say(f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
             f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}")  # fmt: skip
     if {"generate", "frechet"} & set(args.mode) and ratios and max(ratios) < 1.0:
         log.say(f"note: trained with mask ratios up to {max(ratios):g}; generating (ratio 1) is new to it")
 
+    log.write_args(vars(args))
     study = Study(net, meta["mean"], meta["std"], args.mask_ratio, args.sampler, args.seed)
     pictures, tables = [], []
     line = {"epoch": content["epoch"], "mask_ratio": args.mask_ratio}

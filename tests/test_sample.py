@@ -256,6 +256,8 @@ def test_mistakes_end_in_one_line(run, checkpoint, photo_folder, tmp_path, monke
     ):
         with pytest.raises(UserError, match=message):
             main_sample.main([str(checkpoint), *flags, "--output_dir", str(tmp_path), "--num_workers", "0"])
+    with pytest.raises(UserError, match="holds a training run, which would be lost; choose another folder"):
+        main_sample.main([str(checkpoint), "--output_dir", str(checkpoint.parent)])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         main_sample.main([str(checkpoint)])

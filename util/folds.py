@@ -4,82 +4,69 @@ import copy
 import csv
 import json
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from util.checkpoint import LAST, numbered_checkpoints, write_atomic
+from util.checkpoint import write_atomic
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
+from util.flags import Flag, differences, refusal
+from util.folder import clear_run
 from util.labels import image_id
-from util.log import survive
+from util.log import claim, survive
 
 RESULT = "result.json"
-# Flags that do not change what a finished fold holds.
-_FREE = {
-    "fold",
-    "output_dir",
-    "resume",
-    "overwrite",
-    "print_freq",
-    "num_workers",
-    "device",
-    "dry_run",
-    "pin_mem",
-    "keep",
-}
 
 
 def folder(output_dir: str, fold: int) -> str:
     return os.path.join(output_dir, f"fold-{fold}")
 
 
-def refuse_overwrite(output_dir: str, overwrite: bool, world: World) -> None:
-    """A new run does not start over the checkpoints of another unless told to."""
-    if overwrite or not output_dir or not os.path.isdir(output_dir):
-        return
-    if os.path.exists(os.path.join(output_dir, LAST)) or numbered_checkpoints(output_dir):
-        raise UserError(
-            f"--output_dir {output_dir}: holds checkpoints of a run; --resume auto goes on with it, "
-            "--overwrite starts anew, or choose another folder"
-        )
+def of_fold(args, fold: int) -> tuple:
+    """(options, output folder) of one fold. TensorBoard's files of folds are runs of their own as well."""
+    one = copy.copy(args)
+    one.fold = str(fold)
+    if args.log_dir:
+        one.log_dir = folder(args.log_dir, fold)
+    return one, folder(args.output_dir, fold) if args.output_dir else args.output_dir
 
 
-def is_finished(output_dir: str, options: dict) -> bool:
-    """True if this fold ran to its end with the same flags; other flags are an error, not a silent reuse."""
+def is_finished(output_dir: str, flags: dict[str, Flag], options: dict) -> bool:
+    """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse."""
     path = os.path.join(output_dir, RESULT)
     if not os.path.isfile(path):
         return False
     try:
-        stored = json.loads(Path(path).read_text("utf-8"))["options"]
+        stored = dict(json.loads(Path(path).read_text("utf-8"))["options"])
     except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
         return False
-    wanted = json.loads(json.dumps(options, default=str))
-    changed = sorted(k for k in wanted if k not in _FREE and stored.get(k) != wanted[k])
-    if changed:
-        k = changed[0]
+    if found := differences(flags, stored, options):
         raise UserError(
-            f"--{k} {wanted[k]}: {output_dir} was finished with {stored.get(k)}; choose another --output_dir or --overwrite"
+            refusal(found, f"{output_dir} was finished with", "choose another --output_dir, or --overwrite")
         )
     return True
 
 
-def run_all(args, world: World, train_one) -> int:
+def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
     """Every fold that is not finished, then the summary. train_one(args, world, output_dir, fold) -> exit code."""
     if not args.output_dir:
         raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
+    trains = not (args.dry_run or args.eval)
+    log = claim(args.output_dir if trains else None, "kfold", world, overwrite=args.overwrite)
+    if log.output_dir:
+        remove_other_folds(args)
+        log.write_args(vars(args))
     for fold in range(args.kfold):
-        where = folder(args.output_dir, fold)
-        finished = broadcast_object(is_finished(where, vars(args)) if world.is_main else None)
-        if finished and not args.overwrite and not args.dry_run:
-            if world.is_main:
-                print(f"fold {fold}: finished before, in {where}", flush=True)
+        one, where = of_fold(args, fold)
+        finished = trains and not args.overwrite and world.is_main and is_finished(where, flags, vars(args))
+        if broadcast_object(finished):
+            log.say(f"fold {fold}: finished before, in {where}")
             continue
-        if world.is_main:
-            print(f"fold {fold} of {args.kfold}: {where}", flush=True)
-        one = copy.copy(args)
-        one.fold = str(fold)
+        log.say(f"fold {fold} of {args.kfold}: {where}")
         code = train_one(one, world, where, fold)
         if code or args.dry_run:
             return code
@@ -87,6 +74,22 @@ def run_all(args, world: World, train_one) -> int:
     if world.is_main:
         summarise(args.output_dir, args.kfold)
     return 0
+
+
+def remove_other_folds(args) -> None:
+    """Folds of a run with more of them, which would be taken for this one's; UserError without --overwrite."""
+    for name in os.listdir(args.output_dir):
+        number = re.fullmatch(r"fold-(\d+)", name)
+        if number and int(number.group(1)) >= args.kfold:
+            if not args.overwrite:
+                raise UserError(
+                    f"--kfold {args.kfold}: {args.output_dir} holds {name} of another run; choose another --output_dir, or "
+                    "--overwrite"
+                )
+            clear_run(os.path.join(args.output_dir, name))
+            with suppress(OSError):  # something else is in it
+                os.unlink(os.path.join(args.output_dir, name, ".lock"))
+                os.rmdir(os.path.join(args.output_dir, name))
 
 
 def write_oof(output_dir: str, fold: int, data, evaluated) -> None:

@@ -1,6 +1,5 @@
 """What a run tells: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), a progress bar or plain lines."""
 
-import errno
 import json
 import math
 import os
@@ -16,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from util.checkpoint import write_atomic
+from util.dist import World, broadcast_object
 from util.errors import UserError
+from util.folder import clear_run, goes_on_in, lock_folder, make_folder, refuse_other_run
 
 TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
 
@@ -53,9 +54,18 @@ class Sturdy:
 class RunLog:
     """Writes on rank 0 only. `step` for TensorBoard is MAE's epoch_1000x: int(1000 * fractional epoch)."""
 
-    def __init__(self, output_dir: str | None, log_dir: str | None = None, *, is_main: bool = True):
+    def __init__(
+        self,
+        output_dir: str | None,
+        log_dir: str | None = None,
+        *,
+        is_main: bool = True,
+        kind: str = "",
+        anew: bool = False,
+    ):
         self.output_dir = output_dir if is_main else None
         self.is_main = is_main
+        self.kind, self.anew = kind, anew  # anew: nothing of another run in the folder stays
         self.writer = self.lock = None
         self.log_dir = (log_dir or output_dir) if is_main else None
         if self.output_dir:
@@ -68,6 +78,8 @@ class RunLog:
         """
         if self.output_dir:
             self.lock = lock_folder(self.output_dir)
+            if self.anew:
+                clear_run(self.output_dir)
             kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             with must_write("--output_dir", self.path("log.txt")):
@@ -81,6 +93,14 @@ class RunLog:
 
     def path(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
+
+    def write_args(self, options: dict) -> None:
+        """args.json: the kind of run, the resolved options, versions, git commit and command line."""
+        if self.output_dir:
+            about = {"kind": self.kind, "command": sys.argv, "options": options}
+            text = json.dumps({**about, "versions": versions(), "git": git_commit()}, indent=2, default=str) + "\n"
+            with must_write("--output_dir", self.path("args.json")):
+                write_atomic(self.path("args.json"), lambda file: file.write(text.encode()))
 
     def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
         with self._tensorboard():
@@ -134,6 +154,34 @@ class RunLog:
             print(f"warning: {self.log_dir}: TensorBoard's file is not written any more ({reason})", file=sys.stderr)
 
 
+def claim(
+    output_dir: str | None,
+    kind: str,
+    world: World,
+    *,
+    log_dir: str | None = None,
+    resume: str = "",
+    overwrite: bool = False,
+) -> RunLog:
+    """The log of a run that may write to `output_dir`, on every rank; UserError if another run's files would be lost.
+
+    The one door to a folder for all scripts: kind is a key of util/folder.py's KINDS; '' or None writes nothing.
+    """
+    fault = None
+    if output_dir and world.is_main:
+        try:
+            make_folder(output_dir, "--output_dir")
+            refuse_other_run(output_dir, kind, resume, overwrite)
+        except UserError as error:
+            fault = str(error)
+        except OSError as error:
+            fault = f"--output_dir {output_dir}: cannot be read ({error.strerror or error})"
+    if fault := broadcast_object(fault):
+        raise UserError(fault)
+    anew = overwrite and bool(output_dir) and not goes_on_in(output_dir, resume)
+    return RunLog(output_dir or None, log_dir, is_main=world.is_main, kind=kind, anew=anew)
+
+
 @contextmanager
 def must_write(flag: str, path: str):
     """Before training: a place that cannot be written to is the user's to mend."""
@@ -141,39 +189,6 @@ def must_write(flag: str, path: str):
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-
-
-def make_folder(path: str, flag: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path}: no permission to write there")
-
-
-def lock_folder(path: str):
-    """The open file whose lock keeps other processes out until it is closed; None where the file system has no locks.
-
-    A POSIX record lock: the system lifts it when the process ends, however it ends, and unlike flock's it is not
-    inherited, so loader processes that outlive a killed run for some seconds do not hold it.
-    """
-    try:
-        import fcntl
-
-        file = open(os.path.join(path, ".lock"), "a")  # noqa: SIM115 (held until close())
-    except (ImportError, OSError):  # Windows; a full disk, another user's file
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return None
-        raise UserError(
-            f"--output_dir {path}: another process is training there; wait for its end, or choose another folder"
-        ) from None
-    return file
 
 
 def read_log(path: str) -> list[dict]:
@@ -253,14 +268,6 @@ def git_commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_args(path: str, options: dict) -> None:
-    """args.json: the resolved options, versions, git commit and command line."""
-    content = {"command": sys.argv, "options": options, "versions": versions(), "git": git_commit()}
-    text = json.dumps(content, indent=2, default=str) + "\n"
-    with must_write("--output_dir", path):
-        write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def batches_of(iterable: Iterable, count: int) -> Iterator:

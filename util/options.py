@@ -401,7 +401,10 @@ def add_run_options(
         help="also save in mid-epoch (0: never)",
     )
     group.add_argument(
-        "--overwrite", changes_results=False, action="store_true", help="start anew in an --output_dir that holds a run"
+        "--overwrite",
+        changes_results=False,
+        action="store_true",
+        help="start anew in an --output_dir that holds a run, whose files go",
     )
     group.add_argument(
         "--dry_run", changes_results=False, action="store_true", help="print what would run, and its memory, then stop"

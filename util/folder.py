@@ -1,0 +1,113 @@
+"""The folder that a run writes to: what it holds already, whether this run may write there, and no other at once."""
+
+import errno
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from util.errors import UserError
+
+# Kinds of run, as args.json names them, and how the report.md of one begins.
+KINDS = {
+    "finetune": ("a training run of main_finetune.py", r"# Fine-tuning: "),
+    "kfold": ("a k-fold run of main_finetune.py", r"# \d+-fold run"),
+    "pretrain": ("a training run of main_pretrain_noprop.py", r"# NoProp-MAE pretraining "),
+    "linprobe": ("what main_linprobe.py wrote", r"# Frozen features of "),
+    "sample": ("what main_sample.py wrote", r"# Samples of "),
+    "predict": ("what main_predict.py wrote", r"# Predictions for "),
+}
+RESUMABLE = ("finetune", "pretrain")
+CHECKPOINT = r"checkpoint-(last|next|previous|best|\d+)\.pth"
+# What training leaves. TensorBoard's files are only read together.
+LEFT = CHECKPOINT + (
+    r"|args\.json|log\.txt|report\.md|result\.json|oof\.csv|summary\.json|curves\.png|confusion\.png|trace\.json"
+    r"|profile\.txt|reconstruction_epoch_\d+\.png|events\.out\.tfevents\..*"
+)
+
+
+def kind_of_run(folder: str) -> str | None:
+    """A key of KINDS, `other` for a report of unknown origin, None if nothing tells."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = json.loads(Path(folder, "args.json").read_text("utf-8"))["kind"]
+        if kind in KINDS:
+            return kind
+    try:  # written before args.json named the kind
+        with open(os.path.join(folder, "report.md"), encoding="utf-8", errors="replace") as file:
+            heading = file.readline(200)
+    except OSError:
+        return None
+    return next((kind for kind, (_, start) in KINDS.items() if re.match(start, heading)), "other")
+
+
+def has_checkpoints(folder: str) -> bool:
+    return any(re.fullmatch(CHECKPOINT, name) for name in os.listdir(folder))
+
+
+def goes_on_in(folder: str, resume: str) -> bool:
+    """True if --resume means a checkpoint of this folder."""
+    return resume == "auto" or (bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
+
+
+def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool = False) -> None:
+    """UserError if a run of this kind would write over what the folder holds.
+
+    Training goes on by --resume with a checkpoint of the folder, or starts anew by --overwrite. What measures writes over
+    an earlier result of its own, and over nothing else.
+    """
+    if overwrite or not os.path.isdir(folder):
+        return
+    held, checkpoints, trains = kind_of_run(folder), has_checkpoints(folder), kind in RESUMABLE
+    own = held == kind or (held is None and (trains or not checkpoints))
+    if own and (not trains or not checkpoints or goes_on_in(folder, resume)):
+        return
+    if own:
+        raise UserError(
+            f"--output_dir {folder}: holds checkpoints of a run; --resume auto goes on with it, "
+            "--overwrite starts anew, or choose another folder"
+        )
+    what = KINDS[held][0] if held in KINDS else "a training run" if checkpoints else "a report.md of another origin"
+    or_else = ", or --overwrite" if trains or kind == "kfold" else ""
+    raise UserError(f"--output_dir {folder}: holds {what}, which would be lost; choose another folder{or_else}")
+
+
+def clear_run(folder: str) -> None:
+    """--overwrite: what another training run left goes, so that nothing of it is resumed, predicted with or shown."""
+    for name in os.listdir(folder):
+        if re.fullmatch(LEFT, name):
+            with suppress(OSError):
+                os.unlink(os.path.join(folder, name))
+
+
+def make_folder(path: str, flag: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path}: no permission to write there")
+
+
+def lock_folder(path: str):
+    """The open file whose lock keeps other processes out until it is closed; None where the file system has no locks.
+
+    A POSIX record lock: the system lifts it when the process ends, however it ends, and unlike flock's it is not
+    inherited, so loader processes that outlive a killed run for some seconds do not hold it.
+    """
+    try:
+        import fcntl
+
+        file = open(os.path.join(path, ".lock"), "a")  # noqa: SIM115 (held until close())
+    except (ImportError, OSError):  # Windows; a full disk, another user's file
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise UserError(
+            f"--output_dir {path}: another process is training there; wait for its end, or choose another folder"
+        ) from None
+    return file
