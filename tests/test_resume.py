@@ -22,7 +22,7 @@ from bench import chaos
 from bench.ranks import Ranks
 from models import create_model
 from util import steps
-from util.checkpoint import read_checkpoint
+from util.checkpoint import LAST, read_checkpoint
 from util.data import Loader
 from util.dist import World
 from util.errors import UserError
@@ -255,3 +255,18 @@ def test_random_disturbances_and_a_comparison_that_can_fail(tmp_path, capsys):
     )
     differ = [name for name, where in chaos.compare(str(tmp_path / "other"), str(tmp_path)).items() if where]
     assert differ == ["checkpoint-last.pth model", "log.txt"]
+
+
+def test_resume_with_other_classes_is_refused_and_names_the_first_difference(whole_run, tmp_path):
+    meta = read_checkpoint(str(whole_run / LAST))["meta"]
+    for classes, word in (
+        (["1", "0", *meta["classes"][2:]], "class 0 is '0', in the data it is '1'"),
+        (meta["classes"][:-1], "class 9 is '9', in the data it is missing"),
+        ([*meta["classes"][:4], "four", *meta["classes"][5:]], "class 4 is '4', in the data it is 'four'"),
+    ):
+        run = Run(
+            World(), RunLog(None), kind="finetune", options={}, meta={**meta, "classes": classes}, save_freq=0, keep=0
+        )
+        with pytest.raises(UserError) as caught:
+            run.find(str(whole_run / LAST))
+        assert word in one_line(caught)

@@ -226,6 +226,7 @@ class Run:
             raise UserError(
                 f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
             )
+        refuse_other_classes(path, content["meta"].get("classes"), self.meta.get("classes"))
         lacking = [k for k in NEEDED if k not in content]
         if lacking:
             raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
@@ -304,6 +305,18 @@ class Run:
         if global_batch != self.global_batch:
             step = step * global_batch // self.global_batch
         return self.total if step >= self.total else step - step % self.accum_iter
+
+
+def refuse_other_classes(path: str, old: list[str] | None, new: list[str] | None) -> None:
+    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order."""
+    if not old or not new or list(old) == list(new):
+        return
+    i = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+    was, now = (repr(names[i]) if i < len(names) else "missing" for names in (old, new))
+    raise UserError(
+        f"--resume {path}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
+        "a new run from it with --finetune, which moves the classifier by name"
+    )
 
 
 def load_exactly(model, state: dict, flag: str) -> None:
