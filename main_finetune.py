@@ -126,12 +126,14 @@ def build_model(args, meta: dict, world: World, noise, log: RunLog):
         log.say(f"note: --drop_path {args.drop_path}: does nothing, {meta['model']} has no stochastic depth")
         net = create_from_meta(described, alpha_blend=noise)
     if args.finetune and not (args.eval and args.resume):
-        report = load_pretrained(net, args.finetune)
+        report = load_pretrained(
+            net, args.finetune, partial=args.partial_load, classes=meta["classes"], pos_grid=args.pos_grid
+        )
         log.say(f"finetune: {args.finetune}: {report}")
         if args.eval:
             require_complete(report, args.finetune)
     if args.eval and args.resume:
-        require_complete(load_pretrained(net, args.resume), args.resume)
+        require_complete(load_pretrained(net, args.resume, pos_grid=args.pos_grid), args.resume)
     net.to(world.device)
     if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
         net.to(memory_format=torch.channels_last)

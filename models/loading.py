@@ -1,14 +1,28 @@
 """Weights from elsewhere: MAE's .pth files, this project's checkpoints, safetensors, plain state dicts."""
 
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from models.vit import patch_grid, resize_pos_embed
-from util.checkpoint import read_file
+from models.containers import TABLE, State, family_filter, find_weights
+from models.positions import Grid, fit_positions, fit_tables
+from util.checkpoint import own_meta, read_file
 from util.errors import UserError
+
+# Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
+_POOLING = ("fc_norm", "attn_pool", "pre_logits")
+_TOKENS = ("cls_token", "dist_token", "reg_token")  # a model may have tokens beyond the file's: they start anew
+_STATISTICS = ("running_mean", "running_var")
+# Tensors that are computed, not learned; other versions of a model keep more or fewer of them in a file.
+_COMPUTED = re.compile(
+    r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|attention_bias_idxs|num_batches_tracked|k_bias)$|rope|"
+    r"inv_freq|periods|bias_mask"
+)
+# Parts of a trunk that a model may lack as a whole: without them its other weights compute something else.
+_TRUNKS = ("blocks", "layers", "stages", "features", "stem", "patch_embed", "pos_embed", "norm_pre", "rel_pos_bias")
 
 
 @dataclass
@@ -19,112 +33,193 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    source: str = ""  # the file's dict and prefix that were taken, e.g. "ema"
+    kept_classes: list[str] = field(default_factory=list)  # whose rows of the classifier were moved by name
+    new_classes: list[str] = field(default_factory=list)  # whose rows start anew beside them
 
     def __str__(self) -> str:
         def show(keys: list[str]) -> str:
             return f"{len(keys)}" + (f" ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else "")
 
-        return (
-            f"loaded {len(self.loaded)}, resized {show(self.resized)}, missing {show(self.missing)}, "
-            f"unexpected {show(self.unexpected)}"
+        text = (
+            f"loaded {len(self.loaded)}{f' from {self.source}' if self.source else ''}, resized {show(self.resized)}, "
+            f"missing {show(self.missing)}, unexpected {show(self.unexpected)}"
         )
+        if self.kept_classes or self.new_classes:
+            text += f"; classes of the head by name: kept {show(self.kept_classes)}, anew {show(self.new_classes)}"
+        return text
 
 
-def state_dict_in(content: dict, path: str, ema: bool = True) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint's dict: EMA weights first if there are any, then model, then plain."""
-    for key in ("ema", "model_ema", "state_dict_ema") if ema else ():
-        if isinstance(content.get(key), dict) and content[key]:
-            content = content[key]
-            break
-    else:
-        for key in ("model", "state_dict", "module"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-    state = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not state:
-        raise UserError(f"{path}: no tensors in it")
-    for key, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_complex():
-            raise UserError(f"{path}: {key} is a {value.dtype} {value.layout} tensor; weights should be dense and real")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # Zero strides: a file of a kilobyte that any operation would blow up to its shape.
-            raise UserError(f"{path}: {key} claims the shape {list(value.shape)} with less data than that")
-    return state
-
-
-def load_pretrained(model: nn.Module, path: str | os.PathLike, *, ema: bool = True) -> LoadReport:
+def load_pretrained(
+    model: nn.Module, path: str | os.PathLike, *, ema: bool = True, partial: bool = False,
+    classes: list[str] | None = None, pos_grid: Grid | None = None,
+) -> LoadReport:  # fmt: skip
     """Fill `model` from the file and say what happened. Encoder-only files (pretraining) leave the head fresh.
 
-    Position embeddings are resized to the model's grid. A classifier of another class count stays at its
-    initialisation. Any other shape mismatch, NaN weights, and a file that shares nothing with the model are errors.
+    Position embeddings and relative position tables are resized to the model's grid. A classifier of another class
+    count stays at its initialisation. Any other shape mismatch, NaN weights, and a file that fits the trunk in part or
+    not at all are errors.
+
+    classes: the model's, in order. Where the file names its own, the rows of the classifier go by name.
+    partial: take what fits of the trunk, and leave the rest at its initialisation.
+    pos_grid: rows and columns of patches that the file was trained on, where it does not say so itself.
     """
     path = os.fspath(path)
-    state = state_dict_in(read_file(path), path, ema)
-    own = model.state_dict()
-    report = LoadReport()
-    head = classifier_prefixes(model)
-    accepted: dict[str, torch.Tensor] = {}
+    content = read_file(path)
+    meta = own_meta(content, path)
+    own, heads = model.state_dict(), classifier_prefixes(model)
+    names = {n for n, _ in model.named_parameters()} | {n for n in own if n.endswith(_STATISTICS)}
+    tops = {h.split(".")[0] for h in heads} | set(_POOLING)
+    trunk = {k: v for k, v in own.items() if k in names and k.split(".")[0] not in tops}
+    weights = find_weights(content, path, trunk, ema, family_filter(model))
+    state, report = dict(weights.state), LoadReport(source=weights.source)
+    if not set(trunk) & set(state):
+        raise UserError(
+            f"{path}: shares no parameter with the model ({next(iter(state), 'nothing')} ... against {next(iter(own))} ...)"
+        )
+    if not partial:
+        _refuse_part(path, trunk, set(own), set(state), tops)
+    _take_positions(state, weights.raw, model, meta, path, pos_grid, partial, report)
+    if classes and meta and meta.get("classes"):
+        _move_head_rows(state, own, classifier_layers(model), meta["classes"], list(classes), report)
+
+    accepted: State = {}
     for key, value in state.items():
         if key not in own:
             report.unexpected.append(key)
             continue
         if value.shape != own[key].shape:
-            if any(key == h or key.startswith(h + ".") for h in head):
+            if any(key == h or key.startswith(h + ".") for h in heads):
                 report.missing.append(key)
                 continue
-            if (
-                key.endswith("pos_embed")
-                and value.ndim == 3
-                and patch_grid(model)
-                and value.shape[2] == own[key].shape[2]
-            ):
-                prefix = getattr(model, "num_prefix_tokens", 1)
-                grid = patch_grid(model)
-                target_prefix = own[key].shape[1] - grid[0] * grid[1]
-                # A square number of positions has no class position in it, one more has.
-                num_prefix = target_prefix if _is_grid(value.shape[1] - target_prefix) else min(prefix, value.shape[1])
-                if value.shape[0] != 1 or value.shape[1] <= num_prefix:
-                    raise UserError(f"{path}: {key} is {list(value.shape)}, not one row of positions")
-                value = resize_pos_embed(value, grid, num_prefix, target_prefix)
-                report.resized.append(key)
-            elif "relative_position" in key or "attn_mask" in key or key.endswith("relative_coords_table"):
-                report.missing.append(key)  # window geometry, rebuilt by the model for its own size
-                continue
-            else:
-                raise UserError(
-                    f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
-                    "give the --model, --input_size and --in_chans that it was trained with"
-                )
+            if _COMPUTED.search(key):
+                continue  # window geometry, rebuilt by the model for its own size
+            raise UserError(
+                f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
+                "give the --model, --input_size and --in_chans that it was trained with"
+            )
         if own[key].is_floating_point() and not value.is_floating_point():
             raise UserError(f"{path}: {key} holds {str(value.dtype).removeprefix('torch.')}, not weights")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinite values")
+        if value.shape != weights.raw.get(key, value).shape and key not in report.resized:
+            report.resized.append(key)
         accepted[key] = value
     report.loaded = list(accepted)
-    seen = set(report.loaded) | set(report.missing)
-    report.missing += [k for k in own if k not in seen]
-    parameters = {n for n, _ in model.named_parameters()}
-    if not parameters & set(report.loaded):
-        raise UserError(
-            f"{path}: shares no parameter with the model ({next(iter(state))} ... against {next(iter(own))} ...)"
-        )
+    report.missing += [k for k in own if k not in accepted and k not in report.missing]
+    report.unexpected += weights.outside
     model.load_state_dict(accepted, strict=False)
-    for name in head:
-        fresh = model.get_submodule(name) if f"{name}.weight" in report.missing else None
-        if isinstance(fresh, nn.Linear):
-            # MAE's start for a new head on trained features: logits near 0, loss near log C. A family's own
-            # initialisation can be loud enough to shake the features it should read.
-            nn.init.trunc_normal_(fresh.weight, std=2e-5)
-            nn.init.zeros_(fresh.bias)
+    for name, layer in classifier_layers(model).items():
+        if f"{name}.weight" in report.missing:
+            start_anew(layer.weight, layer.bias)
     return report
 
 
-def _is_grid(n: int) -> bool:
-    return n > 0 and int(n**0.5) ** 2 == n
+def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> None:
+    """Put the file's learned positions on the model's grid, in place."""
+    learned = any(k == "pos_embed" or k.endswith(TABLE) for k in raw if k in state)
+    described = _described(meta, path) if meta and learned and not pos_grid else None
+    fitted, resized = fit_positions(raw, model, path, described, pos_grid)
+    tables, resized_tables, left_out = fit_tables(raw, model, path, described, pos_grid, partial)
+    state.update({**fitted, **tables})
+    report.resized += resized + resized_tables
+    for key in left_out:
+        del state[key]
+
+
+def _described(meta: dict, path: str) -> nn.Module:
+    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights."""
+    from models.rebuild import create_from_meta  # it imports this module
+
+    def build() -> nn.Module:
+        return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
+
+    try:
+        try:
+            with torch.device("meta"):
+                return build()
+        except (RuntimeError, NotImplementedError):  # timm before 1.0.20 reads values of tensors while it builds
+            with torch.random.fork_rng(devices=[]):
+                return build()
+    except Exception as error:  # keywords of another version
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{path}: its meta describes no model ({reason}), so its grid is unknown; give it with --pos_grid ROWS COLUMNS"
+        ) from None
+
+
+def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops: set[str]) -> None:
+    """UserError if a part of the trunk would stay at random, or a part of the file's trunk be left away.
+
+    MAE's two poolings normalise at different places, with `norm` or `fc_norm`: the one starts anew beside the other.
+    """
+
+    def few(names: list[str]) -> str:
+        return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+    norms = {"norm.weight", "norm.bias"} if "fc_norm.weight" in in_file else set()
+    lacking = [k for k in trunk if k not in in_file and k not in norms and k not in _TOKENS]
+    roots = {k.split(".")[0] for k in trunk if "." in k and k.split(".")[0] != "norm"} | set(_TRUNKS)
+    foreign = [k for k in sorted(in_file - own) if k.split(".")[0] in roots - tops and not _COMPUTED.search(k)]
+    if lacking or foreign:
+        has = f"lacks {few(lacking)} of its parameters" if lacking else ""
+        more = f"has {few(foreign)} that it does not know" if foreign else ""
+        raise UserError(
+            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the --model and --model_kwargs "
+            "that it was trained with (or main_finetune.py --partial_load, which starts the rest anew)"
+        )
+
+
+def _move_head_rows(
+    state: State, own: State, layers: dict[str, nn.Module], old: list[str], new: list[str], report: LoadReport
+) -> None:
+    """Rows of the classifier from the order of the file's classes to the model's, in place; other rows start anew."""
+    if old == new and all(state[k].shape == own[k].shape for k in state if k in own and k.rpartition(".")[0] in layers):
+        return
+    index = {name: i for i, name in enumerate(old)}
+    both = [(i, index[name]) for i, name in enumerate(new) if name in index]
+    for name in layers:
+        found = {k: state[k] for k in (f"{name}.weight", f"{name}.bias") if k in state and k in own}
+        fits = all(
+            v.ndim and len(old) <= len(v) and len(new) <= len(own[k]) and v.shape[1:] == own[k].shape[1:]
+            for k, v in found.items()
+        )
+        if not fits or not both:
+            for k in found:
+                del state[k]  # starts anew as a whole
+            continue
+        fresh = {k: own[k].float().clone() for k in found}
+        start_anew(fresh.get(f"{name}.weight"), fresh.get(f"{name}.bias"))
+        to, from_ = map(list, zip(*both))
+        for k, v in found.items():
+            fresh[k][to] = v[from_].float()
+            state[k] = fresh[k]
+    report.kept_classes = [new[i] for i, _ in both]
+    report.new_classes = [name for name in new if name not in index]
+
+
+def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    """MAE's start for a new head on trained features: logits near 0, loss near log C.
+
+    A family's own initialisation can be loud enough to shake the features it should read.
+    """
+    if weight is not None:
+        nn.init.trunc_normal_(weight, std=2e-5)
+    if bias is not None:
+        nn.init.zeros_(bias)
 
 
 def classifier_prefixes(model: nn.Module) -> list[str]:
     """Module names of the final classifier (timm's `default_cfg['classifier']`), e.g. ['head'] or ['head.fc']."""
     name = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return [name] if isinstance(name, str) else list(name)
+
+
+def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers and convolutions of the final classifier by name; two for a net with two heads."""
+    prefixes = classifier_prefixes(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == p or name.startswith(p + ".") for p in prefixes)
+    }

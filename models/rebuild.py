@@ -41,8 +41,9 @@ def load_classifier(path: str, *, ema: bool = True) -> tuple[nn.Module, dict]:
 
 def require_complete(report: LoadReport, path: str) -> None:
     """For evaluation: a model with weights missing would score at chance without a word."""
-    if report.missing:
-        raise UserError(f"{path}: lacks weights of this model ({', '.join(report.missing[:4])}); cannot be evaluated")
+    lacking = report.missing or report.new_classes
+    if lacking:
+        raise UserError(f"{path}: lacks weights of this model ({', '.join(lacking[:4])}); cannot be evaluated")
 
 
 @torch.no_grad()

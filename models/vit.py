@@ -237,26 +237,3 @@ def patch_grid(model: nn.Module) -> tuple[int, int] | None:
     """(rows, columns) of a model's patch grid, or None for models without one."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return None if grid is None else (int(grid[0]), int(grid[1]))
-
-
-def resize_pos_embed(
-    pos_embed: torch.Tensor, grid: tuple[int, int], num_prefix: int, target_prefix: int
-) -> torch.Tensor:
-    """[1, P + N, D] -> [1, P' + H W, D]: bicubic over the patch part, prefix positions kept.
-
-    The old grid is taken as square, or as the factorisation of N nearest to the new aspect ratio.
-    """
-    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
-    N, D = patches.shape[1:]
-    aspect = grid[0] / grid[1]
-    side = int(N**0.5)
-    rows = (
-        side
-        if side * side == N
-        else min((r for r in range(1, N + 1) if N % r == 0), key=lambda r: abs(r * r / N - aspect))
-    )
-    if (rows, N // rows) != tuple(grid):
-        image = patches.reshape(1, rows, N // rows, D).permute(0, 3, 1, 2).float()
-        image = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
-    return torch.cat([prefix[:, :target_prefix], patches], dim=1)

@@ -271,7 +271,12 @@ def peek_meta(path: str) -> dict | None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
         return None
-    known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("meta"), dict)
-    if known:
-        check_meta(content["meta"], path, whole=True)
-    return content["meta"] if known else None
+    return own_meta(content, path) if isinstance(content, dict) else None
+
+
+def own_meta(content: dict, path: str) -> dict | None:
+    """meta of this project's checkpoint, checked; None for any other file's content."""
+    if content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
+        return None
+    check_meta(content["meta"], path, whole=True)
+    return content["meta"]

@@ -5,7 +5,8 @@ import os
 from torch import nn
 
 from models import load_pretrained
-from models.loading import classifier_prefixes, state_dict_in
+from models.containers import find_weights, tensor_names
+from models.loading import classifier_prefixes
 from models.noprop_mae import NoPropMAE
 from models.rebuild import create_from_meta
 from util.checkpoint import peek_meta, read_file
@@ -46,12 +47,12 @@ def resolve_data(args, content: dict) -> None:
 def load_noprop(path: str) -> tuple[NoPropMAE, dict]:
     """(NoPropMAE in eval mode, `read_content`) of a pretraining checkpoint. UserError if it has no decoders."""
     content = read_content(path)
-    meta, state = content["meta"], state_dict_in(content, path)
-    if not meta or "noprop" not in meta or not any(key.startswith("decoders.") for key in state):
+    meta, names = content["meta"], tensor_names(content)
+    if not meta or "noprop" not in meta or not any(key.startswith("decoders.") for key in names):
         kind = f"a {meta.get('kind')} checkpoint" if meta else "weights of another origin"
         raise UserError(f"{path}: {kind}, without decoders; give a checkpoint of main_pretrain_noprop.py")
     net = _noprop(path, meta)
-    load_exactly(net, state, path)
+    load_exactly(net, find_weights(content, path, net.state_dict()).state, path)
     return net.eval(), content
 
 
@@ -69,11 +70,11 @@ def load_encoder(args, classes: list[str], content: dict) -> tuple[nn.Module, di
     which has no classifier; `head`, what its classifier reads, for any other model.
     """
     source = content.get("meta")
-    state = state_dict_in(content, args.finetune) if content else {}
+    names = tensor_names(content)
     # MAE's classifiers with average pooling normalise after it; then the tokens themselves are not normalised.
-    args.global_pool = "fc_norm.weight" in state
+    args.global_pool = "fc_norm.weight" in names
     meta = resolve_meta(args, classes, source)
-    has_head = not is_mae_name(meta["model"]) or "head.weight" in state
+    has_head = not is_mae_name(meta["model"]) or "head.weight" in names
     pool = args.pool or ("head" if has_head else "mean")
 
     seed_all(args.seed, 0)
@@ -85,7 +86,7 @@ def load_encoder(args, classes: list[str], content: dict) -> tuple[nn.Module, di
             start = _noprop(args.finetune, source, img_size=meta["img_size"], in_chans=meta["in_chans"]).state_dict()
             model.load_state_dict({k: v for k, v in start.items() if k in model.state_dict()}, strict=False)
     elif content:
-        report = load_pretrained(model, args.finetune)
+        report = load_pretrained(model, args.finetune, pos_grid=args.pos_grid)
         trained = {name for name, _ in model.named_parameters()}
         head = tuple(f"{name}." for name in classifier_prefixes(model))
         missing = [k for k in report.missing if k in trained and not k.startswith(head)]

@@ -321,6 +321,12 @@ def add_max_pixels_option(group) -> None:
                        help="image files of more pixels are refused before they are decoded: 3 bytes each, and they may be bombs")  # fmt: skip
 
 
+def add_pos_grid_option(group) -> None:
+    group.add_argument("--pos_grid", type=number(int, 1, 65536), nargs=2, default=None, metavar=("ROWS", "COLUMNS"),
+                       help="patches that --finetune's file was trained on, where it does not tell (not this project's, no "
+                       "square)")  # fmt: skip
+
+
 def add_run_options(
     parser: Parser, *, batch_size: int, epochs: int, default_output: str | None = "./output_dir"
 ) -> None:

@@ -9,6 +9,7 @@ from util.options import (
     Parser,
     add_data_options,
     add_optimizer_options,
+    add_pos_grid_option,
     add_run_options,
     count,
     fraction,
@@ -67,6 +68,9 @@ def add_finetune_options(parser: Parser) -> None:
         "--drop_path", type=number(float, 0, 1, open_high=True), default=0.1, help="stochastic depth rate"
     )
     group.add_argument("--finetune", default="", help="start from the weights in this file (.pth or .safetensors)")
+    group.add_argument("--partial_load", action="store_true",
+                       help="take what fits of --finetune's file, and start the rest of the trunk anew")  # fmt: skip
+    add_pos_grid_option(group)
     group.add_argument("--pretrained", action="store_true", help="start from timm's own weights (a download)")
     # True where neither flag is given: then a checkpoint's own pooling goes before it.
     group.add_argument("--global_pool", action="store_const", const="avg", default=True,
@@ -165,6 +169,8 @@ def check_finetune_options(args) -> None:
         raise UserError(f"--resume {args.resume}: with --kfold give `auto`; every fold has its own checkpoints")
     if args.finetune and not os.path.isfile(args.finetune):
         raise UserError(f"--finetune {args.finetune}: no such file")
+    if args.partial_load and not args.finetune:
+        raise UserError("--partial_load: is for the file of --finetune; give one")
     if args.eval and not (args.resume or args.finetune or args.pretrained):
         raise UserError("--eval: needs weights; give --resume CHECKPOINT")
     if args.eval and args.resume == "auto":

@@ -2,7 +2,16 @@
 
 from util.errors import UserError
 from util.meta import check_model_kwargs
-from util.options import Parser, add_data_options, add_deterministic_option, keyword, model_name, number, positive_int
+from util.options import (
+    Parser,
+    add_data_options,
+    add_deterministic_option,
+    add_pos_grid_option,
+    keyword,
+    model_name,
+    number,
+    positive_int,
+)
 
 
 def get_args_parser() -> Parser:
@@ -16,6 +25,7 @@ def get_args_parser() -> Parser:
     group.add_argument("--model", type=model_name, default=None, metavar="NAME", help="MAE's name or any timm model")
     group.add_argument("--model_kwargs", type=keyword, nargs="*", default=[], metavar="NAME=VALUE")
     group.add_argument("--pretrained", action="store_true", help="timm's own weights (a download)")
+    add_pos_grid_option(group)
     group.add_argument("--random_init", action="store_true", help="the same architecture untrained, to compare with")
     group.add_argument("--global_pool", action="store_const", const="mean", dest="pool",
                        help="features are the mean of the patch tokens (default for encoders without a classifier)")  # fmt: skip

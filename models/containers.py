@@ -1,0 +1,158 @@
+"""Where a model's tensors are in a file from elsewhere: in which of its dicts, under which prefix, by whose names."""
+
+import inspect
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from util.errors import UserError
+
+State = dict[str, torch.Tensor]
+
+# Averaged weights: timm, MAE's kin, Lightning, DINO. The first of equals, where averages are wanted.
+EMA = {"ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "teacher"}
+NO_WEIGHTS = {"optimizer", "scaler", "rng", "args", "meta", "lr_scheduler"}
+# torch.compile, FSDP and activation checkpointing put these anywhere in a name; no module is called so.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What trainers keep the model under. Prefixes beyond these are found by the names behind them.
+_ATTRIBUTES = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher"}
+# BEiT's pretraining has one relative position table for all blocks.
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+TABLE = "relative_position_bias_table"
+
+
+@dataclass
+class Weights:
+    """What `find_weights` chose: the tensors in the model's naming, as they were in the file, and where that is."""
+
+    state: State
+    raw: State
+    source: str  # e.g. "ema", "teacher, backbone."; "" for a plain state dict
+    outside: list[str]  # names in the same dict that do not have the prefix
+
+
+def tensor_dicts(content: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], State]]:
+    """Every dict in the file that holds tensors, with the keys that lead to it, outermost first."""
+    state = {_WRAPPERS.sub(r"\1", str(k)): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    found = [(path, state)] if state else []
+    for key, value in content.items():
+        if isinstance(key, str) and key not in NO_WEIGHTS and isinstance(value, dict) and len(path) < 4:
+            found += tensor_dicts(value, (*path, key))
+    return found
+
+
+def tensor_names(content: dict) -> set[str]:
+    """The names of all tensors in the file, and each name without its first parts."""
+    names = {name for _, state in tensor_dicts(content) for name in state}
+    return {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
+
+
+def find_weights(content: dict, path: str, trunk: State, ema: bool = True, convert=None) -> Weights:
+    """The dict and prefix whose tensors fit best; of equals the averaged weights, or with ema=False the others.
+
+    trunk: the model's own tensors but those of its head. convert: `family_filter` of the model, tried where no dict
+    fits as it is. UserError for a file without tensors, and for tensors that are not plain ones.
+    """
+    dicts = tensor_dicts(content)
+    if not dicts:
+        raise UserError(f"{path}: no tensors in it")
+    candidates = []
+    for keys, state in dicts:
+        for prefix in _prefixes(state, trunk):
+            raw = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            outside = [k for k in state if not k.startswith(prefix)]
+            source = ", ".join([*keys, prefix] if prefix else keys)
+            raw = _spread_shared_table(raw, trunk)
+            candidates.append(Weights(raw, raw, source, outside))
+    if convert is not None and not any(_fit(c.state, trunk) == len(trunk) for c in candidates):
+        candidates = [c for one in candidates for c in (_converted(one, convert, path), one) if c is not None]
+
+    def rank(c: Weights):
+        return _fit(c.state, trunk), bool(EMA & set(re.split(r"\W+", c.source))) == ema
+
+    best = max(candidates, key=rank)  # the first of equals
+    return Weights(plain(best.state, path), plain(best.raw, path), best.source, best.outside)
+
+
+def _prefixes(state: State, trunk: State) -> list[str]:
+    """Prefixes under which the model may be: none, what trainers use, and what stands before the model's own names."""
+    known, found = [""], Counter()
+    for name in state:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            prefix = ".".join(parts[:i]) + "."
+            if all(part in _ATTRIBUTES for part in parts[:i]):
+                known.append(prefix)
+            if name.removeprefix(prefix) in trunk:
+                found[prefix] += 1
+    most = max(found.values(), default=0)
+    return list(dict.fromkeys([*known, *(p for p, n in found.items() if 2 * n > most)]))
+
+
+def _fit(state: State, trunk: State) -> int:
+    """How many of the trunk's tensors are there; positions count in any shape."""
+    return sum(
+        k in state and (state[k].shape == v.shape or k == "pos_embed" or k.endswith(TABLE)) for k, v in trunk.items()
+    )
+
+
+def _converted(candidate: Weights, convert, path: str) -> Weights | None:
+    try:
+        state = convert(plain(candidate.state, path))
+    except Exception:  # names or shapes that timm's function does not know: the file is not of that publisher
+        return None
+    tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    return Weights(state, candidate.raw, candidate.source, candidate.outside) if tensors else None
+
+
+def _spread_shared_table(state: State, trunk: State) -> State:
+    """BEiT's one table of pretraining for each block that has a table of its own, as in its authors' fine-tuning."""
+    if SHARED_TABLE not in state or SHARED_TABLE in trunk:
+        return state
+    tables = [k for k in trunk if k.endswith(TABLE) and k not in state]
+    shared = state[SHARED_TABLE]
+    return (
+        {**{k: v for k, v in state.items() if k != SHARED_TABLE}, **dict.fromkeys(tables, shared)} if tables else state
+    )
+
+
+def plain(state: State, path: str) -> State:
+    """The same tensors, 8-bit floats as float32 (torch computes nothing with them). UserError for those of no use."""
+    done = {}
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(f"{path}: {key} is a {value.dtype} {value.layout} tensor; weights should be dense and real")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # Zero strides: a file of a kilobyte that any operation would blow up to its shape.
+            raise UserError(f"{path}: {key} claims the shape {list(value.shape)} with less data than that")
+        if value.is_floating_point() and value.element_size() == 1:
+            try:
+                value = value.float()
+            except (RuntimeError, NotImplementedError):  # packed 4-bit floats
+                kind = str(value.dtype).removeprefix("torch.")
+                raise UserError(f"{path}: {key} holds {kind}; save it as float16, bfloat16 or float32") from None
+        done[key] = value
+    return done
+
+
+def family_filter(model: nn.Module):
+    """timm's conversion of the publishers' names and shapes of this model's family, state -> state; None without one."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture = config.get("architecture", "") if isinstance(config, dict) else config.architecture
+    modules = [type(model).__module__]
+    if architecture and timm.is_model(architecture):
+        modules.insert(0, timm.model_entrypoint(architecture).__module__)  # hybrids and DeiT-3 are ViTs by class
+    for module in modules:
+        for name in ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained"):
+            function = getattr(sys.modules[module], name, None)
+            if function is not None:
+                known = inspect.signature(function).parameters
+                keywords = {"adapt_layer_scale": True} if "adapt_layer_scale" in known else {}  # DeiT-3's gamma_1
+                model_too = (model,) if "model" in known else ()
+                return lambda state: function(dict(state), *model_too, **keywords)
+    return None
