@@ -14,6 +14,7 @@ from augment.views import saccadic_views
 from util.datasets import ArrayDataset, FileDataset
 from util.datasets import to_channels as array_to_channels
 from util.dist import Precision, World, gather_objects
+from util.ensemble import geometric_mean
 from util.errors import UserError
 from util.image_files import printable
 from util.log import Progress
@@ -23,7 +24,8 @@ from util.reading import Reading, loader_processes, reason_of, worker_init
 
 @dataclass
 class Prediction:
-    """Probabilities float64 [M, n, C] of the n readable images, each member's with view 1 alone and over the views.
+    """Probabilities float64 [M, n, C] of the n readable images: each member's mean over its networks, with view 1 alone and
+    over the views, and for stacking the geometric mean over networks and views.
 
     index: int64 [n], ascending, into the data. bad: image number -> why it cannot be read.
     """
@@ -31,6 +33,7 @@ class Prediction:
     index: np.ndarray
     one_view: np.ndarray
     all_views: np.ndarray
+    geometric: np.ndarray
     bad: dict[int, str] = field(default_factory=dict)
 
 
@@ -134,11 +137,12 @@ def predict(
         if len(index):
             probabilities = forward(nets, inputs, images, world.device, precision)  # [nets, b, V, C]
             require_finite(probabilities, nets, data, index)
-            one, mean = np.zeros((2, M, len(index), C))
+            one, mean, geometric = np.zeros((3, M, len(index), C))
             for m in range(M):
-                own = probabilities[[net.member == m for net in nets]].mean(0)  # over folds: [b, V, C]
-                one[m], mean[m] = own[:, 0], own[:, chosen].mean(1)
-            done.append((index.numpy(), one, mean))
+                own = probabilities[[net.member == m for net in nets]]  # folds: [F, b, V, C]
+                one[m], mean[m] = own[:, :, 0].mean(0), own[:, :, chosen].mean((0, 2))
+                geometric[m] = geometric_mean(own[:, :, chosen], (0, 2))
+            done.append((index.numpy(), one, mean, geometric))
         progress.step += 1
         progress.update({"images": float(sum(len(d[0]) for d in done))} if progress.due else None)
     progress.close()
@@ -148,8 +152,8 @@ def predict(
         raise UserError(f"--data_path: none of its {len(data)} images can be read")
     index = np.concatenate([d[0] for d in done])
     order = np.argsort(index)
-    one, mean = (np.concatenate([d[k] for d in done], axis=1)[:, order] for k in (1, 2))
-    return Prediction(index[order], one, mean, dict(sorted(bad.items())))
+    means = (np.concatenate([d[k] for d in done], axis=1)[:, order] for k in (1, 2, 3))
+    return Prediction(index[order], *means, dict(sorted(bad.items())))
 
 
 def forward(nets, inputs, images, device, precision) -> np.ndarray:

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
                on_bad_image=args.on_bad_image, margin=args.margin)  # fmt: skip
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
-        combiners.cross_fit(image_folds[prediction.index], args.weights)
+        read = prediction.index
+        combiners.cross_fit([ids[i] for i in read], image_folds[read], prediction.geometric, args.weights)
     else:
         prediction = predict(nets, data, args.views, **how)
     if not world.is_main:

@@ -7,13 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import gmean
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
-from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+from sklearn.utils.class_weight import compute_sample_weight
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from util.calibration import accuracy_interval, expected_calibration_error, reliability, scores
-from util.ensemble import Weighted, build_combiners, read_oof, validation_scores
+from util.ensemble import Stacked, Weighted, build_combiners, geometric_mean, read_oof, validation_scores
 from util.errors import UserError
 from util.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
 from util.members import Member, find_members, short_names
@@ -138,21 +140,67 @@ def test_validation_weights_take_the_best_epoch_and_average_over_folds(tmp_path)
     assert "val" not in build_combiners(members, CLASSES, "equal").ways
 
 
-@pytest.mark.parametrize("class_weights,sklearn_name", [("none", None), ("balanced", "balanced")])
-def test_stacking_is_scikit_learns_regression_on_log_probabilities(tmp_path, class_weights, sklearn_name):
+def log_loss_of(weights, biases, logs, targets, image_weights) -> torch.Tensor:
+    """The penalised loss of stacking, written with torch: logs [M, n, C]."""
+    logits = torch.einsum("m,mnc->nc", weights, logs) + biases
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (image_weights * loss).sum() + (weights.square().sum() + biases.square().sum()) / 2
+
+
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+def test_stacking_minimises_the_penalised_loss_of_a_weight_per_member_and_a_bias_per_class(tmp_path, class_weights):
     members, targets, p = two_kfold_runs(tmp_path, class_weights=class_weights)
     combiners = build_combiners(members, CLASSES, "stacked")
-    features = np.log(np.hstack(p).clip(1e-6))  # [n, 2 * 3], each member's classes side by side
-    model = LogisticRegression(max_iter=2000, class_weight=sklearn_name).fit(features, targets)
+    stacked, logs = combiners.ways["stacked"], torch.from_numpy(np.log(p.clip(1e-6)))
+    found = [torch.tensor(v, requires_grad=True) for v in (stacked.weights, stacked.biases)]
+    image_weights = compute_sample_weight("balanced" if class_weights == "balanced" else None, targets)
+    log_loss_of(*found, logs, torch.from_numpy(targets), torch.from_numpy(image_weights)).backward()
+    assert all(v.grad.abs().max() < 1e-3 for v in found)  # it is convex: the minimum is where it is flat
     new = np.stack([probabilities(7, 20), probabilities(8, 20)])
-    np.testing.assert_allclose(
-        combiners.ways["stacked"](new), model.predict_proba(np.log(np.hstack(new).clip(1e-6))), atol=1e-5
+    logits = (
+        stacked.weights[0] * np.log(new[0].clip(1e-6)) + stacked.weights[1] * np.log(new[1].clip(1e-6)) + stacked.biases
     )
-    folds = np.arange(len(targets)) % 2
-    expected = cross_val_predict(model, features, targets, groups=folds, cv=LeaveOneGroupOut(), method="predict_proba")
-    np.testing.assert_allclose(combiners.cross_stacked, expected, atol=1e-5)
-    stacked, equal = (accuracy_score(targets, q.argmax(1)) for q in (expected, p.mean(0)))
-    assert stacked > equal + 0.1, (stacked, equal)  # it finds out whom to believe
+    np.testing.assert_allclose(stacked(new), np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
+    accuracy = {
+        k: accuracy_score(targets, q.argmax(1)) for k, q in (("stacked", combiners.cross_stacked), ("equal", p.mean(0)))
+    }
+    assert accuracy["stacked"] > accuracy["equal"] + 0.1, accuracy  # it finds out whom to believe
+
+
+def test_stacking_two_classes_is_scikit_learns_regression_on_log_odds():
+    """With a column sqrt(2) for the two biases, whose difference is what counts and whose squares are both penalised."""
+    rng = np.random.default_rng(0)
+    q = rng.uniform(0.02, 0.98, (2, 300))
+    targets = (rng.random(300) < q[0] ** 2 / (q[0] ** 2 + (1 - q[0]) ** 2)).astype(int)  # the first is too timid
+    p = np.stack([1 - q, q], axis=-1)
+    columns = np.column_stack([*np.log(q / (1 - q)), np.full(300, math.sqrt(2))])
+    for balanced in (False, True):
+        model = LogisticRegression(
+            fit_intercept=False, class_weight="balanced" if balanced else None, tol=1e-8, max_iter=1000
+        )
+        stacked = Stacked(p, targets, balanced=balanced)
+        np.testing.assert_allclose(stacked(p), model.fit(columns, targets).predict_proba(columns), atol=1e-5)
+        np.testing.assert_allclose(stacked.weights, model.coef_[0, :2], atol=1e-4)
+    assert stacked.weights[0] == pytest.approx(2, abs=0.5) and abs(stacked.weights[1]) < 0.3
+
+
+def test_stacking_stays_calibrated_on_means_over_networks_and_views():
+    """Single networks see the true logits under noise of their own, as in out-of-fold files; what is predicted is the mean
+    of 5 networks x 12 views. The mean of their probabilities is far too flat for a regression that was fitted on one."""
+    rng = np.random.default_rng(0)
+    truth = 2.0 * rng.normal(size=(6000, 4))
+    targets = (truth + rng.gumbel(size=truth.shape)).argmax(1)
+    networks = softmax(truth[:, None, None] * 2 + rng.normal(size=(6000, 5, 12, 4)), axis=-1)  # over-confident
+    stacked = Stacked(networks[None, :3000, 0, 0], targets[:3000], balanced=False)
+    new, true = networks[3000:], targets[3000:]
+    geometric, arithmetic = stacked(geometric_mean(new, (1, 2))[None]), stacked(new.mean((1, 2))[None])
+    single = stacked(new[None, :, 0, 0])
+    loss, ece = ([scores(p, true)[k] for p in (single, geometric, arithmetic)] for k in ("log_loss", "ece"))
+    assert loss[1] < loss[2] - 0.01 and loss[2] < loss[0]  # the mean is worth more than one network, the geometric most
+    assert ece[0] < 4 and ece[1] < ece[2] - 3
+    np.testing.assert_allclose(
+        geometric_mean(new, (1, 2)), gmean(new.clip(1e-6), (1, 2)) / gmean(new.clip(1e-6), (1, 2)).sum(1, keepdims=True)
+    )
 
 
 def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp_path):
@@ -165,10 +213,10 @@ def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp
     combiners = build_combiners(members, CLASSES, "stacked")  # all images together have every class
     assert set(combiners.ways) == {"equal", "stacked"} and combiners.cross_stacked is None
     assert "not scored out of fold" in combiners.notes[-1] and "class owl outside of fold 0" in combiners.notes[-1]
-    folds = np.zeros(2, dtype=np.int64)
+    said = (combiners.oof.ids, combiners.oof.folds, combiners.oof.probabilities)
     with pytest.raises(UserError, match=r"--weights stacked: .* class owl outside of fold 0"):
-        combiners.cross_fit(folds, "stacked")
-    combiners.cross_fit(folds, "equal")
+        combiners.cross_fit(*said, "stacked")
+    combiners.cross_fit(*said, "equal")
     assert set(combiners.ways) == {"equal"} and "class owl" in combiners.notes[-1]
 
     for run in "ab":

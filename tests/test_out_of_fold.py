@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -50,18 +51,17 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
     true = np.array([n.startswith("red") for n in names])
     for m, name in enumerate("ab"):
         assert accuracy[name, 3] == pytest.approx(100 * (p[m].argmax(1) == true).mean())
-    # Stacked, by scikit-learn: the regression that predicts a fold was fitted on the other fold's oof.csv.
+    # Stacked, by scikit-learn: the regression that predicts a fold was fitted on what is predicted of the other fold, with
+    # the same views. Two classes: log-odds, and a column for the two biases.
     _, rows = read_csv(tmp_path)
+    logs = [[np.log(reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).clip(1e-6)).mean(0) for n in names] for m in (0, 1)]  # fmt: skip
+    columns = np.column_stack([*(np.diff(one, axis=1) for one in np.array(logs)), np.full(len(names), math.sqrt(2))])
+    folds = np.array([held_out(n) for n in names])
     for fold in (0, 1):
-        tables = [
-            list(csv.reader((root / m / f"fold-{1 - fold}" / "oof.csv").read_text().splitlines()))[1:] for m in "ab"
-        ]
-        x = np.log([[float(v) for table in tables for v in table[i][3:]] for i in range(len(tables[0]))])
-        fitted = LogisticRegression(max_iter=2000).fit(x, [row[2] == "red" for row in tables[0]])
-        for i, name in enumerate(names):
-            if held_out(name) == fold:
-                expected = fitted.predict_proba(np.log(np.concatenate([p[0, i], p[1, i]]).clip(1e-6))[None])[0]
-                np.testing.assert_allclose(values(rows, name), expected, atol=1e-4)
+        fitted = LogisticRegression(fit_intercept=False, tol=1e-8).fit(columns[folds != fold], true[folds != fold])
+        expected = fitted.predict_proba(columns[folds == fold])
+        found = np.array([values(rows, n) for n in names if held_out(n) == fold])
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_line(members, photo_folder, tmp_path):

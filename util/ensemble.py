@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 
 from util.errors import UserError
 from util.labels import without_apostrophe
@@ -17,7 +18,20 @@ from util.log import read_log
 from util.members import Member
 
 VAL_SCORES = ("balanced_acc", "acc1")  # what --weights val goes by: the first that every member has
-SMALLEST = 1e-6  # oof.csv has six decimals: no logarithm of less
+SMALLEST = 1e-6  # no logarithm of less: a single view or network that is sure and wrong does not outvote the others
+
+
+def log_probabilities(p: np.ndarray) -> np.ndarray:
+    return np.log(np.clip(p, SMALLEST, 1.0))
+
+
+def geometric_mean(p: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Probabilities [..., C] averaged as logarithms over `axis`, and made to add up to 1 again.
+
+    For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks is its
+    logits of this mean. The arithmetic mean is flatter than the single networks it was fitted on.
+    """
+    return softmax(log_probabilities(p).mean(axis), axis=-1)
 
 
 class Weighted:
@@ -33,22 +47,38 @@ class Weighted:
 class Stacked:
     """Logistic regression on the members' log-probabilities, fitted on out-of-fold predictions: [M, N, C] -> [N, C].
 
-    Log-probabilities, since the model is linear in them: a softmax of sum_m w_m log p_m is a weighted geometric mean of
-    the members, and w also sharpens or softens them (temperature). balanced: classes weigh alike whatever their number.
+    softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened as a whole (w), each
+    class raised or lowered (b). One weight per member and not a matrix per member, which learns single networks' habits
+    and is far off where it is applied: to means over views and folds.
+    Penalty 1/2 |(w, b)|^2, scikit-learn's default. balanced: classes weigh alike whatever their number.
     """
 
     def __init__(self, probabilities: np.ndarray, targets: np.ndarray, *, balanced: bool):
-        self.model = LogisticRegression(max_iter=2000, class_weight="balanced" if balanced else None)
-        self.model.fit(self.features(probabilities), targets)
+        logs = log_probabilities(probabilities)
+        M, n, C = logs.shape
+        counts = np.bincount(targets, minlength=C)
+        weight = (n / (C * counts) if balanced else np.ones(C))[targets]  # [n]
+        true = np.eye(C)[targets]  # [n, C]
 
-    @staticmethod
-    def features(probabilities: np.ndarray) -> np.ndarray:
-        """[M, N, C] -> [N, M C]"""
-        logs = np.log(np.clip(probabilities, SMALLEST, 1.0))
-        return logs.transpose(1, 0, 2).reshape(probabilities.shape[1], -1)
+        def loss_and_gradient(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+            log_p = log_softmax(np.tensordot(parameters[:M], logs, 1) + parameters[M:], axis=1)
+            error = weight[:, None] * (np.exp(log_p) - true)
+            gradient = np.concatenate([np.tensordot(logs, error, 2), error.sum(0)])
+            loss = -(weight * (log_p * true).sum(1)).sum() + parameters @ parameters / 2
+            return loss, gradient + parameters
+
+        start = np.concatenate([np.full(M, 1 / M), np.zeros(C)])
+        found = minimize(
+            loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-6}
+        ).x
+        self.weights, self.biases, self.images = found[:M], found[M:], n
+
+    def __str__(self) -> str:
+        weights = ", ".join(f"{w:.2f}" for w in self.weights)
+        return f"fitted on {self.images} out-of-fold images (weights {weights})"
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
-        return self.model.predict_proba(self.features(probabilities))
+        return softmax(np.tensordot(self.weights, log_probabilities(probabilities), 1) + self.biases, axis=1)
 
 
 @dataclass
@@ -63,14 +93,19 @@ class Combiners:
     balanced: bool = False  # of the stacked regression
     cross_stacked: np.ndarray | None = None  # [N, C] of oof's images, each fold by a regression fitted on the others
 
-    def cross_fit(self, folds: np.ndarray, wanted: str) -> None:
-        """For images of the folds themselves, int64 [n]: the regression must not have seen what it predicts.
+    def cross_fit(self, ids: list[str], folds: np.ndarray, probabilities: np.ndarray, wanted: str) -> None:
+        """For images of the folds themselves: the regression must not have seen what it predicts.
 
-        Where that is impossible, stacking is a UserError if it is the `wanted` way, else it leaves the comparison.
+        ids, folds int64 [n], probabilities [M, n, C]: what will be combined. Each fold's regression is fitted on the other
+        folds' part of it, so on the same views. Where that is impossible, stacking is a UserError if it is the `wanted`
+        way, else it leaves the comparison.
         """
+        if "stacked" not in self.ways:
+            return
+        target_of = dict(zip(self.oof.ids, self.oof.targets))
+        same_views = OutOfFold(ids, folds, np.array([target_of[i] for i in ids]), probabilities, self.oof.classes)
         try:
-            if "stacked" in self.ways:
-                self.ways["stacked"] = CrossStacked(self.oof, folds, balanced=self.balanced)
+            self.ways["stacked"] = CrossStacked(same_views, balanced=self.balanced)
         except UserError as error:
             if wanted == "stacked":
                 raise
@@ -105,7 +140,7 @@ def build_combiners(members: list[Member], classes: list[str], wanted: str) -> C
                 result.notes.append(f"not compared: {error}")
     if "stacked" in result.ways and result.oof.same_folds and len(set(result.oof.folds)) > 1:
         try:
-            crossed = CrossStacked(result.oof, result.oof.folds, balanced=balanced)
+            crossed = CrossStacked(result.oof, balanced=balanced)
             result.cross_stacked = crossed(result.oof.probabilities)
         except UserError as error:
             result.notes.append(f"stacking is not scored out of fold: {error}")
@@ -161,14 +196,17 @@ class OutOfFold:
 
 
 class CrossStacked(Stacked):
-    """Stacking that has not seen what it predicts: each fold by the regression fitted on the others' oof.csv.
+    """Stacking that has not seen what it predicts: each fold of `oof` by the regression fitted on its other folds.
 
-    [M, n, C] -> [n, C], rows in the order of `folds` [n].
+    [M, N, C] -> [N, C], rows in the order of oof.
     """
 
-    def __init__(self, oof: OutOfFold, folds: np.ndarray, *, balanced: bool):
-        self.folds = folds
-        self.fitted = {fold: oof.stack(balanced=balanced, without=fold) for fold in sorted(set(folds.tolist()))}
+    def __init__(self, oof: OutOfFold, *, balanced: bool):
+        self.folds = oof.folds
+        self.fitted = {fold: oof.stack(balanced=balanced, without=fold) for fold in sorted(set(oof.folds.tolist()))}
+
+    def __str__(self) -> str:
+        return "each fold's fitted on the other folds with the same views"
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         out = np.empty(probabilities.shape[1:])

@@ -64,9 +64,9 @@ def predict_out_of_fold(
         rows = np.flatnonzero(image_folds == fold)
         own = [net for net, f in zip(nets, net_folds) if f == fold]
         part = predict(own, data.subset(torch.from_numpy(rows)), views, **options)
-        parts.append((rows[part.index], part.one_view, part.all_views))
+        parts.append((rows[part.index], part.one_view, part.all_views, part.geometric))
         bad.update({int(rows[i]): reason for i, reason in part.bad.items()})
     index = np.concatenate([p[0] for p in parts])
     order = np.argsort(index)
-    one, many = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2))
-    return Prediction(index[order], one, many, dict(sorted(bad.items())))
+    means = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2, 3))
+    return Prediction(index[order], *means, dict(sorted(bad.items())))

@@ -59,7 +59,10 @@ def compare(members: list[Member], combiners: Combiners, prediction: Prediction,
     for key, way in combiners.ways.items():
         if len(members) == 1 and not isinstance(way, Stacked):
             continue  # any weights of one member are that member
-        kept = sets if key == "equal" else sets[-1:]
+        if isinstance(way, Stacked):
+            kept = [(views, prediction.geometric)]
+        else:
+            kept = sets if key == "equal" else sets[-1:]
         rows += [{"name": ENSEMBLES[key], "views": v, "probabilities": way(p), "way": key} for v, p in kept]
     wanted = None if len(members) == 1 and chosen != "stacked" else chosen
     last = max(i for i, row in enumerate(rows) if row.get("way") == wanted)
@@ -279,6 +282,6 @@ def member_table(members: list[Member], combiners: Combiners) -> list[str]:
         )
         lines += [
             "",
-            f"Stacked: logistic regression on log-probabilities, fitted on {len(combiners.oof.ids)} out-of-fold images, {how}.",
+            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, {how}.",
         ]
     return lines
