@@ -80,6 +80,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
 
     collect: keep probabilities, gathered in sample order on every rank. poll() -> True stops early on all ranks (None).
     """
+    model.train()  # LeViT and its kin keep what they computed of the weights in evaluation until then; an EMA changes them
     model.eval()
     device = loader.world.device
     add_up = all_reduce if loader.world.size > 1 else lambda x: x  # a loader that is not shared counts alone

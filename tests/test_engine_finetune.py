@@ -177,3 +177,32 @@ def test_fp16_scales_its_loss_and_skips_an_overflow_without_counting_it_bad():
         net, toy_loader(data), optimizer, Criterion(), precision, run, Interrupts(), lr_at_epoch=lambda e: 1e-2
     )
     assert not torch.equal(before[0], next(net.parameters())) and all(torch.isfinite(p).all() for p in net.parameters())
+
+
+class Remembers(nn.Linear):
+    """As LeViT's attention biases in timm 1.0.15: what evaluation computed of the weights is kept until training."""
+
+    kept = None
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        if self.kept is None or self.training:
+            self.kept = 2 * self.weight
+        return F.linear(x, self.kept)
+
+
+def test_an_average_that_is_never_trained_is_evaluated_with_its_present_weights():
+    data, net = toy_data(), nn.Sequential(nn.Flatten(), Remembers(16, 3, bias=False))
+    loader, images = toy_loader(data, 8, train=False), (data.images.flatten(1).float() / 255 - 0.5) / 0.25
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nn.init.normal_(net[1].weight)
+        expected = log_loss(
+            data.targets, (2 * images.double() @ net[1].weight.detach().double().T).softmax(1), labels=[0, 1, 2]
+        )
+        assert evaluate(net, loader, Precision("off", CPU), 3).loss == pytest.approx(expected, rel=1e-5)
