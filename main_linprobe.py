@@ -21,6 +21,7 @@ import time
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
+from models.rebuild import try_forward
 from util.data import Loader, load_data
 from util.datasets import ArrayDataset, to_channels
 from util.dist import Precision, World, init_world, set_attention_backend
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     precision = Precision(args.amp, world.device)
     set_attention_backend(world.device, precision.dtype)
     model, meta, pool = load_encoder(args, train.classes, content)
-    model.to(world.device)
+    try_forward(model.to(world.device), {**meta, "num_classes": model.num_classes}, 1)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
     log.say(f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
             f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, amp {precision.name}")  # fmt: skip

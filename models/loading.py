@@ -9,6 +9,7 @@ from torch import nn
 
 from models.containers import TABLE, State, family_filter, find_weights
 from models.positions import Grid, fit_positions, fit_tables
+from models.vit import classifier_prefixes
 from util.checkpoint import own_meta, read_file
 from util.errors import UserError
 
@@ -207,12 +208,6 @@ def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         nn.init.trunc_normal_(weight, std=2e-5)
     if bias is not None:
         nn.init.zeros_(bias)
-
-
-def classifier_prefixes(model: nn.Module) -> list[str]:
-    """Module names of the final classifier (timm's `default_cfg['classifier']`), e.g. ['head'] or ['head.fc']."""
-    name = getattr(model, "default_cfg", {}).get("classifier") or "head"
-    return [name] if isinstance(name, str) else list(name)
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:

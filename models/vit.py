@@ -136,7 +136,7 @@ def reason(error: BaseException) -> str:
     return text[:300] if text and plain else f"{type(error).__name__}: {text[:300]}"
 
 
-def classifier_names(model: nn.Module) -> list[str]:
+def classifier_prefixes(model: nn.Module) -> list[str]:
     """Module names of the final classifiers by timm's `default_cfg`: ['head.fc']; ['head', 'head_dist'] of two heads."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return [names] if isinstance(names, str) else list(names)
@@ -147,7 +147,7 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     own = model.get_classifier()
     found = list(own) if isinstance(own, (tuple, list, nn.ModuleList)) else [own]
     modules = dict(model.named_modules())
-    found += [modules[n] for n in classifier_names(model) if n in modules]
+    found += [modules[n] for n in classifier_prefixes(model) if n in modules]
     return list(dict.fromkeys(found))
 
 
@@ -168,7 +168,7 @@ def trunk_blocks(model: nn.Module) -> list[nn.Module]:
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else None
     stem = _patterns(matcher["stem"]) if isinstance(matcher, dict) and "stem" in matcher else ["stem", "patch_embed"]
     is_stem = re.compile("|".join(stem)).match
-    heads = {name.split(".")[0] for name in classifier_names(model)}
+    heads = {name.split(".")[0] for name in classifier_prefixes(model)}
     blocks: list[nn.Module] = []
     for name, child in model.named_children():
         if name in heads:

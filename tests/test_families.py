@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tests_common import finetune
 
 from main_finetune import seed_all
+from main_linprobe import main as probe
 from main_predict import main as predict
 from models import create_model
 from models.rebuild import load_classifier
@@ -96,6 +97,21 @@ def test_what_a_family_cannot_do_is_one_line_before_any_work(argv, words, tmp_pa
     with pytest.raises(UserError) as caught:
         finetune(*DIGITS, "--output_dir", tmp_path, "--dry_run", *argv)
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--model", "crossvit_tiny_240", "--input_size", 96], ["crossvit_tiny_240", "3 x 96 x 96", "--input_size"]),
+        (["--model", "crossvit_tiny_240", "--input_size", 240, "--cls_token"], ["--cls_token", "CrossVit"]),
+        (["--model", "vit_tiny_patch4", "--model_kwargs", "num_heads=0"], ["num_heads 0"]),
+    ],
+)
+def test_what_the_probe_cannot_read_of_a_family_is_one_line(argv, words, photo_folder):
+    line = ["--random_init", "--data_path", photo_folder, "--batch_size", 1, "--num_workers", 0, "--device", "cpu"]
+    with pytest.raises(UserError) as caught:
+        probe([str(a) for a in (*line, *argv)])
+    assert all(w in str(caught.value) for w in words), str(caught.value)
 
 
 def test_batchnorm_at_batch_1_trains_where_its_statistics_are_frozen_or_have_pixels(tmp_path):

@@ -25,7 +25,7 @@ def pooled_features(model: nn.Module, images: torch.Tensor, pool: str) -> torch.
     if pool == "head":
         return model.forward_head(z, pre_logits=True)
     prefix = getattr(model, "num_prefix_tokens", 0)
-    if z.ndim != 3 or (pool == "cls" and prefix == 0):
+    if not isinstance(z, torch.Tensor) or z.ndim != 3 or (pool == "cls" and prefix == 0):
         flag, what = ("--cls_token", "class token") if pool == "cls" else ("--global_pool", "patch tokens")
         raise UserError(f"{flag}: {type(model).__name__} has no {what}; leave the flag out for its own pooling")
     return z[:, 0] if pool == "cls" else z[:, prefix:].mean(dim=1)

@@ -6,9 +6,9 @@ from torch import nn
 
 from models import load_pretrained
 from models.containers import find_weights, tensor_names
-from models.loading import classifier_prefixes
 from models.noprop_mae import NoPropMAE
 from models.rebuild import create_from_meta
+from models.vit import classifier_prefixes
 from util.checkpoint import peek_meta, read_file
 from util.choices import is_mae_name
 from util.data_specs import DATASETS
