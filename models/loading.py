@@ -82,7 +82,7 @@ def load_pretrained(
         _refuse_part(path, trunk, set(own), set(state), tops)
     _take_positions(state, weights.raw, model, meta, path, pos_grid, partial, report)
     if classes and meta and meta.get("classes"):
-        _move_head_rows(state, own, classifier_layers(model), meta["classes"], list(classes), report)
+        _move_head_rows(state, own, list(classifier_layers(model)), meta, list(classes), report)
 
     accepted: State = {}
     for key, value in state.items():
@@ -93,7 +93,7 @@ def load_pretrained(
             if any(key == h or key.startswith(h + ".") for h in heads):
                 report.missing.append(key)
                 continue
-            if _COMPUTED.search(key):
+            if key not in names and _COMPUTED.search(key):
                 continue  # window geometry, rebuilt by the model for its own size
             raise UserError(
                 f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
@@ -107,7 +107,8 @@ def load_pretrained(
             report.resized.append(key)
         accepted[key] = value
     report.loaded = list(accepted)
-    report.missing += [k for k in own if k not in accepted and k not in report.missing]
+    computed = {k for k in own if k not in names and _COMPUTED.search(k)}
+    report.missing += [k for k in own if k not in accepted and k not in report.missing and k not in computed]
     report.unexpected += weights.outside
     model.load_state_dict(accepted, strict=False)
     for name, layer in classifier_layers(model).items():
@@ -139,7 +140,7 @@ def _described(meta: dict, path: str) -> nn.Module:
         try:
             with torch.device("meta"):
                 return build()
-        except (RuntimeError, NotImplementedError):  # timm before 1.0.20 reads values of tensors while it builds
+        except Exception:  # timm before 1.0.20 reads values of tensors while it builds
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version
@@ -172,29 +173,25 @@ def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops
 
 
 def _move_head_rows(
-    state: State, own: State, layers: dict[str, nn.Module], old: list[str], new: list[str], report: LoadReport
+    state: State, own: State, layers: list[str], meta: dict, new: list[str], report: LoadReport
 ) -> None:
     """Rows of the classifier from the order of the file's classes to the model's, in place; other rows start anew."""
-    if old == new and all(state[k].shape == own[k].shape for k in state if k in own and k.rpartition(".")[0] in layers):
+    old = list(meta["classes"])
+    keys = [k for name in layers for k in (f"{name}.weight", f"{name}.bias") if k in own and k in state]
+    keys = [k for k in keys if state[k].ndim and len(state[k]) == meta["num_classes"]]
+    if old == new and all(state[k].shape == own[k].shape for k in keys):
         return
     index = {name: i for i, name in enumerate(old)}
     both = [(i, index[name]) for i, name in enumerate(new) if name in index]
-    for name in layers:
-        found = {k: state[k] for k in (f"{name}.weight", f"{name}.bias") if k in state and k in own}
-        fits = all(
-            v.ndim and len(old) <= len(v) and len(new) <= len(own[k]) and v.shape[1:] == own[k].shape[1:]
-            for k, v in found.items()
-        )
-        if not fits or not both:
-            for k in found:
-                del state[k]  # starts anew as a whole
+    for key in keys:
+        if not both or state[key].shape[1:] != own[key].shape[1:]:
+            del state[key]  # starts anew as a whole
             continue
-        fresh = {k: own[k].float().clone() for k in found}
-        start_anew(fresh.get(f"{name}.weight"), fresh.get(f"{name}.bias"))
+        fresh = own[key].float().clone()
+        start_anew(*((fresh, None) if key.endswith("weight") else (None, fresh)))
         to, from_ = map(list, zip(*both))
-        for k, v in found.items():
-            fresh[k][to] = v[from_].float()
-            state[k] = fresh[k]
+        fresh[to] = state[key][from_].float()
+        state[key] = fresh
     report.kept_classes = [new[i] for i, _ in both]
     report.new_classes = [name for name in new if name not in index]
 
@@ -211,10 +208,7 @@ def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers and convolutions of the final classifier by name; two for a net with two heads."""
-    prefixes = classifier_prefixes(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == p or name.startswith(p + ".") for p in prefixes)
-    }
+    """The linear layer or convolution that gives the logits, by its name; two for a net with two heads."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    inside = [[n for n in layers if n == p or n.startswith(p + ".")] for p in classifier_prefixes(model)]
+    return {names[-1]: layers[names[-1]] for names in inside if names}
