@@ -154,10 +154,3 @@ def test_sample_rng_restores_after_an_error():
     with pytest.raises(RuntimeError), sample_rng(1, 2, 3):
         raise RuntimeError
     assert draw_all() == expected
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares CPU and CUDA")
-def test_cuda_draws_what_the_cpu_draws():
-    index = torch.arange(50)
-    assert torch.equal(counted_uniform(1, 2, index.cuda(), 9).cpu(), counted_uniform(1, 2, index, 9))
-    assert torch.allclose(counted_normal(1, 2, index.cuda(), 9).cpu(), counted_normal(1, 2, index, 9), atol=1e-5)
