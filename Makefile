@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_out
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test lint format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,16 @@ test: install
 # Small settings, some eight minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install
 	$(BIN)/python -m bench.run_all
+
+# On a machine with a GPU, at most 8 minutes: what a GPU must do as the CPU does, then the speed there; writes $(OUT)/GPU.md and
+# GPU.json. Takes .venv, or a Python that has what it needs already, or installs. DEVICE=cpu runs the same code in miniature.
+DEVICE ?= cuda
+OUT ?= bench
+NEEDED := torch, torchvision, timm, sklearn, scipy, cv2, matplotlib, tensorboard, pytest
+gpu:
+	@for python in $(BIN)/python $(PYTHON); do \
+	    if $$python -c "import $(NEEDED)" 2>/dev/null; then exec $$python -m bench.gpu --device $(DEVICE) --out $(OUT); fi; \
+	done; make install && $(BIN)/python -m bench.gpu --device $(DEVICE) --out $(OUT)
 
 lint: install
 	$(BIN)/ruff format --check .

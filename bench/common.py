@@ -40,6 +40,7 @@ def make_parser(doc: str, add_flags: Callable, extra: tuple[str, ...] = ()) -> a
     add_flags(parser)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; each variant once in each")
     parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument("--device", default="cpu", help="of the product; the baseline stays on the CPU")
     parser.add_argument("--threads", type=int, default=0, help="of torch (0: its default, the number of cores)")
     parser.add_argument("--variants", nargs="+", choices=known, default=["product", "baseline"])
     parser.add_argument("--worker", choices=known, help=argparse.SUPPRESS)
@@ -71,8 +72,8 @@ def serve(build: Callable, args) -> None:
 CHOICES = ("other_attention", "glibc_default", "mmap_32mb")
 
 
-def start_up(variant: str, amp: str | None = None):
-    """(World, Precision) as the mains make them on a CPU; the variants of CHOICES each leave one thing out.
+def start_up(variant: str, args):
+    """(World, Precision) as the mains make them on args.device; the variants of CHOICES each leave one thing out.
 
     other_attention: fused where the product takes plain attention, and the other way round. glibc_default: without
     keep_freed_memory(). mmap_32mb: freed memory is kept as well, but blocks from 32 MB on are mapped and unmapped.
@@ -88,8 +89,8 @@ def start_up(variant: str, amp: str | None = None):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    world = dist.init_world("cpu")
-    precision = dist.Precision(amp, world.device)
+    world = dist.init_world(args.device)
+    precision = dist.Precision(getattr(args, "amp", None), world.device)
     fused = dist.set_attention_backend(world.device, precision.dtype)
     if variant == "other_attention":
         set_fused_attn(not fused)

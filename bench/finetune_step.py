@@ -19,6 +19,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1, help="training steps per timed call")
     parser.add_argument("--amp", choices=("off", "bf16"), default=None, help="of the product (default: its own choice)")
+    parser.add_argument("--compile", action="store_true", help="the product through torch.compile")
     parser.add_argument("--mixup", type=float, default=0.8)
     parser.add_argument("--cutmix", type=float, default=1.0)
 
@@ -49,6 +50,7 @@ def build_product(variant: str, args):
 
     from augment.batch import BatchTransform
     from engine_finetune import Criterion, train_one_epoch
+    from util.compiled import compile_net
     from util.data import Loader
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.datasets import ArrayDataset
@@ -56,10 +58,12 @@ def build_product(variant: str, args):
     from util.optim import build_adamw, param_groups
     from util.run import Interrupts, Position
 
-    world, precision = common.start_up(variant, args.amp)
-    net = create(args)
+    world, precision = common.start_up(variant, args)
+    net = create(args).to(world.device)
     if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
         net.to(memory_format=torch.channels_last)  # as main_finetune.py does
+    if args.compile:
+        compile_net(net)
     n = args.batch_size * args.steps
     images = torch.randint(0, 256, (n, 3, args.img_size, args.img_size), dtype=torch.uint8)
     data = ArrayDataset(images, torch.arange(n) % CLASSES, [str(i) for i in range(CLASSES)])

@@ -19,6 +19,7 @@ AA = "rand-m9-mstd0.5-inc1"
 def add_flags(parser) -> None:
     parser.add_argument("--photo", type=int, nargs=2, default=[500, 375], metavar=("W", "H"))
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=1, help="times that each image is read in an epoch")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0)
@@ -29,7 +30,7 @@ def build(variant: str, args):
     from bench.photos import make_photos
 
     folder = tempfile.TemporaryDirectory(prefix="bench_jpeg_")
-    paths = make_photos(folder.name, args.images, *args.photo)
+    paths = make_photos(folder.name, args.images, *args.photo) * args.repeat
     loader = baseline(paths, args) if variant == "baseline" else product(variant, paths, args)
 
     def epoch(keep=folder) -> int:  # the folder lives as long as the function
@@ -47,7 +48,7 @@ def product(variant: str, paths: list[str], args):
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.datasets import FileDataset
 
-    world, _ = common.start_up(variant)
+    world, _ = common.start_up(variant, args)
     mae = args.aug == "mae"
     loader = Loader(
         FileDataset(paths, torch.zeros(len(paths), dtype=torch.long)),

@@ -22,6 +22,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--mask_ratio", type=float, default=0.75)
     parser.add_argument("--steps", type=int, default=1, help="training steps per timed call")
     parser.add_argument("--amp", choices=("off", "bf16"), default=None, help="of the product (default: its own choice)")
+    parser.add_argument("--compile", action="store_true", help="the product through torch.compile")
     parser.add_argument("--use_checkpoint", action="store_true", help="the product with gradient checkpointing")
 
 
@@ -38,6 +39,7 @@ def build_product(variant: str, args):
     from augment.batch import BatchTransform
     from engine_pretrain import EncoderFirst, train_one_epoch
     from models.noprop_mae import NoPropMAE
+    from util.compiled import compile_noprop
     from util.data import Loader
     from util.data_specs import DATASETS
     from util.datasets import ArrayDataset
@@ -45,8 +47,11 @@ def build_product(variant: str, args):
     from util.optim import build_adamw, param_groups
     from util.run import Interrupts, Position, wrap_ddp
 
-    world, precision = common.start_up(variant, args.amp)
+    world, precision = common.start_up(variant, args)
     net = NoPropMAE(T=args.T, img_size=args.img_size, patch_size=args.patch_size, use_checkpoint=args.use_checkpoint)
+    net.to(world.device)
+    if args.compile:
+        compile_noprop(net)
     n = args.batch_size * args.steps * world.size
     images = torch.randint(0, 256, (n, 3, args.img_size, args.img_size), dtype=torch.uint8)
     spec = DATASETS["cifar10"]

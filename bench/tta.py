@@ -51,13 +51,15 @@ def product(variant: str, paths: list[str], modules, args):
     from util.datasets import FileDataset
     from util.members import Net
 
-    world, precision = common.start_up(variant, args.amp)
+    world, precision = common.start_up(variant, args)
     data = FileDataset(paths, torch.full((len(paths),), -1), [str(i) for i in range(CLASSES)])
     nets, size = [], (args.img_size, args.img_size)
     for m, module in enumerate(modules):  # as util.members.load_nets prepares them
         conv = any(isinstance(c, nn.Conv2d) and c.kernel_size != c.stride for c in module.modules())
-        module = module.to(memory_format=torch.channels_last) if conv else module
-        nets.append(Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, torch.arange(CLASSES), conv))
+        module = module.to(world.device, memory_format=torch.channels_last) if conv else module.to(world.device)
+        nets.append(
+            Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, torch.arange(CLASSES, device=world.device), conv)
+        )
     return lambda: predict(
         nets, data, list(range(12)), world=world, precision=precision, batch_size=args.batch_size,
         num_workers=args.workers,

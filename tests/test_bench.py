@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import common, run_all
+from bench import common, gpu, run_all
 
 KEYS = {"name", "product_s", "baseline_s", "ratio", "product_peak_gb", "baseline_peak_gb", "machine", "torch"}
 MINIATURES = {
@@ -103,3 +104,69 @@ def test_table_has_ratio_goal_and_command_of_each_measured_row(monkeypatch, tmp_
     assert "| 2 s, 5 img/s | 5 s, 2 img/s | 2.50 | 2.50 | 2.5 | yes |" in text
     assert "| 2.00 | 2.00 | 4.0 | **no** |" in text
     assert "`python -m one`" in text and "`python -m two`" in text and text.endswith("words\n")
+
+
+def test_make_gpu_in_miniature_runs_every_row_and_one_that_fails_is_a_line(tmp_path, monkeypatch):
+    """One of tests/test_gpu.py's tests stands for all, which run in this suite by themselves; one compiled row for five."""
+    rows = {row: (*rest, compiles and row == "vit_base") for row, (*rest, compiles) in gpu.ROWS.items()}
+    monkeypatch.setattr(gpu, "ROWS", {**rows, "broken": ("no net", "finetune_step --model no_such_net", "", False)})
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--tests", "fp32_products"]) == 1
+    results = json.loads((tmp_path / "GPU-miniature.json").read_text())
+    assert (results["tests"]["passed"], results["tests"]["wrong"], results["tests"]["skipped"]) == (1, {}, [])
+    assert list(results["rows"]) == list(gpu.ROWS) and set(results["rows"]["vit_base"]) == {"eager", "--compile"}
+    assert "no_such_net" in results["rows"].pop("broken")["eager"]["failed"]
+    for row, modes in results["rows"].items():
+        for mode, found in modes.items():
+            assert "failed" not in found, (row, found)
+            assert found["images"] > 0 and found["low"] <= found["s"] <= found["high"] and found["peak_gb"] > 0
+            assert ((found["flops"] or 0) > 0) == ("_step" in gpu.ROWS[row][1] and mode == "eager")
+    page = (tmp_path / "GPU-miniature.md").read_text()
+    assert "In miniature" in page and "| no net | eager | failed: " in page and "1 passed, 0 failed" in page
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"GPU-miniature.{end}" for end in ("json", "log", "md")]
+
+
+def test_every_row_of_make_gpu_is_a_line_its_benchmark_takes():
+    for _, flags, small, compiles in gpu.ROWS.values():
+        for line in (flags, f"{flags} {small}"):
+            module, *argv = [*line.split(), "--device", "cuda", *(["--compile"] if compiles else [])]
+            bench = importlib.import_module(f"bench.{module}")
+            assert common.make_parser("", bench.add_flags, ()).parse_args(argv).device == "cuda"
+
+
+def test_a_fork_that_hangs_or_is_killed_is_reported(tmp_path):
+    def dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert gpu.in_a_fork(5, tmp_path / "log", lambda: {"a": 1}) == {"a": 1}
+    assert "ended with -9" in gpu.in_a_fork(5, tmp_path / "log", dies)["failed"]
+    assert "not done after" in gpu.in_a_fork(0.2, tmp_path / "log", lambda: time.sleep(60))["failed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_make_gpu_without_one_says_how_to_run_the_miniature(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA device is visible" in said and "DEVICE=cpu make gpu" in said and said.count("\n") == 1
+    assert not (tmp_path / "GPU.md").exists()
+
+
+def test_share_and_milliseconds_of_the_page_are_those_of_the_numbers(tmp_path):
+    row = {
+        "s": 2.0,
+        "low": 1.0,
+        "high": 4.0,
+        "images": 80,
+        "peak_gb": 3.0,
+        "steps": 10,
+        "ready_s": 9.0,
+        "flops": 10**15,
+    }
+    results = {
+        "about": {"device": "X", "torch": "2", "python": "3", "rates": {"bfloat16": 1e15}}, "miniature": False, "command": "make gpu",
+        "commit": "abc", "seconds": 1.0, "date": "today", "tests": {"failed": "not run"}, "flags": {"vit_base": "finetune_step"},
+        "rows": {"vit_base": {"eager": row, "--compile": {**row, "s": 1.0, "flops": None}}},
+    }  # fmt: skip
+    gpu.write(results, tmp_path / "GPU")
+    page = (tmp_path / "GPU.md").read_text()
+    assert "| eager | 40 | 200.0 | 20 to 80 images/s | 3.00 | 500 | 50.0 % | 9 s |" in page
+    assert "| --compile | 80 | 100.0 | 20 to 80 images/s | 3.00 | 1e+03 | 100.0 % | 9 s |" in page
