@@ -44,8 +44,8 @@ def fit_positions(
     for kind in ("cls", "dist", "reg"):
         name, token = _TOKENS[kind][0], next((raw[n] for n in _TOKENS[kind] if n in raw), None)
         positions = [v for k, v in prefix.items() if k.startswith(kind)]
-        if positions and name in own and token is not None and token.shape == own[name].shape:
-            done[name] = token.float() + torch.stack(positions)
+        if name in own and token is not None and token.shape == own[name].shape:
+            done[name] = token.float() + torch.stack(positions) if positions else token
     return done, [] if grid == target and old_kinds == new_kinds else ["pos_embed"]
 
 
@@ -139,7 +139,7 @@ def _uncounted(number: int, raw: State) -> list[str] | None:
 
 
 def _several(readings: list[tuple[Grid, int]]) -> str:
-    return " or ".join(f"{g[0]} x {g[1]}" + (f" behind {p}" if p else "") for g, p in readings)
+    return " or ".join(f"{g[0]} x {g[1]}" + (f" after {p} of tokens" if p else "") for g, p in readings)
 
 
 def _published_grid(model: nn.Module) -> Grid | None:

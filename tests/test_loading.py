@@ -97,7 +97,7 @@ def test_positions_of_tokens_go_to_the_same_tokens(tmp_path):
             assert torch.allclose(model.reg_token[0, :, 0], state["reg_token"][0, :, 0] + torch.tensor([1.0, 2.0, 3.0]))
 
 
-@pytest.mark.parametrize("old,new,could", [((16, 32), (32, 16), "8 x 4"), ((16, 32), (16, 32), "4 x 8 behind 1"), ((32, 32), (16, 64), "8 x 8"),
+@pytest.mark.parametrize("old,new,could", [((16, 32), (32, 16), "8 x 4"), ((16, 32), (16, 32), "4 x 8 after 1"), ((32, 32), (16, 64), "8 x 8"),
                                            ((48, 80), (96, 96), "no square")])  # fmt: skip
 def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, old, new, could):
     path = as_file(tmp_path / "x.pth", with_ramp(old, (7.0,)))
@@ -124,6 +124,9 @@ def test_dinov2_files_with_registers_come_in_as_timm_takes_them(tmp_path):
     oracle.load_state_dict(checkpoint_filter_fn(dict(published), oracle))
     images = torch.randn(2, 1, 32, 32)
     assert torch.allclose(model.eval()(images), oracle.eval()(images), atol=1e-6)
+    with_positions = vit(reg_tokens=3, init_values=1e-5, mlp_ratio=2)  # of the class token and the registers, too
+    load_pretrained(with_positions, tmp_path / "x.pth")
+    assert torch.allclose(with_positions.eval()(images), oracle(images), atol=1e-6)
 
 
 def convnext_file(state):
