@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from test_predict import predict, read_csv, reference, values
-from tests_common import CONV, VIT, save_member
+from test_predict import QUICK, predict, read_csv, reference, values
+from tests_common import CONV, VIT, finetune, save_member
 
 from util.errors import UserError
 
@@ -62,6 +62,21 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
         expected = fitted.predict_proba(columns[folds == fold])
         found = np.array([values(rows, n) for n in names if held_out(n) == fold])
         np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validation_gave(photo_folder, tmp_path):
+    line = ["--data_path", photo_folder / "train", "--kfold", 2, "--nb_classes", 5, "--model", "vit_custom_patch8", "--input_size", 32]  # fmt: skip
+    net = ["--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", 1, "--batch_size", 8, "--lr", 1e-2]
+    assert finetune(*line, *net, *QUICK, "--output_dir", tmp_path / "run") == 0
+    line = ["--checkpoints", tmp_path / "run", "--data_path", photo_folder / "train", "--out_of_fold", "--views", 1]
+    assert predict(*line, "--weights", "equal", "--output_dir", tmp_path / "equal") == 0
+    _, rows = read_csv(tmp_path / "equal")
+    header, *table = list(csv.reader((tmp_path / "run" / "oof.csv").read_text().splitlines()))
+    assert header == ["ID", "fold", "True", "blue", "red"] and len(table) == len(rows) == 32
+    for name, _, _, *p in table:
+        np.testing.assert_allclose([float(v) for v in p], values(rows, name), atol=1e-6)
+        assert sum(map(float, p)) == pytest.approx(1, abs=1e-8)
+    assert predict(*line, "--weights", "stacked", "--output_dir", tmp_path / "stacked") == 0
 
 
 def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_line(members, photo_folder, tmp_path):
