@@ -13,9 +13,14 @@ from util.steps import Steps
 
 
 class Criterion(nn.Module):
-    """Cross entropy against class numbers [B] or soft targets [B, C], with label smoothing and class weights.
+    """Cross entropy against class numbers [B] or mixed targets [B, C], with label smoothing and class weights.
 
-    loss = mean_b sum_c weight_c target_bc (-log p_bc). Mixed targets arrive smoothed (timm's Mixup does it).
+        loss = 1/B sum_b w_b sum_c t_bc (-log p_bc),   t = (1 - s) m + s / C,   w_b = sum_c weight_c m_bc
+
+    m is the target before smoothing: one class, or a mixture of two by lambda. A sample's weight is its classes': the
+    weight of a class that had only smoothing's share s / C of it would outweigh the true class's where classes are rare.
+    The mean is over samples, not over weights: balanced weights are 1 in the mean over the training set, and a batch of
+    frequent classes has a small loss. Class numbers are smoothed here, mixed targets arrive smoothed (timm's Mixup).
     """
 
     def __init__(self, smoothing: float = 0.0, weight: torch.Tensor | None = None):
@@ -24,10 +29,16 @@ class Criterion(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits, C, s = logits.float(), logits.shape[1], self.smoothing
         if targets.ndim == 1:
-            C = logits.shape[1]
-            targets = F.one_hot(targets, C).float() * (1.0 - self.smoothing) + self.smoothing / C
-        return F.cross_entropy(logits.float(), targets, weight=self.weight)
+            mixed = F.one_hot(targets, C).float()  # m, [B, C]
+            targets = mixed * (1.0 - s) + s / C  # t
+        else:
+            mixed = (targets - s / C) / (1.0 - s)
+        if self.weight is None:
+            return F.cross_entropy(logits, targets)
+        sample_weight = (mixed * self.weight).sum(1)  # no matrix product: autocast would round the weights
+        return (sample_weight * F.cross_entropy(logits, targets, reduction="none")).mean()
 
 
 def train_one_epoch(model, loader, optimizer, criterion, precision, run, interrupts, *, mixup=None, freeze=None,

@@ -293,11 +293,14 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
 
 
 def class_weights(args, train, num_classes: int) -> torch.Tensor | None:
-    """`balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1."""
+    """`balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1.
+
+    C counts the classes that have images; the others, those of --nb_classes above the data's, have weight 0.
+    """
     if args.class_weights == "none":
         return None
-    counts = torch.bincount(train.targets, minlength=num_classes).clamp(min=1)
-    return len(train) / (len(train.classes) * counts.float())
+    counts = torch.bincount(train.targets, minlength=num_classes).float()
+    return torch.where(counts > 0, len(train) / ((counts > 0).sum() * counts), 0.0)
 
 
 def main(argv: list[str] | None = None) -> int:

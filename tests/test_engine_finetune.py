@@ -1,11 +1,19 @@
+import argparse
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.utils import compute_class_weight
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.layers import BatchNormAct2d
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+import main_finetune
 from augment.batch import BatchTransform
 from engine_finetune import Criterion, evaluate, scores_from_confusion, train_one_epoch
 from util.data import Loader
@@ -100,12 +108,65 @@ def test_criterion_equals_timms_losses(smoothing):
     )
 
 
-def test_class_weights_scale_each_targets_share():
-    logits, targets, weight = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1]), torch.tensor([0.5, 1.0, 3.0])
-    nll = -logits.log_softmax(1)[torch.arange(6), targets]
-    assert Criterion(0.0, weight)(logits, targets).item() == pytest.approx(
-        (weight[targets] * nll).mean().item(), rel=1e-6
-    )
+WEIGHT = torch.tensor([0.52, 13.0, 3.0, 0.0])  # of a frequent, a rare and a middling class, and of one without images
+
+
+def test_class_weights_without_smoothing_equal_torchs_cross_entropy():
+    logits, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 0, 1])
+    mixed = 0.3 * F.one_hot(targets, 4).float() + 0.7 * F.one_hot(targets.flip(0), 4).float()
+    # torch divides by the sum of weights for class numbers, and by the number of samples for probabilities.
+    hard = F.cross_entropy(logits, targets, WEIGHT, reduction="sum") / 6
+    assert Criterion(0.0, WEIGHT)(logits, targets).item() == pytest.approx(hard.item(), rel=1e-6)
+    per_class = F.cross_entropy(logits, targets, reduction="none") * 0.3
+    per_class = per_class + F.cross_entropy(logits, targets.flip(0), reduction="none") * 0.7
+    weight = 0.3 * WEIGHT[targets] + 0.7 * WEIGHT[targets.flip(0)]
+    assert Criterion(0.0, WEIGHT)(logits, mixed).item() == pytest.approx((weight * per_class).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+@pytest.mark.parametrize("smoothing", [0.1, 0.6])
+def test_class_weights_are_those_of_the_targets_before_smoothing(smoothing, lam):
+    """Against the definition in Python floats; mixed targets are timm's, which partners samples from both ends."""
+    logits, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 0, 1])
+    log_p = logits.double().log_softmax(1).tolist()
+    loss = 0.0
+    for b in range(6):
+        first, second = int(targets[b]), int(targets[5 - b])
+        share = [lam * (c == first) + (1 - lam) * (c == second) for c in range(4)]
+        weight = sum(w * m for w, m in zip(WEIGHT.tolist(), share))
+        loss -= weight * sum(((1 - smoothing) * m + smoothing / 4) * q for m, q in zip(share, log_p[b])) / 6
+    criterion = Criterion(smoothing, WEIGHT)
+    mixed = mixup_target(targets, 4, lam, smoothing)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training: the weights are not rounded to it
+        assert criterion(logits, mixed).item() == pytest.approx(loss, rel=1e-5)
+        if lam == 1.0:
+            assert criterion(logits, targets).item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_balanced_weights_equal_scikit_learns_and_are_zero_for_classes_without_images():
+    data = toy_data(n=57, classes=5)
+    data.targets[data.targets == 1] = 4
+    weight = main_finetune.class_weights(argparse.Namespace(class_weights="balanced"), data, 7)
+    present = np.unique(data.targets)
+    expected = dict(zip(present, compute_class_weight("balanced", classes=present, y=data.targets.numpy())))
+    assert weight.tolist() == pytest.approx([expected.get(c, 0.0) for c in range(7)])
+    assert weight[data.targets].mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_a_rare_class_is_learned_under_balanced_weights_and_smoothing(mixing):
+    """Two classes that one threshold on the brightness separates, 25 to 1: all right. The weighted sum over smoothed
+    targets has its minimum, for any image of the frequent class, at 0.05 * 13 / (0.95 * 0.52 + 0.05 * 13) = 57 % rare."""
+    images, targets = torch.full((208, 1, 4, 4), 90, dtype=torch.uint8), torch.zeros(208, dtype=torch.long)
+    images[::26], targets[::26] = 165, 1
+    data = ArrayDataset(images, targets, ["common", "rare"])
+    weight = main_finetune.class_weights(argparse.Namespace(class_weights="balanced"), data, 2)
+    mixup = Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=2) if mixing else None
+    net = toy_net(2)
+    fit(net, data, epochs=4, batch_size=16, criterion=Criterion(0.1, weight), mixup=mixup)
+    with torch.no_grad():
+        predicted = net(BatchTransform((0.5,), (0.25,))(images, None, 0, False)).argmax(1)
+    assert torch.equal(predicted, targets)
 
 
 class Explodes(nn.Module):

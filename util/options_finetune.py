@@ -113,7 +113,8 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument("--mixup_prob", type=fraction, default=1.0, help="probability of mixing a batch")
     group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="of cutmix where both are on")
     group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
-    group.add_argument("--class_weights", choices=("none", "balanced"), default="none")
+    group.add_argument("--class_weights", choices=("none", "balanced"), default="none",
+                       help="balanced: a sample weighs images / (classes x images of its class)")  # fmt: skip
     group.add_argument("--ema_decay", type=number(float, 0, 1, open_high=True), default=0.0,
                        help="average the weights; the average is validated, selected and used")  # fmt: skip
 
