@@ -12,6 +12,7 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
     options.check_command_line(get_args_parser, check_finetune_options)
 
 import copy
+import math
 import time
 
 import torch
@@ -264,7 +265,8 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             return run.stopped()
         scores = result.scores()
         value = -scores["loss"] if args.eval_metric == "loss" else scores[args.eval_metric]
-        is_best = position.best is None or value > position.best
+        # Where an image's probabilities are NaN, the accuracy is that of another image's class.
+        is_best = position.improves(value if math.isfinite(scores["loss"]) else math.nan)
         if is_best:
             position.best, position.best_epoch = value, epoch
             if log.output_dir:
@@ -274,6 +276,8 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
                 "bad_steps": position.bad_total, "seconds": round(seconds, 2), **run.speed}  # fmt: skip
+        if not math.isfinite(scores["loss"]):
+            log.say(f"warning: epoch {epoch}: the validation loss is {scores['loss']}, so it is not the best epoch")
         log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
         log.epoch(line)
         log.say(f"epoch {epoch}: train loss {stats['loss']:.4f}  " + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())

@@ -1,5 +1,6 @@
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from util.checkpoint import (
     set_rng_state,
 )  # fmt: skip
 from util.dist import World
+from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog
 from util.run import Run
@@ -134,3 +136,26 @@ def test_generators_go_on_where_they_were():
     set_rng_state(saved, torch.device("cpu"))
     second = torch.rand(3), np.random.randn(3), random.gauss(0, 1), random.random()
     assert torch.equal(first[0], second[0]) and (first[1] == second[1]).all() and first[2:] == second[2:]
+
+
+@pytest.mark.parametrize("part,entry", [("net", "1.running_var"), ("net", "0.weight"), ("ema", "1.running_mean")])
+def test_what_is_not_finite_is_neither_saved_nor_resumed_from(tmp_path, part, entry):
+    """Buffers too: with NaN in BatchNorm's statistics, evaluation stays at chance for ever."""
+
+    def new_run(folder):
+        run = Run(World(), RunLog(str(folder)), kind="finetune", options={}, meta={"model": "x"}, save_freq=0, keep=0)
+        return run, torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.BatchNorm2d(4))
+
+    run, net = new_run(tmp_path)
+    ema = build_ema(net, 0.9)
+    run.save(run.state(net, ema=ema))
+    before = (tmp_path / LAST).read_bytes()
+    bad = run.state(net, ema=ema)
+    bad[{"net": "model", "ema": "ema"}[part]][entry].view(-1)[1] = float("nan")
+    with pytest.raises(UserError, match=f"epoch 0: {re.escape(entry)} holds NaN .* the checkpoint before is kept"):
+        run.save(bad)
+    assert (tmp_path / LAST).read_bytes() == before and not (tmp_path / PREVIOUS).exists()
+
+    fresh, net = new_run(tmp_path / "fresh")
+    with pytest.raises(UserError, match=f"--resume: the checkpoint's {re.escape(entry)} holds NaN"):
+        fresh.restore(bad, net, ema=build_ema(net, 0.9))

@@ -11,19 +11,22 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.layers import BatchNormAct2d
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import main_finetune
 from augment.batch import BatchTransform
+from bench.ranks import Ranks
 from engine_finetune import Criterion, evaluate, scores_from_confusion, train_one_epoch
 from util.data import Loader
 from util.datasets import ArrayDataset
-from util.dist import Precision, World
+from util.dist import Precision, World, init_world
+from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog
 from util.lr_sched import lr_at
 from util.optim import build_adamw
-from util.run import Interrupts, Run
+from util.run import Interrupts, Run, wrap_ddp
 
 CPU = torch.device("cpu")
 
@@ -44,15 +47,18 @@ def toy_net(classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, classes))
 
 
-def fit(net, data, *, epochs=1, accum_iter=1, criterion=None, max_bad_steps=10, batch_size=4, **kwargs):
+def fit(
+    net, data, *, epochs=1, accum_iter=1, criterion=None, max_bad_steps=10, batch_size=4, lr=1e-2, amp="off", **kwargs
+):
     loader = toy_loader(data, batch_size)
     groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.05}]
     optimizer = build_adamw(groups, lr=1e-2)
     run = Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    precision = Precision(amp, CPU)
     for _ in range(epochs):
         stats = train_one_epoch(
-            net, loader, optimizer, criterion or Criterion(0.1), Precision("off", CPU), run, Interrupts(), print_freq=100,
-            lr_at_epoch=lambda e: lr_at(e, lr=1e-2, min_lr=1e-4, warmup_epochs=1, epochs=4), accum_iter=accum_iter,
+            net, loader, optimizer, criterion or Criterion(0.1), precision, run, Interrupts(), print_freq=100,
+            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=lr / 100, warmup_epochs=1, epochs=4), accum_iter=accum_iter,
             max_bad_steps=max_bad_steps, **kwargs,
         )  # fmt: skip
         run.position.next_epoch()
@@ -189,6 +195,141 @@ def test_non_finite_step_is_skipped_counted_and_named(capsys):
     batch = list(toy_loader(data).epoch(0))[1]
     said = capsys.readouterr().out
     assert "non-finite" in said and ", ".join(str(int(i)) for i in batch.index) in said
+
+
+class Poison(nn.Module):
+    """Infinite activations on chosen calls in training."""
+
+    def __init__(self, bad_calls):
+        super().__init__()
+        self.bad_calls, self.calls = bad_calls, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x * math.inf if self.training and self.calls in self.bad_calls else x
+
+
+class Centred(nn.Module):
+    """Statistics of a module that is no BatchNorm, replaced by another tensor at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean
+
+
+def norm_net(bad_calls=()):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        Poison(bad_calls), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Centred(), nn.Conv2d(4, 4, 1), BatchNormAct2d(4),
+        nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_skipped_step_leaves_statistics_and_average_as_they_were(accum_iter):
+    """The third of 5 micro-steps overflows. Expected: torch.optim's and timm's steps, without its update's micro-steps."""
+    data, ours, plain = toy_data(), norm_net({3}), norm_net()
+    averages = build_ema(ours, 0.9), ModelEmaV3(plain, decay=0.9, use_warmup=True, warmup_power=2 / 3)
+    _, run, _ = fit(ours, data, accum_iter=accum_iter, criterion=Criterion(), ema=averages[0])
+    assert run.position.bad_total == 1
+    optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.05)
+    batches = list(toy_loader(data).epoch(0))
+    for update, first in enumerate(range(0, 5, accum_iter)):
+        group = batches[first : first + accum_iter]
+        if 2 in range(first, first + accum_iter):
+            continue
+        optimizer.param_groups[0]["lr"] = 1e-2 * first / 5  # fit's warm-up
+        sum(F.cross_entropy(plain(b.images), b.targets) / len(group) for b in group).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages[1].update(plain, step=update + 1)
+    for a, b in ((ours, plain), (averages[0].module, averages[1].module)):
+        for (name, value), expected in zip(a.state_dict().items(), b.state_dict().values()):
+            assert torch.allclose(value, expected, atol=1e-5), name
+
+
+def test_ranks_agree_on_a_skipped_step_and_keep_their_own_statistics(tmp_path):
+    """Rank 1 overflows in the second of 2 steps: both end where a net is that made the first one alone."""
+
+    def rank():
+        world = init_world("cpu")
+        net, data = norm_net({2} if world.rank else ()), toy_data(n=16)
+        transform = BatchTransform((0.5,), (0.25,), seed=1)
+        loader = Loader(data, batch_transform=transform, batch_size=4, train=True, world=world, seed=1)
+        groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()]}]
+        optimizer = build_adamw(groups, lr=1e-2)
+        run = Run(world, RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+        train_one_epoch(
+            wrap_ddp(net, world), loader, optimizer, Criterion(), Precision("off", CPU), run, Interrupts(),
+            lr_at_epoch=lambda e: 1e-2,
+        )  # fmt: skip
+        assert run.position.bad_total == 1 and run.position.updates == 2
+        net[0].bad_calls = ()
+        once = norm_net().train()
+        once(next(iter(loader.epoch(0))).images)
+        for (name, value), expected in zip(net.named_buffers(), once.buffers()):
+            assert torch.allclose(value, expected), name
+
+    log = tmp_path / "said.txt"
+    assert Ranks(2, rank, log).exit_codes() == [0, 0], log.read_text()
+
+
+def test_skipped_steps_do_not_lower_the_reported_loss():
+    data, net = toy_data(), toy_net()
+    batches = list(toy_loader(data).epoch(0))
+    losses = [F.cross_entropy(net(b.images), b.targets).item() for b in batches]
+    stats, *_ = fit(net, data, criterion=Explodes({2, 4}), lr=0.0)
+    assert stats["loss"] == pytest.approx(np.mean([losses[i] for i in (0, 2, 4)]), rel=1e-5)
+
+
+class Overflow(torch.autograd.Function):
+    """The identity; a gradient above `limit` comes back as infinity, as from a layer computed in fp16."""
+
+    @staticmethod
+    def forward(ctx, x, limit):
+        ctx.limit = limit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.where(gradient.abs() > ctx.limit, math.inf, gradient), None
+
+
+class Overflowing(nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, logits, targets):
+        return Overflow.apply(F.cross_entropy(logits, targets), self.limit)
+
+
+@pytest.mark.parametrize("updates_skipped", [16, 20])
+def test_fp16_has_patience_while_the_loss_scale_comes_down(updates_skipped, capsys):
+    """The loss's gradient is its scale, 65536 at first, and fits after so many halvings."""
+    net, data = toy_net(), toy_data(n=99)  # 24 updates
+    before = [p.detach().clone() for p in net.parameters()]
+    criterion = Overflowing(1.5 * 2.0 ** (16 - updates_skipped))
+    _, run, optimizer = fit(net, data, criterion=criterion, amp="fp16")
+    assert {int(s["step"]) for s in optimizer.state.values()} == {24 - updates_skipped}
+    assert not torch.equal(before[0], next(net.parameters()))
+    assert run.position.bad_total == max(0, updates_skipped - 17), "those that overflow at a scale below 1"
+    assert "none of" not in capsys.readouterr().out
+
+
+def test_fp16_whose_gradients_are_never_finite_ends_the_run(capsys):
+    """17 updates at scales of 65536 to 1 are the scaler's search, the next ones count."""
+    criterion = Overflowing(0.0)
+    with pytest.raises(UserError, match=r"--max_bad_steps 10: \d+ non-finite steps in a row"):
+        fit(toy_net(), toy_data(n=27 * 4), criterion=criterion, amp="fp16")
+    _, run, _ = fit(toy_net(), toy_data(n=26 * 4), criterion=criterion, amp="fp16")
+    assert run.position.bad_total == run.position.bad_in_a_row == 9
+    assert "none of 26 updates was made" in capsys.readouterr().out
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests_common import PLAIN, TINY, assert_same_run, finetune
+from tests_common import NET, PLAIN, TINY, assert_same_run, finetune
 
 import main_finetune
 from bench.ranks import Ranks
@@ -16,6 +16,7 @@ from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.log import read_log
 from util.options import run_main
+from util.run import Position
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -216,3 +217,24 @@ def test_what_is_frozen_stays_and_the_rest_moves(tmp_path, flags, weights_stay, 
 def test_freezing_more_layers_than_there_are_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"--freeze_layers 4: .* has 4 layers; should be 0 to 3"):
         finetune(*TINY, "--output_dir", tmp_path, "--freeze_layers", 4)
+
+
+@pytest.mark.parametrize("metric", ["loss", "acc1"])
+def test_epoch_with_a_nan_loss_is_never_the_best(tmp_path, monkeypatch, metric):
+    """NaN compares as neither above nor below: taken as the first best, it would stay it."""
+    real, calls = main_finetune.evaluate, []
+
+    def nan_in_the_first_and_last_epoch(*args, **kwargs):
+        result = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) != 2:
+            result.loss, result.acc1 = float("nan"), 99.9
+        return result
+
+    monkeypatch.setattr(main_finetune, "evaluate", nan_in_the_first_and_last_epoch)
+    assert finetune(*NET, "--eval_metric", metric, "--output_dir", tmp_path) == 0
+    best = read_checkpoint(str(tmp_path / "checkpoint-best.pth"))
+    line = read_log(str(tmp_path / "log.txt"))[1]
+    assert best["progress"]["best_epoch"] == 1 and best["epoch"] == 2
+    assert best["progress"]["best"] == (-line["val_loss"] if metric == "loss" else line["val_acc1"])
+    assert Position(best=float("nan")).improves(0.5), "a checkpoint written before"

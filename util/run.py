@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, rng_state, set_rng_state
-from util.dist import World, broadcast_object, gather_objects, lost_rank
+from util.dist import World, all_reduce, broadcast_object, gather_objects, lost_rank
 from util.errors import UserError
 from util.flags import Flag, differences, refusal
 from util.log import RunLog
@@ -39,6 +39,10 @@ class Position:
     planned: int = 0  # epochs in all, of the command line that wrote this
     finished: bool = False
     sums: dict = field(default_factory=dict)  # running sums of this epoch's metrics, floats
+
+    def improves(self, value: float) -> bool:
+        """True if `value` is above the best so far; NaN and infinite ones never are."""
+        return math.isfinite(value) and (self.best is None or value > self.best or not math.isfinite(self.best))
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
@@ -179,7 +183,16 @@ class Run:
         }
 
     def save(self, state: dict, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
-        """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} where they are due."""
+        """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} where they are due.
+
+        UserError, on all ranks, if a rank's weights or buffers are not finite: they would replace those that are.
+        """
+        name = next(filter(None, (non_finite(state.get(part) or {}) for part in ("model", "ema"))), None)
+        if all_reduce(torch.tensor(int(name is not None)), "max"):
+            raise UserError(
+                f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is saved; the "
+                "checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+            )
         if self.writer is None:
             return
         self.log.flush()
@@ -324,9 +337,18 @@ def load_exactly(model, state: dict, flag: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
+    name = non_finite(state)
+    if name is not None:
+        raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
+
+
+def non_finite(state: dict[str, torch.Tensor]) -> str | None:
+    """The first entry that holds a NaN or infinite value; None if there is none."""
+    names = [k for k, v in state.items() if v.is_floating_point()]
+    finite = [torch.isfinite(state[k]).all() for k in names]
+    if not finite or torch.stack(finite).all():
+        return None
+    return next(k for k, ok in zip(names, finite) if not ok)
 
 
 def restore_optimizer(optimizer, state: dict) -> None:

@@ -1,5 +1,6 @@
 """The micro-steps of one training epoch, the same for both engines: all of a step but its forward and backward pass."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,7 +13,18 @@ from util.errors import UserError
 from util.log import Progress
 from util.lr_sched import set_lr
 from util.optim import allocate_gradients, optimizer_step
+from util.running_stats import RunningStatistics
 from util.seed import seed_all
+
+COUNT = "micro_steps"  # beside the sums of losses in a checkpoint: how many micro-steps are in them
+
+
+def effective_batch(loader, accum_iter: int) -> tuple[int, str]:
+    """(images per update over all ranks, the words for it). An update ends with the epoch, after however many micro-steps."""
+    steps = min(accum_iter, len(loader))
+    images = loader.order.batch_size * steps * loader.world.size
+    note = f" (--accum_iter {accum_iter}: an epoch has {steps} micro-steps)" if steps < accum_iter else ""
+    return images, f"effective batch {images}{note}"
 
 
 class Steps:
@@ -30,6 +42,9 @@ class Steps:
     losses given to `done`. lr_at_epoch(fractional epoch) -> lr. An update takes the gradients of accum_iter
     micro-steps; the epoch's last group may be shorter. Every micro-step seeds the generators by (seed, epoch, step,
     rank), so what it draws is the same whether or not the run was interrupted before it.
+
+    An update whose gradients are not all finite is skipped on all ranks: weights, moments, running statistics and EMA
+    stay as they were before its first micro-step.
     """
 
     def __init__(self, model: nn.Module, net: nn.Module, names: list[str], loader, optimizer, scaler, run, interrupts, *,
@@ -50,7 +65,11 @@ class Steps:
         self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
         self.stopped = False
         device = run.world.device
-        self.sums = torch.tensor([self.position.sums.get(n, 0.0) for n in names], device=device)
+        sums = self.position.sums
+        counted = sums.get(COUNT, float(self.position.step) if sums else 0.0)
+        self.sums = torch.tensor([*(sums.get(n, 0.0) for n in names), counted], device=device)
+        self.statistics = RunningStatistics(net)
+        self.made, self.updates = torch.zeros((), dtype=torch.long, device=device), 0  # updates: not skipped, tried
         self.group_losses = torch.zeros(len(names), device=device)  # mean over the accumulation group so far
         self.group_index: list[torch.Tensor] = []
         self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
@@ -68,6 +87,7 @@ class Steps:
             if step == first:
                 self.lr = self.lr_at_epoch(self.epoch + step / self.total)
                 set_lr(self.optimizer, self.lr)
+                self.statistics.keep()
             seed_all(self.seed, self.epoch, step, self.run.world.rank)
             yield batch
             if self.stopped:
@@ -109,14 +129,22 @@ class Steps:
 
     def _update(self) -> dict[str, float] | None:
         """One optimizer update; returns what the progress line shows, on the steps that show one."""
+        loss_scale = self.scaler.scale(torch.ones_like(self.group_losses[0]))  # before it is changed; 1 unless fp16
         norm = optimizer_step(self.optimizer, self.scaler, self.parameters, self.clip_grad,
                               keep_gradients=self.keep_gradients)  # fmt: skip
+        skipped = bad = ~torch.isfinite(norm)
+        self.statistics.put_back(skipped)
+        self.made += ~skipped
+        self.updates += 1
         self.position.updates += 1
         if self.ema is not None:
-            self.ema.update(self.net, step=self.position.updates)
-        # With fp16 an infinite norm alone is the GradScaler's daily business; a non-finite loss is not.
-        bad = ~torch.isfinite(self.group_losses.sum() if self.scaler.is_enabled() else norm)
-        self.sums += torch.where(bad, 0.0, self.group_losses * self.group)
+            self.ema.update(self.net, self.position.updates, skipped)
+        if self.scaler.is_enabled():
+            # The GradScaler starts at 65536 and halves until the gradients fit: an overflow of the scaled gradients alone
+            # is its daily business. A non-finite loss is not, nor are gradients that do not fit even scaled down.
+            bad = skipped & (~torch.isfinite(self.group_losses.sum()) | (loss_scale < 1))
+        counted = torch.cat([self.group_losses, torch.ones_like(self.group_losses[:1])]) * self.group
+        self.sums += torch.where(bad, 0.0, counted)
         self.recent.append((bad, torch.cat(self.group_index)))
         shown, step = None, self.position.step
         # Where a multiple of print_freq lies in this update: it depends on nothing but the step, not on where a resumed
@@ -143,13 +171,17 @@ class Steps:
         self.stopped = stop
 
     def _keep_sums(self) -> None:
-        self.position.sums = dict(zip(self.names, self.sums.tolist()))
+        self.position.sums = dict(zip([*self.names, COUNT], self.sums.tolist()))
 
     def _check_bad_steps(self) -> None:
         """Count and report non-finite steps since the last look; all ranks give up together after too many in a row."""
+        if not self.recent:
+            return
         position = self.position
-        for bad, index in self.recent:
-            if bool(bad):
+        flags = torch.stack([bad for bad, _ in self.recent]).int().cpu()
+        flags = all_reduce(flags, "max").tolist()  # under fp16, a loss may be non-finite on one rank only
+        for bad, (_, index) in zip(flags, self.recent):
+            if bad:
                 position.bad_in_a_row += 1
                 position.bad_total += 1
                 samples = ", ".join(self.run.names(index[:8])) + (", ..." if len(index) > 8 else "")
@@ -159,20 +191,26 @@ class Steps:
             else:
                 position.bad_in_a_row = 0
         self.recent = []
-        worst = int(all_reduce(torch.tensor([position.bad_in_a_row]), "max"))
-        if worst >= self.max_bad_steps:
+        if position.bad_in_a_row >= self.max_bad_steps:
             raise UserError(
-                f"--max_bad_steps {self.max_bad_steps}: {worst} non-finite steps in a row in epoch {self.epoch}; "
-                "the last checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+                f"--max_bad_steps {self.max_bad_steps}: {position.bad_in_a_row} non-finite steps in a row in epoch "
+                f"{self.epoch}; the last checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
             )
 
     def metrics(self) -> dict[str, float] | None:
-        """Means over the epoch's micro-steps and ranks, `loss` (the sum of all names) first; None if it was stopped."""
+        """Means over ranks and the epoch's micro-steps that were not bad, `loss` (the sum of all names) first; None if it
+        was stopped."""
         if self.stopped:
             return None
         self._check_bad_steps()
+        if self.updates and not self.made:
+            self.run.log.say(
+                f"warning: epoch {self.epoch}: none of {self.updates} updates was made, no gradient was finite "
+                f"(loss scale {self.scaler.get_scale():g}); the weights are what they were"
+            )
         self._keep_sums()  # for a checkpoint written during the evaluation that follows
-        means = (all_reduce(self.sums.double().cpu()) / (self.total * self.run.world.size)).tolist()
+        *sums, count = all_reduce(self.sums.double().cpu()).tolist()
+        means = [s / count if count else math.nan for s in sums]
         seconds = time.perf_counter() - self.began
         self.run.speed = {
             "images_per_second": round(self.images * self.run.world.size / seconds, 2),
