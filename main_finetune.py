@@ -36,7 +36,7 @@ from util.dist import Precision, World, broadcast_buffers, init_world, set_atten
 from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
-from util.log import RunLog, claim
+from util.log import RunLog, claim, survive
 from util.optim import param_groups
 from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
@@ -269,10 +269,8 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         is_best = position.improves(value if math.isfinite(scores["loss"]) else math.nan)
         if is_best:
             position.best, position.best_epoch = value, epoch
-            if log.output_dir:
-                plot_confusion(result.confusion, train.classes, log.path("confusion.png"))
-                if args.kfold:
-                    folds.write_oof(log.output_dir, fold, val, result)
+            if log.output_dir and args.kfold:
+                folds.write_oof(log.output_dir, fold, val, result)
         line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
                 "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
                 "bad_steps": position.bad_total, "seconds": round(seconds, 2), **run.speed}  # fmt: skip
@@ -287,12 +285,15 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         stop_early = bool(args.patience) and waited >= args.patience
         position.finished = stop_early or position.epoch >= total_epochs
         run.save(run.state(net, optimizer, precision.scaler, ema), finished_epoch=epoch, is_best=is_best)
+        if is_best and log.output_dir:
+            plot_confusion(result.confusion, train.classes, log.path("confusion.png"))
         if stop_early:
             log.say(f"--patience {args.patience}: no gain since epoch {position.best_epoch}, stopped")
     if profiler is not None:
         profiler.close()
     if log.output_dir:
-        write_finetune_report(log.output_dir, args, meta, position)
+        with survive(log.path("report.md")):
+            write_finetune_report(log.output_dir, args, meta, position)
     return 0
 
 

@@ -10,6 +10,7 @@ from util.options_pretrain import check_pretrain_options, get_args_parser
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser, check_pretrain_options)
 
+import os
 import time
 
 import torch
@@ -26,7 +27,7 @@ from util.datasets import ArrayDataset, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
 from util.dry_run import describe
 from util.errors import UserError
-from util.log import RunLog, claim
+from util.log import RunLog, claim, survive
 from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
 from util.pictures import reconstruction_grid
@@ -100,19 +101,26 @@ def saved_sigma_data(content: dict, path: str) -> float:
     return value
 
 
-def save_pictures(net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog, epoch: int) -> None:
+def save_pictures(
+    net: NoPropMAE, loader: Loader, args, meta: dict, log: RunLog, epoch: int, *, only_missing: bool = False
+) -> None:
     """reconstruction_epoch_N.png and the same in TensorBoard; the same masks and noise every time."""
     if not log.output_dir:
         return
-    images = next(iter(loader.epoch())).images
-    generator = torch.Generator(device=images.device).manual_seed(args.seed)
-    net.eval()
-    out = net.reconstruct(images, args.mask_ratio, sampler=args.vis_type, generator=generator)
-    picture = reconstruction_grid(
-        images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"],
-        log.path(f"reconstruction_epoch_{epoch}.png"), net.sigmas[:-1], mask=out["mask"],
-    )  # fmt: skip
-    log.image("reconstruction", picture, (epoch + 1) * 1000)  # as the epoch's other values: dropped if it is done again
+    path = log.path(f"reconstruction_epoch_{epoch}.png")
+    if only_missing and os.path.exists(path):
+        return
+    with survive(path):
+        images = next(iter(loader.epoch())).images
+        generator = torch.Generator(device=images.device).manual_seed(args.seed)
+        net.eval()
+        out = net.reconstruct(images, args.mask_ratio, sampler=args.vis_type, generator=generator)
+        picture = reconstruction_grid(
+            images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"], path, net.sigmas[:-1],
+            mask=out["mask"],
+        )  # fmt: skip
+        # As the epoch's other values: dropped if it is done again.
+        log.image("reconstruction", picture, (epoch + 1) * 1000)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,6 +239,12 @@ def fit(
     log.start(position.epoch + position.step / len(loader))
     log.write_args({**vars(args), "resolved": meta, "lr": lr})
 
+    def pictures_due() -> bool:
+        return args.vis_freq > 0 and (position.epoch % args.vis_freq == 0 or position.finished)
+
+    if args.resume and position.epoch and position.step == 0 and pictures_due():  # killed between save and pictures?
+        save_pictures(net, picture_loader, args, meta, log, position.epoch - 1, only_missing=True)
+
     while position.epoch < args.epochs:
         epoch, tic = position.epoch, time.time()
         stats = train_one_epoch(
@@ -254,13 +268,14 @@ def fit(
         )
         position.next_epoch()
         position.finished = position.epoch >= args.epochs
-        if args.vis_freq and (position.epoch % args.vis_freq == 0 or position.finished):
-            save_pictures(net, picture_loader, args, meta, log, epoch)
         run.save(run.state(net, optimizer, precision.scaler), finished_epoch=epoch)
+        if pictures_due():
+            save_pictures(net, picture_loader, args, meta, log, epoch)
     if profiler is not None:
         profiler.close()
     if log.output_dir:
-        write_pretrain_report(log.output_dir, args, meta)
+        with survive(log.path("report.md")):
+            write_pretrain_report(log.output_dir, args, meta)
     return 0
 
 

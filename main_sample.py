@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         line |= {f"frechet_{k.replace(', ', '_').replace(' ', '_')}": v for k, v in distances.items()}
     for rows in tables:
         log.say("\n".join(rows))
+    pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that the disk had room for
     log.epoch(line)
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     text = [f"# Samples of {args.checkpoint}", "", f"    {command}", ""]

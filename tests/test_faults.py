@@ -9,19 +9,27 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tests_common import NET, ROOT, VIT, assert_same_state, comparable, log_without_times, one_line, save_member
 
 import engine_predict
 import main_finetune
 import main_predict
+import main_pretrain_noprop
 from bench.ranks import Ranks, empty_store
 from util import data
 from util.checkpoint import BEST, LAST, read_checkpoint
+from util.contact_sheet import Entry, draw_sheet
 from util.dist import gather_objects, init_world
 from util.errors import UserError
 from util.log import RunLog, Sturdy, read_log
 from util.options import known_failure, run_main
+from util.plots import plot_confusion
+from util.predict_report import PICTURES
+
+PRETRAIN = ["--dataset", "digits", "--embed_dim", "12", "--depth", "1", "--num_heads", "2", "--decoder_embed_dim", "12", "--decoder_depth", "1", "--T", "1", "--batch_size", "512", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
 
 
 @contextmanager
@@ -67,7 +75,89 @@ def test_disk_that_stays_full_ends_in_one_line_that_says_what_is_lost(tmp_path):
     assert not os.path.exists(tmp_path / LAST) and os.path.exists(tmp_path / "log.txt")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer dies
+def full_for(folder, *names) -> None:
+    """No room for these files, once each: the temporary ones that they are written to are /dev/full."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}.tmp").symlink_to("/dev/full")
+
+
+def test_pretraining_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_path, capsys, monkeypatch):
+    real, saved = main_pretrain_noprop.reconstruction_grid, []
+
+    def drawn_after(*args, **kwargs):
+        saved.append(read_checkpoint(str(tmp_path / LAST))["epoch"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(main_pretrain_noprop, "reconstruction_grid", drawn_after)
+    full_for(tmp_path, "reconstruction_epoch_0.png", "curves.png")
+    line = [*PRETRAIN, "--epochs", "2", "--vis_freq", "1", "--output_dir", str(tmp_path)]
+    assert main_pretrain_noprop.main(line) == 0 and saved == [1, 2]
+    said = capsys.readouterr().err
+    assert "reconstruction_epoch_0.png: not written (No space" in said and "curves.png: not written (No space" in said
+    assert not (tmp_path / "reconstruction_epoch_0.png").exists() and (tmp_path / "report.md").exists()
+    # Killed between its save and its picture, or without room for it: the same line draws it.
+    picture = tmp_path / "reconstruction_epoch_1.png"
+    first = picture.read_bytes()
+    picture.unlink()
+    assert main_pretrain_noprop.main([*line, "--resume", "auto"]) == 0 and picture.read_bytes() == first
+
+    def breaks(*args, **kwargs):
+        raise ValueError("drawn from what is not there")
+
+    monkeypatch.setattr(main_pretrain_noprop, "reconstruction_grid", breaks)
+    assert main_pretrain_noprop.main([*line, "--epochs", "3", "--resume", "auto"]) == 0
+    assert "reconstruction_epoch_2.png: not written (ValueError: drawn" in capsys.readouterr().err
+
+
+def test_fine_tuning_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_path, capsys, monkeypatch):
+    real, saved = main_finetune.plot_confusion, []
+
+    def drawn_after(*args):
+        saved.append(read_checkpoint(str(tmp_path / BEST))["progress"]["best_epoch"])
+        real(*args)
+
+    monkeypatch.setattr(main_finetune, "plot_confusion", drawn_after)
+    full_for(tmp_path, "confusion.png", "curves.png", "report.md", "result.json")
+    assert main_finetune.main([*NET, "--epochs", "1", "--output_dir", str(tmp_path)]) == 0 and saved == [0]
+    said = capsys.readouterr().err
+    for name in ("confusion.png", "curves.png", "report.md", "result.json"):
+        assert f"{name}: not written (No space" in said and not (tmp_path / name).exists()
+    assert read_checkpoint(str(tmp_path / LAST))["progress"]["finished"]
+
+
+def test_prediction_keeps_its_numbers_without_its_pictures_and_says_in_one_line_that_it_has_none(
+    photo_folder, tmp_path, capsys
+):
+    save_member(
+        tmp_path / "a.pth", VIT, classes=("red", "blue")
+    )  # it is right otherwise, and no sheet shows wrong ones
+    line = ["--checkpoints", str(tmp_path / "a.pth"), "--data_path", str(photo_folder / "val"), "--views", "1",
+            "--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    full_for(tmp_path / "out", *PICTURES)
+    assert main_predict.main(line) == 0
+    said = capsys.readouterr().err
+    report = (tmp_path / "out" / "report.md").read_text()
+    for name in PICTURES:
+        assert f"{name}: not written (No space" in said and name not in report
+    assert {"predictions.csv", "results.json", "results.md"} <= set(os.listdir(tmp_path / "out"))
+    full_for(tmp_path / "out", "predictions.csv")
+    with pytest.raises(UserError, match=r"--output_dir .*predictions.csv: cannot be written \(No space") as caught:
+        main_predict.main(line)
+    one_line(caught)
+
+
+def test_contact_sheet_whose_image_has_gone_costs_the_sheet(tmp_path, capsys):
+    draw_sheet([Entry(0, "x", [("a", 0.9)])], lambda i: Image.open(tmp_path / "gone.png"), "t", str(tmp_path / "s.png"))
+    assert "s.png: not written (No such file" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_class_names_are_drawn_as_they_are(tmp_path, capsys):
+    """Between dollar signs, Matplotlib reads formulas, and refuses wrong ones."""
+    plot_confusion(np.eye(3, dtype=int), ["$a^$", r"$\frac$", "b_{"], str(tmp_path / "confusion.png"))
+    assert Image.open(tmp_path / "confusion.png").width > 100 and not capsys.readouterr().err
+
+
 def test_log_and_tensorboard_faults_do_not_end_a_run(tmp_path, capsys):
     log = RunLog(str(tmp_path))
     log.start()
@@ -76,13 +166,14 @@ def test_log_and_tensorboard_faults_do_not_end_a_run(tmp_path, capsys):
             log.scalars({"x": 1.0}, i)
         log.flush()
         log.epoch({"epoch": 0})
-        log.scalars({"x": 1.0}, 99), log.flush()
+        log.scalars({"x": 1.0}, 99), log.image("picture", np.zeros((4, 4, 3), np.uint8), 99), log.flush()
     with largest_file(5):
         log.epoch({"epoch": 1})
     log.epoch({"epoch": 2})
     log.close()
     said = capsys.readouterr().err
-    assert "log.txt: not written" in said and "TensorBoard's file is not written any more" in said
+    assert "log.txt: not written" in said and "Traceback" not in said
+    assert said.count("TensorBoard's file is not written any more") == 1
     assert read_log(str(tmp_path / "log.txt")) == [{"epoch": 2}]
 
 

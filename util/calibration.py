@@ -1,11 +1,10 @@
 """How good and how honest probabilities are: scores, calibration error, the reliability diagram."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import binomtest
 
 from engine_finetune import scores_from_confusion
-from util.plots import save_figure
+from util.plots import drawing
 
 BINS = 15
 
@@ -62,18 +61,17 @@ def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) 
     ece = expected_calibration_error(probabilities, targets)
     left, width, seen = np.arange(BINS) / BINS, 1 / BINS, count > 0
     middle = left + width / 2
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 5.6), sharex=True, height_ratios=[4, 1])
-    top.bar(middle[seen], right[seen], width, color="#8fa9d0", edgecolor="white", label="share right")
-    low, high = np.minimum(right, confidence)[seen], np.maximum(right, confidence)[seen]
-    gap = dict(color="none", edgecolor="#b8383d", linewidth=0.8, hatch="////", label="gap to the mean confidence")
-    top.bar(middle[seen], high - low, width * 0.96, low, **gap)
-    top.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
-    top.set_title(f"{len(targets)} images, ECE {100 * ece:.1f} %", pad=26, fontsize=11)
-    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
-    bottom.bar(middle, count, width, color="0.6", edgecolor="white")
-    bottom.set(xlabel="confidence", ylabel="images")
-    save_figure(figure, path)
+    with drawing(path, 2, figsize=(5, 5.6), sharex=True, height_ratios=[4, 1]) as (top, bottom):
+        top.bar(middle[seen], right[seen], width, color="#8fa9d0", edgecolor="white", label="share right")
+        low, high = np.minimum(right, confidence)[seen], np.maximum(right, confidence)[seen]
+        gap = dict(color="none", edgecolor="#b8383d", linewidth=0.8, hatch="////", label="gap to the mean confidence")
+        top.bar(middle[seen], high - low, width * 0.96, low, **gap)
+        top.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
+        top.set(xlim=(0, 1), ylim=(0, 1), ylabel="share right")
+        top.set_title(f"{len(targets)} images, ECE {100 * ece:.1f} %", pad=26, fontsize=11)
+        top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
+        bottom.bar(middle, count, width, color="0.6", edgecolor="white")
+        bottom.set(xlabel="confidence", ylabel="images")
 
 
 def plot_class_distribution(
@@ -84,17 +82,18 @@ def plot_class_distribution(
     if len(classes) <= most:
         shown = np.arange(len(classes))
     y, height = np.arange(len(shown)), 0.8 if true is None else 0.4
-    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.32 * len(shown)))
     parts = [("predicted", predicted, "#4c72b0")] + ([] if true is None else [("true", true, "#bbbbbb")])
-    for k, (name, values, color) in enumerate(parts):
-        bars = axis.barh(y + (k - 0.5) * height * (true is not None), values[shown], height, label=name, color=color)
-        axis.bar_label(bars, fontsize=7, padding=2)
-    axis.set_yticks(y, [classes[i] for i in shown], fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.08)
-    title = "" if len(shown) == len(classes) else f"the {len(shown)} most frequent of {len(classes)} classes"
-    axis.set(xlabel="images", title=title)
-    axis.spines[["top", "right"]].set_visible(False)
-    if true is not None:
-        axis.legend(fontsize=8, frameon=False)
-    save_figure(figure, path)
+    with drawing(path, figsize=(6, 1.2 + 0.32 * len(shown))) as axis:
+        for k, (name, values, color) in enumerate(parts):
+            bars = axis.barh(
+                y + (k - 0.5) * height * (true is not None), values[shown], height, label=name, color=color
+            )
+            axis.bar_label(bars, fontsize=7, padding=2)
+        axis.set_yticks(y, [classes[i] for i in shown], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.08)
+        title = "" if len(shown) == len(classes) else f"the {len(shown)} most frequent of {len(classes)} classes"
+        axis.set(xlabel="images", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        if true is not None:
+            axis.legend(fontsize=8, frameon=False)

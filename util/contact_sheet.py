@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
+from util.log import survive
 from util.pictures import save_png
 
 COLUMNS = 6
@@ -28,6 +29,11 @@ class Entry:
 
 def draw_sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title: str, path: str) -> None:
     """A grid of the entries in their order, as PNG. open_image(number) -> RGB, decoded one at a time."""
+    with survive(path):
+        save_png(_sheet(entries, open_image, title), path)
+
+
+def _sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title: str) -> Image.Image:
     thumbs = [thumbnail(open_image(entry.image)) for entry in entries]
     tile = (THUMB, max(thumb.height for thumb in thumbs))  # a folder of wide photos leaves no empty bands
     columns = min(COLUMNS, len(entries))
@@ -43,7 +49,7 @@ def draw_sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], t
         draw.rectangle((x, y, x + tile[0] - 1, y + tile[1] - 1), TILE)
         sheet.paste(thumb, (x + (tile[0] - thumb.width) // 2, y + (tile[1] - thumb.height) // 2))
         _caption(draw, entry, x, y + tile[1])
-    save_png(sheet, path)
+    return sheet
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ from util.errors import UserError
 from util.flags import Flag, differences, refusal
 from util.folder import clear_run
 from util.labels import image_id
-from util.log import claim, survive
+from util.log import claim, must_write, survive
 
 RESULT = "result.json"
 
@@ -133,15 +133,17 @@ def summarise(output_dir: str, kfold: int) -> None:
             raise UserError(f"{path}: cannot be read ({error}); run that fold again with --overwrite") from None
         rows += more
         results.append(json.loads(Path(where, RESULT).read_text("utf-8")))
-    write_csv(os.path.join(output_dir, "oof.csv"), header, rows)
+    path = os.path.join(output_dir, "oof.csv")
+    with must_write("--output_dir", path):
+        write_csv(path, header, rows)
     names = [k for k in results[0]["best"] if k.startswith("val_")]
     summary = {}
     for name in names:
         values = np.array([r["best"][name] for r in results], dtype=float)
         summary[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1)), "folds": values.tolist()}
-    write_atomic(
-        os.path.join(output_dir, "summary.json"), lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode())
-    )
+    path = os.path.join(output_dir, "summary.json")
+    with must_write("--output_dir", path):
+        write_atomic(path, lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode()))
     lines = [
         f"# {kfold}-fold run",
         "",
@@ -156,5 +158,7 @@ def summarise(output_dir: str, kfold: int) -> None:
         f"Out-of-fold probabilities of {len(rows)} images: oof.csv. Each fold's report: fold-*/report.md.",
         "",
     ]
-    write_atomic(os.path.join(output_dir, "report.md"), lambda f: f.write("\n".join(lines).encode()))
+    path = os.path.join(output_dir, "report.md")
+    with survive(path):
+        write_atomic(path, lambda f: f.write("\n".join(lines).encode()))
     print("\n".join(lines), flush=True)

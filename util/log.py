@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,11 +25,15 @@ TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in lo
 
 @contextmanager
 def survive(path: str, what: str = "not written"):
-    """A fault of the disk while something is written that training does not need: a warning, and the run goes on."""
+    """Around all that is drawn or logged: whatever goes wrong there (a full disk, a class name that a font chokes on)
+    costs that file and a warning, not the run."""
     try:
         yield
-    except OSError as error:
-        print(f"warning: {path}: {what} ({error.strerror or error})", file=sys.stderr, flush=True)
+    except Exception as error:
+        if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
+            raise
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        print(f"warning: {path}: {what} ({reason})", file=sys.stderr, flush=True)
 
 
 class Sturdy:
@@ -88,6 +93,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self.log_dir, "--log_dir")
+            threading.excepthook = _excepthook
             with must_write("--log_dir", self.log_dir):
                 self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)
 
@@ -103,15 +109,15 @@ class RunLog:
                 write_atomic(self.path("args.json"), lambda file: file.write(text.encode()))
 
     def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
-        with self._tensorboard():
-            for name, value in values.items() if self.writer else ():
-                self.writer.add_scalar(name, value, epoch_1000x)
+        with self._tensorboard() as writer:
+            for name, value in values.items() if writer else ():
+                writer.add_scalar(name, value, epoch_1000x)
 
     def image(self, name: str, picture, epoch_1000x: int) -> None:
         """picture: uint8 [H, W, 3]."""
-        with self._tensorboard():
-            if self.writer:
-                self.writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
+        with self._tensorboard() as writer:
+            if writer:
+                writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
 
     def epoch(self, line: dict) -> None:
         """Append one line to log.txt; floats that JSON has no word for become null."""
@@ -126,9 +132,9 @@ class RunLog:
 
     def flush(self) -> None:
         """Before a checkpoint: what it resumes from must be on disk."""
-        with self._tensorboard():
-            if self.writer:
-                self.writer.flush()
+        with self._tensorboard() as writer:
+            if writer:
+                writer.flush()
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -137,21 +143,25 @@ class RunLog:
             tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
     def close(self) -> None:
-        with self._tensorboard():
-            if self.writer:
-                self.writer.close()
+        with self._tensorboard() as writer:
+            if writer:
+                writer.close()
         if self.lock:
             self.lock.close()
 
     @contextmanager
     def _tensorboard(self):
-        """A fault of its disk ends TensorBoard's file (its writing thread is dead then), not the run."""
-        try:
-            yield
-        except OSError as error:
-            self.writer = None
-            reason = error.strerror or error
-            print(f"warning: {self.log_dir}: TensorBoard's file is not written any more ({reason})", file=sys.stderr)
+        """A fault ends TensorBoard's file: its writing thread is dead then."""
+        writer, self.writer = self.writer, None
+        with survive(self.log_dir, "TensorBoard's file is not written any more"):
+            yield writer
+            self.writer = writer
+
+
+def _excepthook(args, default=threading.excepthook) -> None:
+    """TensorBoard's thread raises what it has handed to the run as well, which tells it in one line."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        default(args)
 
 
 def claim(
@@ -184,7 +194,7 @@ def claim(
 
 @contextmanager
 def must_write(flag: str, path: str):
-    """Before training: a place that cannot be written to is the user's to mend."""
+    """Around what a script is run for: a place that cannot be written to is the user's to mend."""
     try:
         yield
     except (OSError, ValueError) as error:

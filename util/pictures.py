@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from util.checkpoint import write_atomic
+from util.log import survive
 
 CELL = 96  # pixels; smaller images are enlarged by a whole factor until they reach it, and titles fit
 GAP, MARGIN = 6, 10
@@ -149,9 +150,11 @@ def draw_grid(
 
 
 def save_png(image: Image.Image, path: str) -> None:
-    buffer = BytesIO()
-    image.save(buffer, format="png", optimize=True)
-    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+    """Written whole or not at all; a full disk costs the picture, not the run."""
+    with survive(path):
+        buffer = BytesIO()
+        image.save(buffer, format="png", optimize=True)
+        write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

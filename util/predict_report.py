@@ -17,6 +17,7 @@ from util.datasets import ArrayDataset
 from util.ensemble import Combiners, Stacked
 from util.folds import probability, write_csv
 from util.labels import spreadsheet_safe
+from util.log import must_write, survive
 from util.members import Member, crop_pct_of, short_names
 from util.plots import plot_confusion
 from util.report import write_text
@@ -46,7 +47,8 @@ def write_predictions(
     rows = [[name, *[""] * (1 + len(classes))] for name in ids]
     for i, p in zip(prediction.index, final):
         rows[i][1:] = [names[p.argmax()], *map(probability, p)]
-    write_csv(path, ["ID", "Predict", *names], rows)
+    with must_write("--output_dir", path):
+        write_csv(path, ["ID", "Predict", *names], rows)
 
 
 def compare(members: list[Member], combiners: Combiners, prediction: Prediction, views: int, chosen: str) -> list[dict]:
@@ -154,7 +156,8 @@ def draw_pictures(
     """Writes those of PICTURES that there is something to show on; returns their names. Older ones go."""
     path = {name: os.path.join(output_dir, name) for name in PICTURES}
     for stale in filter(os.path.exists, path.values()):
-        os.unlink(stale)
+        with survive(stale, "not removed"):
+            os.unlink(stale)
     labelled = targets >= 0
     true = np.bincount(targets[labelled], minlength=len(classes)) if labelled.all() else None
     predicted = np.bincount(final.argmax(1), minlength=len(classes))
@@ -205,7 +208,6 @@ def write_all(
         out_of_fold_rows(members, combiners),
         class_rows(classes, final, targets),
     )
-    pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
     unreadable = {ids[i]: reason for i, reason in prediction.bad.items()}
 
     results, interval = table(scored), None
@@ -224,6 +226,7 @@ def write_all(
     content = {"images": len(ids), "labelled": n_labelled, "accuracy_interval": interval, "unreadable": unreadable, "views": [VIEW_NAMES[v] for v in views],
                "results": scored, "out_of_fold": oof, "classes": per_class, "members": member_facts(members, combiners)}  # fmt: skip
     write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
+    pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
 
     text = [
         f"# Predictions for {len(ids)} images",
