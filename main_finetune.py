@@ -45,6 +45,7 @@ from util.report import write_finetune_report
 from util.resolve import describe_input, resolve_meta
 from util.run import Interrupts, Run
 from util.seed import seed_all
+from util.steps import effective_batch
 
 
 def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, Loader]:
@@ -174,11 +175,11 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     )
     net = build_model(args, meta, world, noise, log)
     loaders = build_loaders(args, meta, train, val, world)
-    global_batch = loaders[0].order.batch_size * args.accum_iter * world.size
+    global_batch, batch_text = effective_batch(loaders[0], args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
             f"{describe_input(args, meta, source)}; "
-            f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
+            f"{world.size} x {world.device}, amp {precision.name}, {batch_text}, lr {lr:.3g}")  # fmt: skip
     if args.eval:
         try_forward(net.eval(), meta, 1)
         result = evaluate(net, loaders[1], precision, meta["num_classes"])

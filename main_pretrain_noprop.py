@@ -35,6 +35,7 @@ from util.profile import StepProfiler
 from util.report import write_pretrain_report
 from util.run import Interrupts, Run, wrap_ddp
 from util.seed import mix, seed_all
+from util.steps import effective_batch
 
 NUM_PICTURES = 8
 NUM_MEASURED = 4096  # images that tell --sigma_data
@@ -184,12 +185,12 @@ def main(argv: list[str] | None = None) -> int:
         "img_size": list(size), "in_chans": in_chans, "num_classes": 0, "mean": list(mean), "std": list(std),
         "dataset": args.dataset, "noprop": net.config(), "sigmas": net.sigmas,
     }  # fmt: skip
-    global_batch = loader.order.batch_size * args.accum_iter * world.size
+    global_batch, batch_text = effective_batch(loader, args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     groups = param_groups(net, weight_decay=args.weight_decay)
     log.say(f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
             f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
-            f"{world.size} x {world.device}, amp {precision.name}, effective batch {global_batch}, lr {lr:.3g}")  # fmt: skip
+            f"{world.size} x {world.device}, amp {precision.name}, {batch_text}, lr {lr:.3g}")  # fmt: skip
     if args.dry_run:
 
         def one_decoder(images):  # the step keeps the encoder's activations and one decoder's at a time

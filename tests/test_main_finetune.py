@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tests_common import NET, PLAIN, TINY, assert_same_run, finetune
 
 import main_finetune
+import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from util.checkpoint import read_checkpoint
@@ -93,6 +94,19 @@ def test_kfold_writes_out_of_fold_probabilities_and_repeats_nothing(tmp_path, ca
     assert capsys.readouterr().out.count("finished before") == 3
     with pytest.raises(UserError, match=r"--lr 0.5"):
         finetune(*line, "--lr", "0.5")
+
+
+@pytest.mark.parametrize("main", [main_finetune, main_pretrain_noprop])
+@pytest.mark.parametrize("accum_iter,images", [(4, 256), (22, 1408), (23, 1408), (2**31 - 1, 1408)])
+def test_effective_batch_and_learning_rate_are_those_of_an_update(main, accum_iter, images, tmp_path, capsys):
+    """1437 images are 22 micro-steps of 64: no update sees more."""
+    line = ["--dataset", "digits", "--batch_size", 64, "--accum_iter", accum_iter, "--blr", "0.128", "--device", "cpu"]
+    line += ["--embed_dim", 12, "--depth", 1] if main is main_pretrain_noprop else ["--model", "test_vit2"]
+    assert main.main([*map(str, line), "--dry_run", "--output_dir", str(tmp_path / "none")]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    note = f" (--accum_iter {accum_iter}: an epoch has 22 micro-steps)" if accum_iter > 22 else ""
+    assert first.endswith(f"effective batch {images}{note}, lr {0.128 * images / 256:.3g}"), first
+    assert any(text.startswith(f"effective batch: {images} (= 64 x accum {images // 64} x 1") for text in rest)
 
 
 def test_dry_run_prints_groups_and_memory_and_writes_nothing(tmp_path, capsys):

@@ -45,7 +45,7 @@ def describe(
         )
     steps = len(loader)
     lines += [
-        f"effective batch: {global_batch} (= {batch} x accum {args.accum_iter} x {loader.world.size} processes), lr {lr:.4g}",
+        f"effective batch: {global_batch} (= {batch} x accum {min(args.accum_iter, steps)} x {loader.world.size} processes), lr {lr:.4g}",
         f"steps per epoch: {steps} ({-(-steps // args.accum_iter)} updates), {args.epochs} epochs",
         f"estimated memory per process: {(weights * copies + activations) / 2**30:.2f} GiB "
         f"({weights * copies / 2**30:.2f} weights, gradients and optimizer; {activations / 2**30:.2f} activations)",

@@ -335,7 +335,9 @@ def add_run_options(
         "--batch_size", free_at_resume=True, type=positive_int, default=batch_size, help="per process and micro-step"
     )
     group.add_argument("--epochs", free_at_resume=True, type=count, default=epochs)
-    group.add_argument("--accum_iter", type=positive_int, default=1, help="micro-steps per optimizer step")
+    group.add_argument(
+        "--accum_iter", type=positive_int, default=1, help="micro-steps per optimizer step, at most an epoch's"
+    )
     group.add_argument(
         "--output_dir", changes_results=False, default=default_output, help="where to save; '' saves nothing"
     )
