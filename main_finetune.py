@@ -21,7 +21,7 @@ from timm.data import Mixup
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
-from augment.image import SCALES, build_eval_transform, build_train_transform
+from augment.image import PHOTO_JITTER, SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.rebuild import create_from_meta, require_complete, try_forward
@@ -54,6 +54,7 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
     # Small images keep their pixels under a padded window; resampled crops are for photos, or on demand.
     crop = "none" if aug == "none" else "rrc" if aug == "photo" or args.scale else "pad"
+    jitter = PHOTO_JITTER if aug == "photo" and args.color_jitter is None else args.color_jitter
     batch_transform = BatchTransform(
         meta["mean"],
         meta["std"],
@@ -63,7 +64,7 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
         hflip=hflip if in_memory and aug != "none" else 0.0,
         vflip=args.vflip if in_memory else 0.0,
         aa=args.aa if in_memory else None,
-        color_jitter=args.color_jitter if in_memory and not args.aa else None,
+        color_jitter=jitter if in_memory and not args.aa else None,
         padding=min(4, max(1, size[0] // 8)),
         scale=args.scale or SCALES["photo"],
         reprob=args.reprob,

@@ -31,7 +31,7 @@ class AlphaBlend(nn.Module):
         schedule: `fixed` uses t for every sample, `uniform` draws t ~ U{1..timestep} per sample.
         prob: fraction of samples that get noise, 0..1.
         anneal: over training, scale t towards 0: `none`, `linear` (1 - p) or `cosine` (1 + cos(pi p)) / 2.
-        tokens: `all`, or `patches` to leave class and register tokens clean (where a model has them).
+        tokens: `all`, or `patches` to leave class and register tokens clean (where a model has them; pixels have none).
         space: `embedding` or `pixel`: which tensor `models.attach_noise` hands to this module.
         layer: `embedding` noise goes to the input of this block.
         beta_power: exponent on DDPM's betas.
@@ -110,7 +110,7 @@ class AlphaBlend(nn.Module):
         # Outside autocast: the blend is float32 whatever the model computes in.
         eps = torch.randn(z.shape, device=z.device, dtype=torch.float32)
         blended = signal * z.float() + noise * eps
-        if self.tokens == "patches" and self.num_prefix_tokens:
+        if self.tokens == "patches" and self.space == "embedding" and self.num_prefix_tokens:
             blended[:, : self.num_prefix_tokens] = z[:, : self.num_prefix_tokens].float()
         return blended.to(z.dtype)
 

@@ -20,6 +20,7 @@ PRESETS = ("mae", "photo", "light", "pretrain", "none")
 RATIO = (3 / 4, 4 / 3)
 # Area fraction of the random resized crop: MAE's fine-tuning and pretraining, and the photo-folder recipe.
 SCALES = {"mae": (0.08, 1.0), "light": (0.08, 1.0), "pretrain": (0.2, 1.0), "photo": (0.7, 1.0)}
+PHOTO_JITTER = 0.3  # of brightness, contrast and saturation, in the photo-folder recipe
 
 
 def build_train_transform(
@@ -66,7 +67,7 @@ def build_train_transform(
             color_jitter=color_jitter, auto_augment=aa, interpolation=interpolation, mean=mean, normalize=False,
         )  # fmt: skip
         return transforms.Compose([allow_zero_bits(step) for step in transform.transforms])
-    strength = 0.3 if color_jitter is None else color_jitter
+    strength = PHOTO_JITTER if color_jitter is None else color_jitter
     fill = [round(255 * m) for m in mean]
     # A resize of the whole image before the crop, as the method's reference has, would resample twice: the crop's
     # box is a fraction of the image, and the same with or without it.

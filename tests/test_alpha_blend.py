@@ -81,6 +81,23 @@ def test_patches_only_keeps_the_class_token():
     assert (out[:, 1:] != z[:, 1:]).all()
 
 
+def test_pixels_have_no_class_token():
+    """--noise_tokens patches leaves tokens clean, not colours: every channel of a ViT's image has the noise."""
+    noise = AlphaBlend(500, tokens="patches", space="pixel")
+    net, x, seen = (
+        create_model("vit_tiny_patch16", num_classes=4, img_size=32, alpha_blend=noise),
+        torch.randn(2, 3, 32, 32),
+        [],
+    )
+    net.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    net.train()
+    torch.manual_seed(1)
+    net(x)
+    torch.manual_seed(1)
+    abar = reference_abar(1.2)[500]
+    assert torch.allclose(seen[0], math.sqrt(abar) * x + math.sqrt(1 - abar) * torch.randn(x.shape), atol=1e-6)
+
+
 @pytest.mark.parametrize("anneal,half", [("none", 100), ("linear", 50), ("cosine", 50)])
 def test_annealing_scales_the_timestep(anneal, half):
     noise = AlphaBlend(100, anneal=anneal)

@@ -14,9 +14,12 @@ import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from util.checkpoint import read_checkpoint
+from util.datasets import ArrayDataset
+from util.dist import World
 from util.errors import UserError
 from util.log import read_log
 from util.options import run_main
+from util.phases import freezing
 from util.run import Position
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -252,3 +255,35 @@ def test_epoch_with_a_nan_loss_is_never_the_best(tmp_path, monkeypatch, metric):
     assert best["progress"]["best_epoch"] == 1 and best["epoch"] == 2
     assert best["progress"]["best"] == (-line["val_loss"] if metric == "loss" else line["val_acc1"])
     assert Position(best=float("nan")).improves(0.5), "a checkpoint written before"
+
+
+def test_photo_recipe_jitters_images_in_memory_too():
+    """Brightness of flat grey images: a factor of U(0.7, 1.3), whose standard deviation is 0.6 / sqrt(12)."""
+    args = main_finetune.get_args_parser().parse_args([*NET, "--aug", "photo", "--reprob", "0"])
+    main_finetune.check_finetune_options(args)
+    flat = ArrayDataset(torch.full((1024, 1, 8, 8), 100, dtype=torch.uint8), torch.zeros(1024, dtype=torch.long), ["a"])
+    meta = {"img_size": [8, 8], "mean": [0.0], "std": [1.0], "in_chans": 1, "crop_pct": 1.0}
+    loader, _ = main_finetune.build_loaders(args, meta, flat, flat, World())
+    level = torch.cat([batch.images.mean((1, 2, 3)) for batch in loader.epoch(0)]) * 255 / 100
+    assert level.min() >= 0.695 and level.max() <= 1.305
+    assert level.std().item() == pytest.approx(0.6 / 12**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16", "swinv2_tiny_window8_256", "test_convnext", "test_resnet", "test_efficientnet"]
+)
+def test_head_phase_drops_before_the_classifier_and_nowhere_else(name):
+    """ViT has a `head_drop`, Swin and ConvNeXt a `head.drop`, ResNet and EfficientNet call F.dropout."""
+    size = 64 if name.startswith("test") else 256 if "256" in name else 32
+    kwargs = {} if name == "test_resnet" else {"drop_path": 0.5}
+    net = create_model(name, num_classes=5, img_size=size, drop_rate=0.5, **kwargs)
+    torch.nn.init.normal_(net.get_classifier().weight)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    freezing(None, in_head_phase=True)(net.train())
+    features, x = [], torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        for _ in range(2):
+            features.append(net.forward_features(x))
+        logits = [net.forward_head(features[0]) for _ in range(2)]
+    assert torch.equal(*features) and not torch.equal(*logits)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

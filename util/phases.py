@@ -13,8 +13,13 @@ from util.run import wrap_ddp
 
 
 def freeze_backbone(model) -> None:
-    """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on."""
+    """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on, and the
+    dropout before the classifier."""
     model.eval()
+    model.training = True  # of this module alone: EfficientNet, ResNet and others drop by F.dropout(..., self.training)
+    for name, module in model.named_modules():
+        if name.startswith("head") and isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.train()  # beside the classifier: timm's `head_drop` (ViT) or `head.drop` (Swin, ConvNeXt)
     for classifier in classifiers(model):
         classifier.train()
     if hasattr(model, "alpha_blend"):
