@@ -113,7 +113,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         if num_classes > 5:
             top5 += (logits.topk(5).indices == batch.targets[:, None]).sum()
         if collect:
-            kept.append((batch.index, logits.softmax(1).cpu()))
+            kept.append((batch.index, logits.softmax(1)))
     confusion = add_up(confusion.cpu()).view(num_classes, num_classes).numpy()
     sums = add_up(torch.stack([loss_sum.double().cpu(), top5.double().cpu()]))
     n = max(1, int(confusion.sum()))
@@ -127,7 +127,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         confusion=confusion,
     )
     if collect:
-        own = [(i.numpy(), q.numpy()) for i, q in kept]
+        own = [(i.numpy(), q.cpu().numpy()) for i, q in kept]
         parts = [p for rank in (gather_objects(own) if loader.world.size > 1 else [own]) for p in rank]
         index = np.concatenate([i for i, _ in parts])
         order = np.argsort(index)

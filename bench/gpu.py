@@ -230,6 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS), help="rows")
     parser.add_argument("--tests", default="test", help="which of tests/test_gpu.py, as pytest's -k takes it")
     args = parser.parse_args(argv)
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # a look at whether there is a GPU must not spoil the forks
     for module in ("engine_finetune", "engine_predict", "engine_pretrain", "models", "torch._dynamo", "util.profile"):
         importlib.import_module(module)  # once, for all forks; what touches the GPU is theirs
     from util.log import git_commit

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from tests_common import NET, finetune
+from tests_common import NET, assert_same_state, comparable, finetune, log_without_times
 from torch import nn
 
 from bench.ranks import Ranks
@@ -181,6 +181,28 @@ def test_no_update_sends_buffers_and_evaluation_has_those_of_rank_0():
         return 0
 
     assert Ranks(2, call).exit_codes() == [0, 0]
+
+
+def test_files_of_two_ranks_have_the_bits_of_ddps_own_broadcasts(tmp_path, monkeypatch):
+    """A net with BatchNorm, its average, evaluation at the end: DDP as torch sets it up against `wrap_ddp`."""
+    line = [*NET, "--model", "test_resnet", "--model_kwargs", "--input_size", "8", "--batch_size", "64", "--epochs", "1", "--amp",
+            "off", "--mixup", "0.8", "--output_dir"]  # fmt: skip
+    monkeypatch.setattr("main_finetune.write_finetune_report", lambda *args: None)
+    monkeypatch.setattr("main_finetune.plot_confusion", lambda *args: None)
+    DDP = nn.parallel.DistributedDataParallel
+
+    class AsTorchHasIt(DDP):
+        def __init__(self, module, *, device_ids, gradient_as_bucket_view, **left_out):
+            super().__init__(module, device_ids=device_ids, gradient_as_bucket_view=gradient_as_bucket_view)
+            assert self.will_sync_module_buffers()
+
+    assert Ranks(2, lambda: finetune(*line, tmp_path / "ours")).exit_codes() == [0, 0]
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", AsTorchHasIt)
+    assert Ranks(2, lambda: finetune(*line, tmp_path / "theirs")).exit_codes() == [0, 0]
+    ours, theirs = (comparable(tmp_path / name / checkpoint.LAST) for name in ("ours", "theirs"))
+    assert any("running_mean" in name for name in ours["model"])
+    assert_same_state(ours, theirs)
+    assert log_without_times(tmp_path / "ours") == log_without_times(tmp_path / "theirs")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ On the CPU the same code runs with a few images, which shows that the tests work
 """
 
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -228,6 +229,63 @@ def test_two_ranks_train_as_one_with_twice_the_batch(family, tmp_path):
     assert finetune(*line, "--device", DEVICE, "--output_dir", tmp_path / "one") == 0
     two_ranks(*line, "--batch_size", 32, "--output_dir", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
+HANGS = """
+import os, signal, sys, time
+import main_finetune
+from util import run
+from util.options import run_main
+
+real, run.MAIN_THREAD_FIRST = main_finetune.train_one_epoch, 1.0
+
+def hangs(model, loader, optimizer, criterion, precision, run, *args, **kwargs):
+    if run.world.rank == 1 and run.position.epoch == 1:
+        time.sleep(600)
+    return real(model, loader, optimizer, criterion, precision, run, *args, **kwargs)
+
+main_finetune.train_one_epoch = hangs
+run_main(lambda: main_finetune.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_hanging_rank_ends_the_other_with_a_message_before_nccl_aborts(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [
+        *RUN,
+        "--dataset",
+        "digits",
+        *SMALL_VIT,
+        "--device",
+        "cuda",
+        "--timeout_minutes",
+        "0.2",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    ranks = []
+    for rank in "01":
+        env = {
+            **os.environ,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", HANGS, *line], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        said = ranks[0].communicate(timeout=90)[1]
+    finally:
+        ranks[1].kill()
+    assert ranks[0].returncode == 2 and "rank 0 of 2: waited for another rank longer than --timeout_minutes" in said, (
+        said
+    )
 
 
 @on_cuda

@@ -33,10 +33,10 @@ AUGMENTATIONS = {
 class Setup:
     """What a main gives its engine, on the device that is not there. `waits`: those of each step, the first one left out."""
 
-    def __init__(self, net, augmentation: dict, **loader):
+    def __init__(self, net, augmentation: dict, amp: str = "off", **loader):
         self.fake = FakeDevice()
         self.world = World(device=GPU)
-        self.precision = Precision("off", torch.device("cpu"))
+        self.precision = Precision(amp, torch.device("cpu"))
         self.optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-3)
         self.run = SimpleNamespace(
             position=Position(), log=RunLog(None, None, is_main=False), world=self.world, names=lambda i: []
@@ -62,13 +62,20 @@ class Setup:
         return [w for step, waits in enumerate(self.waits, 1) if step > 1 and step % PRINT_FREQ for w in waits]
 
 
-@pytest.mark.parametrize("model", ["vit_custom_patch8", "test_efficientnet"])
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation):
+CASES = [("vit_custom_patch8", a, "off") for a in AUGMENTATIONS]
+CASES += [
+    ("vit_custom_patch8", "none", "bf16"),
+    ("vit_custom_patch8", "none", "fp16"),
+    ("test_efficientnet", "none", "off"),
+]
+
+
+@pytest.mark.parametrize("model, augmentation, amp", CASES)
+def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation, amp):
     sizes = dict(embed_dim=12, depth=1, num_heads=2) if model.startswith("vit") else {}
     noise = AlphaBlend(15, schedule="uniform", prob=0.5)
     net = create_model(model, num_classes=CLASSES, img_size=16, drop_path=0.1, alpha_blend=noise, **sizes)
-    setup = Setup(net, AUGMENTATIONS[augmentation], train=True)
+    setup = Setup(net, AUGMENTATIONS[augmentation], amp, train=True)
     ema = build_ema(net, 0.9)
     setup.fake.put(*ema.module.parameters(), *ema.module.buffers())
     mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
