@@ -257,6 +257,21 @@ def test_epoch_with_a_nan_loss_is_never_the_best(tmp_path, monkeypatch, metric):
     assert Position(best=float("nan")).improves(0.5), "a checkpoint written before"
 
 
+def test_run_without_a_finite_validation_loss_ends_and_says_so(tmp_path, monkeypatch):
+    real = main_finetune.evaluate
+
+    def nan(*args, **kwargs):
+        result = real(*args, **kwargs)
+        result.loss = float("nan")
+        return result
+
+    monkeypatch.setattr(main_finetune, "evaluate", nan)
+    assert finetune(*NET, "--epochs", 1, "--output_dir", tmp_path) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "no validation loss was finite" in report and "best" not in report
+    assert not (tmp_path / "checkpoint-best.pth").exists()
+
+
 def test_photo_recipe_jitters_images_in_memory_too():
     """Brightness of flat grey images: a factor of U(0.7, 1.3), whose standard deviation is 0.6 / sqrt(12)."""
     args = main_finetune.get_args_parser().parse_args([*NET, "--aug", "photo", "--reprob", "0"])

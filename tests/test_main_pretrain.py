@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -123,6 +124,25 @@ def test_a_run_with_nothing_to_train_is_one_line(tmp_path, flags, words):
             main(*line, "--epochs", 3, "--output_dir", tmp_path, *flags.split())
         assert all(w in one_line(caught) for w in words)
     assert not (tmp_path / "report.md").exists()
+
+
+def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, monkeypatch):
+    copy_first_epoch(uninterrupted, tmp_path)
+    real, held = Run.find, []
+
+    def find(self, *args):
+        content = real(self, *args)
+        held.extend(map(weakref.ref, content["model"].values()))
+        return content
+
+    def trains(*args, **kwargs):
+        assert held and not [value for value in held if value() is not None]
+        raise InterruptedError
+
+    monkeypatch.setattr(Run, "find", find)
+    monkeypatch.setattr(main_pretrain_noprop, "train_one_epoch", trains)
+    with pytest.raises(InterruptedError):
+        pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto")
 
 
 def test_signal_in_mid_epoch_on_two_ranks_goes_on_bit_for_bit(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -37,6 +38,25 @@ def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(un
     copy_first_epoch(uninterrupted, tmp_path)
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, monkeypatch):
+    copy_first_epoch(uninterrupted, tmp_path)
+    real, held = Run.find, []
+
+    def find(self, *args):
+        content = real(self, *args)
+        held.extend(weakref.ref(value) for part in ("model", "ema") for value in content[part].values())
+        return content
+
+    def trains(*args, **kwargs):
+        assert held and not [value for value in held if value() is not None]
+        raise InterruptedError
+
+    monkeypatch.setattr(Run, "find", find)
+    monkeypatch.setattr(main_finetune, "train_one_epoch", trains)
+    with pytest.raises(InterruptedError):
+        finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto")
 
 
 def test_same_line_with_resume_auto_after_the_end_changes_nothing(uninterrupted):

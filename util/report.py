@@ -21,7 +21,7 @@ def write_text(path: str, text: str) -> None:
 def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
-    lines = read_log(log_path)
+    lines, has_best = read_log(log_path), position.best is not None
     best = next((line for line in lines if line["epoch"] == position.best_epoch), lines[-1] if lines else {})
     result = {"best": best, "last": lines[-1] if lines else {}, "options": vars(args), "model": meta["model"]}
     write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
@@ -38,19 +38,24 @@ def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
         "",
         f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
-        f"best epoch {position.best_epoch} by {args.eval_metric}.",
+        + (
+            f"best epoch {position.best_epoch} by {args.eval_metric}." if has_best else "no validation loss was finite."
+        ),
         "",
-        "| validation, best epoch | |",
+        f"| validation, {'best' if has_best else 'last'} epoch | |",
         "|---|---|",
         *table(best),
         "",
         "![curves](curves.png)",
         "",
-        "![confusion matrix of the best epoch](confusion.png)",
-        "",
-        f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, args)}` scores it.",
-        "",
     ]
+    if has_best:
+        text += [
+            "![confusion matrix of the best epoch](confusion.png)",
+            "",
+            f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, args)}` scores it.",
+            "",
+        ]
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
 
 
