@@ -81,6 +81,9 @@ def load_pretrained(
     if not partial:
         _refuse_part(path, trunk, set(own), set(state), tops)
     _take_positions(state, weights.raw, model, meta, path, pos_grid, partial, report)
+    for name in classifier_layers(model):
+        if f"{name}.weight" not in state:
+            state.pop(f"{name}.bias", None)  # starts anew with its weight
     if classes and meta and meta.get("classes"):
         _move_head_rows(state, own, list(classifier_layers(model)), meta, list(classes), report)
 

@@ -280,6 +280,10 @@ def test_a_head_alone_and_running_statistics_that_are_not_there_are_refused(tmp_
     for partial in (False, True):
         with pytest.raises(UserError, match="shares no parameter"):
             load_pretrained(vit(), tmp_path / "x.pth", partial=partial)
+    torch.save({k: v + 1 for k, v in vit().state_dict().items() if k != "head.weight"}, tmp_path / "x.pth")
+    model = vit()
+    report = load_pretrained(model, tmp_path / "x.pth")
+    assert set(report.missing) == {"head.weight", "head.bias"} and not model.head.bias.any()
     net = create_model("resnet10t", num_classes=2, in_chans=1)
     torch.save({k: v for k, v in net.state_dict().items() if "running" not in k}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="running_mean"):
@@ -390,6 +394,7 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
 
 
-def test_flags_of_weights_are_checked(tmp_path):
-    with pytest.raises(UserError, match="--partial_load"):
-        finetune(*NET, "--output_dir", tmp_path, "--partial_load")
+def test_flags_of_weights_need_a_file(tmp_path):
+    for flag in (["--partial_load"], ["--pos_grid", 4, 4]):
+        with pytest.raises(UserError, match=f"{' '.join(map(str, flag))}: .*--finetune"):
+            finetune(*NET, "--output_dir", tmp_path, *flag)

@@ -172,6 +172,8 @@ def check_finetune_options(args) -> None:
         raise UserError(f"--finetune {args.finetune}: no such file")
     if args.partial_load and not args.finetune:
         raise UserError("--partial_load: is for the file of --finetune; give one")
+    if args.pos_grid and not (args.finetune or (args.eval and args.resume)):
+        raise UserError(f"--pos_grid {args.pos_grid[0]} {args.pos_grid[1]}: is for the file of --finetune; give one")
     if args.eval and not (args.resume or args.finetune or args.pretrained):
         raise UserError("--eval: needs weights; give --resume CHECKPOINT")
     if args.eval and args.resume == "auto":
