@@ -20,6 +20,7 @@ import main_predict
 import main_pretrain_noprop
 from bench.ranks import Ranks, empty_store
 from util import data
+from util.calibration import plot_class_distribution
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.contact_sheet import Entry, draw_sheet
 from util.dist import gather_objects, init_world
@@ -154,8 +155,11 @@ def test_contact_sheet_whose_image_has_gone_costs_the_sheet(tmp_path, capsys):
 
 def test_class_names_are_drawn_as_they_are(tmp_path, capsys):
     """Between dollar signs, Matplotlib reads formulas, and refuses wrong ones."""
-    plot_confusion(np.eye(3, dtype=int), ["$a^$", r"$\frac$", "b_{"], str(tmp_path / "confusion.png"))
-    assert Image.open(tmp_path / "confusion.png").width > 100 and not capsys.readouterr().err
+    names = ["$a^$", r"$\frac$", "b_{"]
+    plot_confusion(np.eye(3, dtype=int), names, str(tmp_path / "confusion.png"))
+    plot_class_distribution(names, np.arange(3), None, str(tmp_path / "class_distribution.png"))
+    for name in ("confusion.png", "class_distribution.png"):
+        assert Image.open(tmp_path / name).width > 100 and not capsys.readouterr().err
 
 
 def test_log_and_tensorboard_faults_do_not_end_a_run(tmp_path, capsys):

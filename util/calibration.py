@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from engine_finetune import scores_from_confusion
-from util.plots import drawing
+from util.plots import NAMES, drawing
 
 BINS = 15
 
@@ -89,7 +89,7 @@ def plot_class_distribution(
                 y + (k - 0.5) * height * (true is not None), values[shown], height, label=name, color=color
             )
             axis.bar_label(bars, fontsize=7, padding=2)
-        axis.set_yticks(y, [classes[i] for i in shown], fontsize=8)
+        axis.set_yticks(y, [classes[i] for i in shown], fontsize=8, **NAMES)
         axis.invert_yaxis()
         axis.margins(x=0.08)
         title = "" if len(shown) == len(classes) else f"the {len(shown)} most frequent of {len(classes)} classes"

@@ -11,7 +11,7 @@ import numpy as np
 from util.checkpoint import write_atomic
 from util.log import read_log, survive
 
-matplotlib.rcParams["text.parse_math"] = False  # a class named $a$ is no formula
+NAMES = dict(parse_math=False)  # of tick labels: a class named $a$ is no formula
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None
     with drawing(path, figsize=(side, side)) as axis:
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         if C <= 50:
-            axis.set_xticks(range(C), classes, rotation=90)
-            axis.set_yticks(range(C), classes)
+            axis.set_xticks(range(C), classes, rotation=90, **NAMES)
+            axis.set_yticks(range(C), classes, **NAMES)
         if C <= 20:
             for i in range(C):
                 for j in range(C):
