@@ -182,7 +182,7 @@ def _move_head_rows(
     old = list(meta["classes"])
     keys = [k for name in layers for k in (f"{name}.weight", f"{name}.bias") if k in own and k in state]
     keys = [k for k in keys if state[k].ndim and len(state[k]) == meta["num_classes"]]
-    if old == new and all(state[k].shape == own[k].shape for k in keys):
+    if not keys or (old == new and all(state[k].shape == own[k].shape for k in keys)):
         return
     index = {name: i for i, name in enumerate(old)}
     both = [(i, index[name]) for i, name in enumerate(new) if name in index]
