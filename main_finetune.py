@@ -13,6 +13,7 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
 
 import copy
 import math
+import os
 import time
 
 import torch
@@ -236,12 +237,13 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         run.restore(content, net, None if at_boundary else optimizer, precision.scaler, ema, args.force_resume)
     else:
         run.start_at(start, total_epochs)
-    position = run.position
-    # A finished run goes on when the line is run again with more epochs.
-    position.finished = position.epoch >= total_epochs or (position.finished and position.planned == total_epochs)
-    position.planned = total_epochs
+    run.plan(total_epochs)
+    position, was_finished = run.position, run.position.finished
+    if position.best_by not in ("", args.eval_metric):  # --force_resume: the best so far is another metric's
+        position.best = None
     log.start(start + position.step / len(train_loader))
-    log.write_args({**vars(args), "resolved": meta, "lr": lr})
+    if not was_finished:
+        log.write_args({**vars(args), "resolved": meta, "lr": lr})
 
     while not position.finished:
         epoch, tic = position.epoch, time.time()
@@ -270,7 +272,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         # Where an image's probabilities are NaN, the accuracy is that of another image's class.
         is_best = position.improves(value if math.isfinite(scores["loss"]) else math.nan)
         if is_best:
-            position.best, position.best_epoch = value, epoch
+            position.best, position.best_epoch, position.best_by = value, epoch, args.eval_metric
             if log.output_dir and args.kfold:
                 folds.write_oof(log.output_dir, fold, val, result)
         line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
@@ -293,7 +295,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             log.say(f"--patience {args.patience}: no gain since epoch {position.best_epoch}, stopped")
     if profiler is not None:
         profiler.close()
-    if log.output_dir:
+    if log.output_dir and not (was_finished and os.path.exists(log.path("report.md"))):
         with survive(log.path("report.md")):
             write_finetune_report(log.output_dir, args, meta, position)
     return 0

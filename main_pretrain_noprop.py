@@ -235,10 +235,11 @@ def fit(
         run.restore(content, net, optimizer, precision.scaler, force=args.force_resume)
     else:
         run.start_at(args.start_epoch, args.epochs)
-    position = run.position
-    position.finished = position.epoch >= args.epochs  # a finished run goes on when it is given more epochs
+    run.plan(args.epochs)
+    position, was_finished = run.position, run.position.finished
     log.start(position.epoch + position.step / len(loader))
-    log.write_args({**vars(args), "resolved": meta, "lr": lr})
+    if not was_finished:
+        log.write_args({**vars(args), "resolved": meta, "lr": lr})
 
     def pictures_due() -> bool:
         return args.vis_freq > 0 and (position.epoch % args.vis_freq == 0 or position.finished)
@@ -274,7 +275,7 @@ def fit(
             save_pictures(net, picture_loader, args, meta, log, epoch)
     if profiler is not None:
         profiler.close()
-    if log.output_dir:
+    if log.output_dir and not (was_finished and os.path.exists(log.path("report.md"))):
         with survive(log.path("report.md")):
             write_pretrain_report(log.output_dir, args, meta)
     return 0

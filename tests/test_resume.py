@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or given other flags, and go on: they end as if nothing had been, or say what differs."""
 
+import json
 import os
 import signal
 import weakref
@@ -151,6 +152,65 @@ def test_other_value_of_a_flag_that_changes_results_is_refused_at_resume(uninter
     assert all(w in one_line(caught) for w in [*words, "--force_resume"]), str(caught.value)
 
 
+def test_finished_run_stays_as_it_is_whatever_the_schedule_says_now(uninterrupted, tmp_path, capsys):
+    """Its args.json, result.json and report.md name the flags that it was trained with, unless it trains on."""
+    for name in ("checkpoint-last.pth", "log.txt"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    line = [*TINY, "--output_dir", tmp_path, "--resume", "auto"]
+    assert finetune(*line) == 0, "killed between its last checkpoint and its report"
+    told = ["report.md", "result.json", "log.txt"]
+    before = {name: (tmp_path / name).read_bytes() for name in told}
+    assert finetune(*line, "--lr", "0.5") == 0 and "the run is finished" in capsys.readouterr().out
+    assert {name: (tmp_path / name).read_bytes() for name in told} == before
+    with pytest.raises(UserError, match=r"is finished after 3 epochs; give more --epochs"):
+        finetune(*TINY, "--output_dir", tmp_path / "new", "--resume", tmp_path / "checkpoint-last.pth")
+    assert finetune(*line, "--epochs", 4, "--lr", "1e-3") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["options"]["lr"], result["options"]["epochs"], result["last"]["epoch"]) == (1e-3, 4, 3)
+
+
+def test_other_metric_by_force_starts_the_best_anew(uninterrupted, tmp_path):
+    """By accuracy the best so far is a number above 0, by loss each is below: it would never be reached."""
+    (tmp_path / "checkpoint-last.pth").write_bytes((uninterrupted / "checkpoint-last.pth").read_bytes())
+    line = [
+        *TINY,
+        "--epochs",
+        4,
+        "--output_dir",
+        tmp_path,
+        "--resume",
+        "auto",
+        "--force_resume",
+        "--eval_metric",
+        "loss",
+    ]
+    assert finetune(*line) == 0
+    progress, [last] = (
+        read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["progress"],
+        read_log(str(tmp_path / "log.txt")),
+    )
+    assert (progress["best_epoch"], progress["best_by"]) == (3, "loss") and progress["best"] == -last["val_loss"]
+
+
+def test_other_number_of_images_is_told_and_with_a_random_split_refused(capsys):
+    """--val_split draws anew: of 1400 + 100 images, some that were trained on would be validated on."""
+    net = torch.nn.Linear(1, 1)
+    for options in ({}, {"val_split": 0.2}, {"kfold": 5}):
+        before, after = (
+            Run(World(), RunLog(None), kind="finetune", options=options, meta={}, save_freq=0, keep=0) for _ in "ab"
+        )
+        before.follow(Order(64, 22), 1), after.follow(Order(64, 22), 1)
+        before.images = 1400
+        state = before.state(net) | {"optimizer": None}
+        if options:
+            with pytest.raises(
+                UserError, match=rf"1400 training images, now there are 1437, and --{next(iter(options))}"
+            ):
+                after.restore(dict(state), net)
+        after.restore(state, net, force=bool(options))
+        assert "1437 training images from here on, 1400 before" in capsys.readouterr().out
+
+
 def test_flags_that_change_nothing_or_what_comes_later_may_differ_at_resume(uninterrupted, tmp_path, capsys):
     """The finished run is read and compared; nothing is left to train."""
     line = [*TINY, "--output_dir", tmp_path, "--resume", "auto"]
@@ -172,7 +232,7 @@ class Order:
     """Of a Loader, what Run.follow reads."""
 
     def __init__(self, batch_size: int, steps: int):
-        self.batch_size, self.steps, self.order = batch_size, steps, self
+        self.batch_size, self.steps, self.order, self.n = batch_size, steps, self, 1437
 
     def __len__(self) -> int:
         return self.steps

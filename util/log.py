@@ -101,8 +101,14 @@ class RunLog:
         return os.path.join(self.output_dir, name)
 
     def write_args(self, options: dict) -> None:
-        """args.json: the kind of run, the resolved options, versions, git commit and command line."""
+        """args.json: the kind of run, the resolved options, versions, git commit and command line.
+
+        A report that is there was of another line, or of fewer epochs, and goes: what stands there is of this one.
+        """
         if self.output_dir:
+            for name in ("report.md", "result.json"):
+                with suppress(OSError):
+                    os.unlink(self.path(name))
             about = {"kind": self.kind, "command": sys.argv, "options": options}
             text = json.dumps({**about, "versions": versions(), "git": git_commit()}, indent=2, default=str) + "\n"
             with must_write("--output_dir", self.path("args.json")):

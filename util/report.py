@@ -89,7 +89,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
     lines = read_log(os.path.join(output_dir, "log.txt"))
     plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
-    first, last = lines[0], lines[-1]
+    first, last = (lines[0], lines[-1]) if lines else ({}, {})  # a finished run whose log.txt is gone
     last_checkpoint = os.path.abspath(os.path.join(output_dir, LAST))
     levels = [k for k in last if k.startswith("train_loss_")]
     names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
@@ -102,7 +102,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
         f"mask ratio {args.mask_ratio}, propagate {args.propagate}, loss weighting {args.loss_weighting}, "
         f"sigma_data {args.sigma_data:.3f}.",
         "",
-        f"| loss | epoch {first['epoch']} | epoch {last['epoch']} |",
+        f"| loss | epoch {first.get('epoch')} | epoch {last.get('epoch')} |",
         "|---|---|---|",
         *[f"| {name} | {first[k]:.4g} | {last[k]:.4g} |" for name, k in zip(names, levels)],
         "",

@@ -18,6 +18,7 @@ from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoi
 from util.dist import World, all_reduce, broadcast_object, gather_objects, lost_rank
 from util.errors import UserError
 from util.flags import Flag, differences, refusal
+from util.folder import goes_on_in
 from util.log import RunLog
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
@@ -36,6 +37,7 @@ class Position:
     bad_total: int = 0
     best: float | None = None
     best_epoch: int = -1
+    best_by: str = ""  # the metric that `best` is of; a checkpoint of before does not say
     planned: int = 0  # epochs in all, of the command line that wrote this
     finished: bool = False
     sums: dict = field(default_factory=dict)  # running sums of this epoch's metrics, floats
@@ -139,12 +141,13 @@ class Run:
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
         self.total, self.accum_iter = math.inf, 1  # micro-steps of an epoch, and of an update
+        self.images = 0  # of the training set
         self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
 
     def follow(self, loader, accum_iter: int) -> None:
         """The order of samples that the run goes through: training's Loader, and micro-steps per update."""
         self.global_batch, self.total = loader.order.batch_size * self.world.size, len(loader)
-        self.accum_iter = accum_iter
+        self.images, self.accum_iter = loader.order.n, accum_iter
         self.names = lambda index: [loader.data.name(int(i)) for i in index]
 
     def start_at(self, epoch: int, epochs: int) -> None:
@@ -156,6 +159,16 @@ class Run:
                 else "--epochs 0: should be 1 or more; there is nothing to train"
             )
         self.position = Position(epoch=epoch)
+
+    def plan(self, epochs: int) -> None:
+        """How many epochs the run has in all. One that is finished goes on when it is given another number."""
+        position = self.position
+        position.finished = position.epoch >= epochs or (position.finished and position.planned == epochs)
+        position.planned = epochs
+        if position.finished and not goes_on_in(self.options["output_dir"], self.options["resume"]):
+            raise UserError(f"--resume {self.source}: is finished after {position.epoch} epochs; give more --epochs")
+        if position.finished:
+            self.log.say("the run is finished; more --epochs would go on with it")
 
     def describe_speed(self) -> str:
         return (
@@ -174,6 +187,7 @@ class Run:
             "progress": {**asdict(self.position), "sums": {}},
             "sums": gather_objects(self.position.sums),  # each rank's own
             "global_batch": self.global_batch,
+            "images": self.images,
             "world_size": self.world.size,
             "model": model.state_dict(),
             "ema": ema.module.state_dict() if ema is not None else None,
@@ -266,6 +280,17 @@ class Run:
                 f"{content.get('world_size')} processes, this line has {self.global_batch} over {self.world.size}; choose "
                 "--batch_size so that they are equal (then the sample order goes on exactly), or --force_resume"
             )
+        images, split = (
+            content.get("images", self.images),
+            next((k for k in ("val_split", "kfold") if self.options.get(k)), ""),
+        )
+        if images != self.images:
+            if split and not force:  # the split is drawn anew
+                raise UserError(
+                    f"--resume {self.source}: written with {images} training images, now there are {self.images}, and "
+                    f"--{split} would hold out some that were trained on; bring the set back, or --force_resume"
+                )
+            self.log.say(f"resume: {self.images} training images from here on, {images} before")
         for d in found:
             self.log.say(f"resume: {d.flag.name} {d.now} from here on, {d.before} before")
 
