@@ -104,31 +104,30 @@ def describe_device(name: str) -> dict:
     return about
 
 
-def run_tests(device: str, choice: str) -> dict:
-    """pytest's result: passed, skipped, seconds, and {test: the last line of its failure}."""
+def run_tests(device: str, choice: str, limit: float) -> dict:
+    """pytest's result: passed, skipped, seconds, {test: why it failed}, and whether the time's end left some out."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/test_gpu.py",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            choice,
-            f"--junitxml={report}",
-        ]
-        ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "DEVICE": device}).returncode
+        pytest = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+        command = [*pytest, "-k", choice, f"--junitxml={report}"]
+        process, cut_off = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DEVICE": device}), False
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            cut_off = True
+            for _ in range(2):  # the first one a run takes for its own, and saves
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
         if not report.exists():
-            return {"failed": f"pytest ended with {ended} and no report"}
+            return {"failed": f"pytest ended with {process.poll()} and no report"}
         cases = list(ElementTree.parse(report).iter("testcase"))
     bad = {}
     for case in cases:
         for wrong in (*case.findall("failure"), *case.findall("error")):
             bad[case.get("name")] = " ".join((wrong.get("message") or wrong.text or "").split())[:300]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
-    return {"passed": len(cases) - len(bad) - len(skipped), "skipped": skipped, "wrong": bad,
+    return {"passed": len(cases) - len(bad) - len(skipped), "skipped": skipped, "wrong": bad, "cut_off": cut_off,
             "seconds": round(sum(float(case.get("time")) for case in cases), 1)}  # fmt: skip
 
 
@@ -194,9 +193,8 @@ def write(results: dict, path: Path) -> None:
     if "failed" in tests:
         lines += [f"tests/test_gpu.py: {tests['failed']}."]
     else:
-        lines += [
-            f"tests/test_gpu.py: {tests['passed']} passed, {len(tests['wrong'])} failed, {len(tests['skipped'])} skipped."
-        ]
+        counts = f"{tests['passed']} passed, {len(tests['wrong'])} failed, {len(tests['skipped'])} skipped"
+        lines += [f"tests/test_gpu.py: {counts}{', and no time for the rest' if tests['cut_off'] else ''}."]
         lines += ["", *(f"- failed: {name}: {why}" for name, why in tests["wrong"].items())]
         lines += [f"- skipped: {name}" for name in tests["skipped"]]
     lines += [
@@ -260,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{results['seconds']:5.0f} s  {what}: {found.get('failed') or 'done'}", flush=True)
 
     print(f"{about['device']}; output of what runs: {log}", flush=True)
-    results["tests"] = in_a_fork(TEST_SECONDS, log, lambda: run_tests(args.device, args.tests))
+    results["tests"] = in_a_fork(TEST_SECONDS, log, lambda: run_tests(args.device, args.tests, TEST_SECONDS - 15))
     note("tests", results["tests"])
     for mode in ("eager", "--compile"):  # what is cut off by the time's end is compiled
         for row in args.only:
@@ -279,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
             note(f"{what}, {mode}", found)
     tests, rows = results["tests"], [r for modes in results["rows"].values() for r in modes.values()]
     print(f"wrote {path.with_suffix('.md')} and {path.with_suffix('.json')}")
-    return int("failed" in tests or bool(tests["wrong"]) or any("failed" in r for r in rows))
+    return int("failed" in tests or bool(tests["wrong"]) or tests["cut_off"] or any("failed" in r for r in rows))
 
 
 if __name__ == "__main__":

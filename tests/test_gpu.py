@@ -60,14 +60,13 @@ RUNS = {
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """A run on the CPU hides the GPU from its process: too late for this one, which has begun to use it, but not for
-    those that it starts. On the CPU there are 320 digits to train with."""
+    those that it starts. 640 digits to train with, on the CPU 320."""
     if CUDA:
         torch.zeros(1, device=DEVICE)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0,1"))
-    else:
-        digits = load_digits()
-        few = {"images": digits.images[:400], "target": digits.target[:400]}
-        monkeypatch.setattr("sklearn.datasets.load_digits", lambda: SimpleNamespace(**few))
+    digits, n = load_digits(), 800 if CUDA else 400
+    few = {"images": digits.images[:n], "target": digits.target[:n]}
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: SimpleNamespace(**few))
     for main, name in ((main_finetune, "write_finetune_report"), (main_finetune, "plot_confusion"),
                        (main_pretrain_noprop, "write_pretrain_report")):  # fmt: skip
         monkeypatch.setattr(main, name, lambda *args: None)  # most of the time of so small a run
@@ -113,7 +112,7 @@ def test_a_deterministic_run_that_is_stopped_and_goes_on_has_the_bits_of_one_tha
     amp = "bf16" if CUDA else "off"  # convolutions in bf16 are not the CPU's business
     line = [*line, "--device", DEVICE, "--deterministic", "--amp", amp, "--resume", "auto", "--output_dir"]
     assert main(*line, tmp_path / "whole") == 0
-    calls, real, stop = [], main_finetune.Interrupts.poll, 30 if CUDA else 9  # in epoch 1 of 22 or 5 updates
+    calls, real, stop = [], main_finetune.Interrupts.poll, 16 if CUDA else 9  # in epoch 1 of 10 or 5 updates
 
     def poll(self):
         calls.append(1)
