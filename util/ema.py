@@ -7,14 +7,15 @@ from torch import nn
 
 class Ema(ModelEmaV3):
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: torch.Tensor) -> None:
-        """After `step` updates of `model`; skipped: bool, 0-d: the last one was not made, and nothing is averaged.
+    def update(self, model: nn.Module, step: int, skipped: torch.Tensor | None = None) -> None:
+        """After `step` updates of `model`; skipped: bool, 0-d: whether the last one was not made; then nothing is averaged.
 
         ModelEmaV3's own update, with its weight as a tensor on the device: no step waits for it.
         """
-        weight = torch.where(skipped, 0.0, 1.0 - self.get_decay(step))
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         averages, values = zip(*[(a, v) for a, v in pairs if a.is_floating_point()])
+        weight = averages[0].new_full((), 1.0 - self.get_decay(step))
+        weight = weight if skipped is None else torch.where(skipped, 0.0, weight)
         torch._foreach_lerp_(averages, values, [weight] * len(averages))
         for average, value in pairs:
             if not average.is_floating_point():
