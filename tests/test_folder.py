@@ -25,8 +25,13 @@ def fill(folder, held: str) -> None:
         headings = {"finetune": "# Fine-tuning: x", "linprobe": "# Frozen features of x", "kfold": "# 5-fold run"}
         (folder / "report.md").write_text(f"{headings.get(kind, '# My notes')}\n")
         (folder / "args.json").write_text("{}")
-    elif kind not in ("bare", "empty"):
+    elif kind == "folds":
+        (folder / "fold-1").mkdir()
+    elif kind not in ("bare", "empty", "stopped"):
         (folder / "args.json").write_text(json.dumps({"kind": kind}))
+    if kind == "stopped":  # before its first checkpoint, and before args.json named the kind
+        (folder / "log.txt").write_text('{"epoch": 0}\n')
+        (folder / "args.json").write_text("{}")
     (folder / ".lock").write_text("")
 
 
@@ -34,12 +39,14 @@ def fill(folder, held: str) -> None:
     "held,may",
     [
         ("empty", {"finetune", "pretrain", "kfold", *MEASURE}),
+        ("stopped", {"finetune", "pretrain"}),
         ("bare", {"finetune --resume", "pretrain --resume"}),  # the kind is looked at when the checkpoint is read
         ("finetune", {"finetune --resume"}),
         ("finetune old", {"finetune --resume"}),
         ("pretrain", {"pretrain --resume"}),
         ("kfold", {"kfold"}),
         ("kfold old", {"kfold"}),
+        ("folds", {"kfold"}),
         ("linprobe", {"linprobe"}),
         ("linprobe old", {"linprobe"}),
         ("sample", {"sample"}),
@@ -50,7 +57,7 @@ def fill(folder, held: str) -> None:
 def test_a_folder_is_claimed_by_its_own_kind_of_run_only(tmp_path, held, may):
     out = tmp_path / "out"
     fill(out, held)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     for kind in ("finetune", "pretrain", "kfold", *MEASURE):
         for resume in ("", "auto", str(out / LAST), str(tmp_path / "other" / LAST)):
             inside = resume in ("auto", str(out / LAST))
@@ -62,7 +69,7 @@ def test_a_folder_is_claimed_by_its_own_kind_of_run_only(tmp_path, held, may):
                 assert ("--overwrite" in one_line(caught)) == (kind not in MEASURE)
         if kind not in MEASURE:
             claim(str(out), kind, World(), overwrite=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
 def test_other_scripts_leave_a_training_run_as_it_is(whole_run):
@@ -121,3 +128,8 @@ def test_folds_are_finished_by_results_overwritten_on_demand_and_apart_in_tensor
     for fold in range(2):
         options = json.loads((tmp_path / "out" / f"fold-{fold}" / "result.json").read_text())["options"]
         assert (options["smoothing"], options["kfold"]) == (0.2, 2)
+    single = [*NET, "--epochs", 1, "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"holds a k-fold run of main_finetune\.py"):
+        finetune(*single)
+    assert finetune(*single, "--overwrite") == 0
+    assert not list((tmp_path / "out").glob("fold-*")) and not (tmp_path / "out" / "oof.csv").exists()

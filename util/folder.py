@@ -33,6 +33,8 @@ def kind_of_run(folder: str) -> str | None:
         kind = json.loads(Path(folder, "args.json").read_text("utf-8"))["kind"]
         if kind in KINDS:
             return kind
+    if holds(folder, r"fold-\d+"):
+        return "kfold"  # the folder of folds that were started one by one
     try:  # written before args.json named the kind
         with open(os.path.join(folder, "report.md"), encoding="utf-8", errors="replace") as file:
             heading = file.readline(200)
@@ -41,8 +43,9 @@ def kind_of_run(folder: str) -> str | None:
     return next((kind for kind, (_, start) in KINDS.items() if re.match(start, heading)), "other")
 
 
-def has_checkpoints(folder: str) -> bool:
-    return any(re.fullmatch(CHECKPOINT, name) for name in os.listdir(folder))
+def holds(folder: str, names: str) -> bool:
+    """True if a name in it matches the expression `names`."""
+    return any(re.fullmatch(names, name) for name in os.listdir(folder))
 
 
 def goes_on_in(folder: str, resume: str) -> bool:
@@ -58,8 +61,8 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
     """
     if overwrite or not os.path.isdir(folder):
         return
-    held, checkpoints, trains = kind_of_run(folder), has_checkpoints(folder), kind in RESUMABLE
-    own = held == kind or (held is None and (trains or not checkpoints))
+    held, checkpoints, trains = kind_of_run(folder), holds(folder, CHECKPOINT), kind in RESUMABLE
+    own = held == kind or (held is None and (trains or not holds(folder, CHECKPOINT + r"|log\.txt")))
     if own and (not trains or not checkpoints or goes_on_in(folder, resume)):
         return
     if own:
@@ -67,17 +70,27 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
             f"--output_dir {folder}: holds checkpoints of a run; --resume auto goes on with it, "
             "--overwrite starts anew, or choose another folder"
         )
-    what = KINDS[held][0] if held in KINDS else "a training run" if checkpoints else "a report.md of another origin"
+    what = (
+        KINDS[held][0] if held in KINDS else "a training run" if checkpoints else "another run's log.txt or report.md"
+    )
     or_else = ", or --overwrite" if trains or kind == "kfold" else ""
     raise UserError(f"--output_dir {folder}: holds {what}, which would be lost; choose another folder{or_else}")
 
 
-def clear_run(folder: str) -> None:
-    """--overwrite: what another training run left goes, so that nothing of it is resumed, predicted with or shown."""
+def clear_run(folder: str, folds: int = 0) -> None:
+    """--overwrite: what another training run left goes, so that nothing of it is resumed, predicted with or shown.
+
+    folds: the folders fold-0 to fold-{folds - 1} stay, each of which its own run clears.
+    """
     for name in os.listdir(folder):
-        if re.fullmatch(LEFT, name):
-            with suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+        path, fold = os.path.join(folder, name), re.fullmatch(r"fold-(\d+)", name)
+        with suppress(OSError):
+            if re.fullmatch(LEFT, name):
+                os.unlink(path)
+            elif fold and int(fold.group(1)) >= folds:
+                clear_run(path)
+                os.unlink(os.path.join(path, ".lock"))
+                os.rmdir(path)  # unless something else is in it
 
 
 def make_folder(path: str, flag: str) -> None:

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +57,10 @@ def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
     trains = not (args.dry_run or args.eval)
     log = claim(args.output_dir if trains else None, "kfold", world, overwrite=args.overwrite)
     if log.output_dir:
-        remove_other_folds(args)
+        if args.overwrite:
+            clear_run(args.output_dir, folds=args.kfold)
+        else:
+            refuse_other_folds(args)
         log.write_args(vars(args))
     for fold in range(args.kfold):
         one, where = of_fold(args, fold)
@@ -76,20 +78,14 @@ def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
     return 0
 
 
-def remove_other_folds(args) -> None:
-    """Folds of a run with more of them, which would be taken for this one's; UserError without --overwrite."""
-    for name in os.listdir(args.output_dir):
+def refuse_other_folds(args) -> None:
+    """UserError where a run with more folds has left some, which would be taken for this one's."""
+    for name in sorted(os.listdir(args.output_dir)):
         number = re.fullmatch(r"fold-(\d+)", name)
         if number and int(number.group(1)) >= args.kfold:
-            if not args.overwrite:
-                raise UserError(
-                    f"--kfold {args.kfold}: {args.output_dir} holds {name} of another run; choose another --output_dir, or "
-                    "--overwrite"
-                )
-            clear_run(os.path.join(args.output_dir, name))
-            with suppress(OSError):  # something else is in it
-                os.unlink(os.path.join(args.output_dir, name, ".lock"))
-                os.rmdir(os.path.join(args.output_dir, name))
+            raise UserError(
+                f"--kfold {args.kfold}: {args.output_dir} holds {name} of another run; choose another --output_dir, or --overwrite"
+            )
 
 
 def write_oof(output_dir: str, fold: int, data, evaluated) -> None:

@@ -345,7 +345,7 @@ def add_run_options(
         "--log_dir",
         changes_results=False,
         default=None,
-        help="where to put TensorBoard's files (default: --output_dir)",
+        help="where to put TensorBoard's files, of each fold in a folder of its own (default: --output_dir)",
     )
     group.add_argument("--device", changes_results=False, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
