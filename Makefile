@@ -34,10 +34,11 @@ bench: install
 # GPU.json. Takes .venv, or a Python that has what it needs already, or installs. DEVICE=cpu runs the same code in miniature.
 DEVICE ?= cuda
 OUT ?= bench
-NEEDED := torch, torchvision, timm, sklearn, scipy, cv2, matplotlib, tensorboard, pytest
+NEEDED := torch torchvision timm sklearn scipy cv2 matplotlib tensorboard pytest
+HAS_ALL := import importlib.util as i, sys; sys.exit(not all(map(i.find_spec, '$(NEEDED)'.split())))
 gpu:
 	@for python in $(BIN)/python $(PYTHON); do \
-	    if $$python -c "import $(NEEDED)" 2>/dev/null; then exec $$python -m bench.gpu --device $(DEVICE) --out $(OUT); fi; \
+	    if $$python -c "$(HAS_ALL)" 2>/dev/null; then exec $$python -m bench.gpu --device $(DEVICE) --out $(OUT); fi; \
 	done; make install && $(BIN)/python -m bench.gpu --device $(DEVICE) --out $(OUT)
 
 lint: install
