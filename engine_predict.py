@@ -13,7 +13,7 @@ from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from util.datasets import ArrayDataset, FileDataset
 from util.datasets import to_channels as array_to_channels
-from util.dist import Precision, World, gather_objects
+from util.dist import World, gather_objects
 from util.ensemble import geometric_mean
 from util.errors import UserError
 from util.image_files import printable
@@ -102,7 +102,6 @@ def predict(
     views: list[int],
     *,
     world: World,
-    precision: Precision,
     batch_size: int = 64,
     num_workers: int = 0,
     on_bad_image: str = "error",
@@ -135,7 +134,7 @@ def predict(
                 raise UserError(f"{name}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
         bad.update(unreadable)
         if len(index):
-            probabilities = forward(nets, inputs, images, world.device, precision)  # [nets, b, V, C]
+            probabilities = forward(nets, inputs, images, world.device)  # [nets, b, V, C]
             require_finite(probabilities, nets, data, index)
             one, mean, geometric = np.zeros((3, M, len(index), C))
             for m in range(M):
@@ -156,7 +155,7 @@ def predict(
     return Prediction(index[order], *means, dict(sorted(bad.items())))
 
 
-def forward(nets, inputs, images, device, precision) -> np.ndarray:
+def forward(nets, inputs, images, device) -> np.ndarray:
     """views uint8 [b, V, C, h, w] per kind of input -> probabilities float64 [nets, b, V, classes]."""
     b, V = images[0].shape[:2]
     ready, logits = {}, []
@@ -168,7 +167,7 @@ def forward(nets, inputs, images, device, precision) -> np.ndarray:
         x = ready[key, net.mean, net.std]
         if net.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with precision.autocast():
+        with net.precision.autocast():
             y = net.module(x)
         logits.append(y.float()[:, net.order])
     # In float64 on the CPU: one copy for all members, and devices without float64 work as well.

@@ -33,7 +33,7 @@ from util.compiled import compile_net, require_compiler
 from util.data import Loader, choose_loader, load_data
 from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, to_channels
-from util.dist import Precision, World, broadcast_buffers, init_world, set_attention_backend
+from util.dist import Precision, World, broadcast_buffers, init_world, prepare_net
 from util.dry_run import describe
 from util.ema import build_ema
 from util.errors import UserError
@@ -41,6 +41,7 @@ from util.log import RunLog, claim, survive
 from util.optim import param_groups
 from util.phases import enter_phase, freezing, phase_schedule
 from util.plots import plot_confusion
+from util.precision import is_convolutional
 from util.profile import StepProfiler
 from util.report import write_finetune_report
 from util.resolve import describe_input, resolve_meta
@@ -139,7 +140,7 @@ def build_model(args, meta: dict, world: World, noise, log: RunLog):
     if args.eval and args.resume:
         require_complete(load_pretrained(net, args.resume, pos_grid=args.pos_grid), args.resume)
     net.to(world.device)
-    if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
+    if is_convolutional(net):
         net.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
         enable_grad_checkpointing(net, meta["model"])
@@ -164,8 +165,6 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
             f"--data_path {args.data_path}: its classes differ from those of {args.resume or args.finetune}"
         )
     seed_all(args.seed, 0)  # initial weights are the same on every rank
-    precision = Precision(args.amp, world.device)
-    set_attention_backend(world.device, precision.dtype)
     noise = build_noise(args) if args.noise_eval or not args.eval else None
     log = claim(
         None if args.eval or args.dry_run else output_dir,
@@ -176,20 +175,24 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
         overwrite=args.overwrite,
     )
     net = build_model(args, meta, world, noise, log)
+    precision = Precision(args.amp, world.device, net)
     loaders = build_loaders(args, meta, train, val, world)
     global_batch, batch_text = effective_batch(loaders[0], args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
             f"{describe_input(args, meta, source)}; "
-            f"{world.size} x {world.device}, amp {precision.name}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+            f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
     if args.eval:
         try_forward(net.eval(), meta, 1)
+        prepare_net(net, precision)
         result = evaluate(net, loaders[1], precision, meta["num_classes"])
         log.say("  ".join(f"{k}: {v:.4f}" for k, v in result.scores().items()))
         log.say(f"Accuracy of the network on the {result.confusion.sum()} test images: {result.acc1:.2f}%")
         return 0
     freezing(args, in_head_phase=not args.epochs)(net.train())
     try_forward(net, meta, min(2, loaders[0].order.batch_size))
+    for note in prepare_net(net, precision, (meta["in_chans"], *meta["img_size"])):
+        log.say(note)
     if args.dry_run:
         groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         log.say(describe(args, meta, net, groups, loaders[0], precision, global_batch, lr))

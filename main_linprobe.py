@@ -24,7 +24,7 @@ from augment.image import build_eval_transform
 from models.rebuild import try_forward
 from util.data import Loader, load_data
 from util.datasets import ArrayDataset, to_channels
-from util.dist import Precision, World, init_world, set_attention_backend
+from util.dist import Precision, World, init_world, prepare_net
 from util.features import accuracy, choose_l2, extract, knn_predict, linear_probe
 from util.frozen import load_encoder, read_content, resolve_data
 from util.log import claim
@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     log = claim(args.output_dir, "linprobe", world)
     train, val = load_data(args.dataset, args.data_path, world, val_split=args.val_split, seed=args.split_seed)
 
-    precision = Precision(args.amp, world.device)
-    set_attention_backend(world.device, precision.dtype)
     model, meta, pool = load_encoder(args, train.classes, content)
     try_forward(model.to(world.device), {**meta, "num_classes": model.num_classes}, 1)
+    precision = Precision(args.amp, world.device, model)
+    prepare_net(model, precision)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
     log.say(f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
-            f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, amp {precision.name}")  # fmt: skip
+            f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}")  # fmt: skip
 
     started = time.time()
     features, targets = extract(model, build_loader(args, meta, train, world), precision, world, pool, "train")

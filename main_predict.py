@@ -18,7 +18,7 @@ import torch
 
 from augment.decoding import limit_pixels
 from engine_predict import predict
-from util.dist import Precision, init_world
+from util.dist import init_world
 from util.ensemble import build_combiners
 from util.errors import UserError
 from util.labels import read_images
@@ -67,14 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         image_folds = fold_of_images(members, classes, data, ids)
         notes.append("out of fold: each image is predicted by the networks that had not seen it")
     log.write_args(vars(args))
-    nets = load_nets(members, classes, world.device)
-    precision = Precision(args.amp, world.device)
-    for name, member in zip(short_names(members), members):
-        say(f"member {name}: {len(member.paths)} x {member.model}, input {member.metas[0]['img_size']}")
+    nets = load_nets(members, classes, world.device, args.amp)
+    for m, (name, member) in enumerate(zip(short_names(members), members)):
+        precision = next(net.precision for net in nets if net.member == m)
+        say(f"member {name}: {len(member.paths)} x {member.model}, input {member.metas[0]['img_size']}, {precision}")
     say(f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, {len(args.views)} view(s); "
-        f"{world.size} x {world.device}, amp {precision.name}", flush=True)  # fmt: skip
+        f"{world.size} x {world.device}", flush=True)  # fmt: skip
 
-    how = dict(world=world, precision=precision, batch_size=args.batch_size, num_workers=args.num_workers,
+    how = dict(world=world, batch_size=args.batch_size, num_workers=args.num_workers,
                on_bad_image=args.on_bad_image, margin=args.margin)  # fmt: skip
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)

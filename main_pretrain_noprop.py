@@ -24,7 +24,7 @@ from util.compiled import compile_noprop, require_compiler
 from util.data import Loader, choose_loader
 from util.data_specs import DATASETS
 from util.datasets import ArrayDataset, read_split, to_channels
-from util.dist import Precision, World, barrier, broadcast_object, init_world, set_attention_backend
+from util.dist import Precision, World, barrier, broadcast_object, init_world, prepare_net
 from util.dry_run import describe
 from util.errors import UserError
 from util.log import RunLog, claim, survive
@@ -146,8 +146,6 @@ def main(argv: list[str] | None = None) -> int:
         rho=args.rho, target=args.target, propagate=args.propagate, loss_weighting=args.loss_weighting,
         use_checkpoint=args.use_checkpoint,
     )  # fmt: skip
-    precision = Precision(args.amp, world.device)
-    set_attention_backend(world.device, precision.dtype)
     log = claim(
         None if args.dry_run else args.output_dir,
         "pretrain",
@@ -179,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     del measured_loader  # and its processes
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     net = NoPropMAE(**keywords, sigma_data=args.sigma_data).to(world.device)
+    precision = Precision(args.amp, world.device, net)
+    prepare_net(net, precision)
     # What fine-tuning, probing and sampling need to rebuild this encoder, or all of it, without a flag.
     run.meta = meta = {
         "kind": "pretrain", "model": f"vit_custom_patch{args.patch_size}", "model_kwargs": sizes, "global_pool": True,
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     groups = param_groups(net, weight_decay=args.weight_decay)
     log.say(f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
             f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
-            f"{world.size} x {world.device}, amp {precision.name}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+            f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
     if args.dry_run:
 
         def one_decoder(images):  # the step keeps the encoder's activations and one decoder's at a time

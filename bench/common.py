@@ -72,14 +72,12 @@ def serve(build: Callable, args) -> None:
 CHOICES = ("other_attention", "glibc_default", "mmap_32mb")
 
 
-def start_up(variant: str, args):
-    """(World, Precision) as the mains make them on args.device; the variants of CHOICES each leave one thing out.
+def start_up(variant: str, device: str):
+    """The World as the mains make it; the variants of CHOICES each leave one thing out.
 
     other_attention: fused where the product takes plain attention, and the other way round. glibc_default: without
     keep_freed_memory(). mmap_32mb: freed memory is kept as well, but blocks from 32 MB on are mapped and unmapped.
     """
-    from timm.layers import set_fused_attn
-
     from util import dist
 
     if variant in ("glibc_default", "mmap_32mb"):
@@ -89,12 +87,20 @@ def start_up(variant: str, args):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    world = dist.init_world(args.device)
-    precision = dist.Precision(getattr(args, "amp", None), world.device)
-    fused = dist.set_attention_backend(world.device, precision.dtype)
+    return dist.init_world(device)
+
+
+def precision_of(variant: str, net, world, amp: str | None):
+    """The Precision as the mains make it for `net`, which is prepared for it."""
+    from util import dist
+
+    precision = dist.Precision(amp, world.device, net)
+    dist.prepare_net(net, precision)
     if variant == "other_attention":
-        set_fused_attn(not fused)
-    return world, precision
+        for module in net.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = not module.fused_attn
+    return precision
 
 
 def peak_gb() -> float:

@@ -56,11 +56,13 @@ def build_product(variant: str, args):
     from util.datasets import ArrayDataset
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
+    from util.precision import is_convolutional
     from util.run import Interrupts, Position
 
-    world, precision = common.start_up(variant, args)
+    world = common.start_up(variant, args.device)
     net = create(args).to(world.device)
-    if any(isinstance(m, torch.nn.Conv2d) and m.kernel_size != m.stride for m in net.modules()):
+    precision = common.precision_of(variant, net, world, args.amp)
+    if is_convolutional(net):
         net.to(memory_format=torch.channels_last)  # as main_finetune.py does
     if args.compile:
         compile_net(net)

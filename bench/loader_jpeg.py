@@ -48,7 +48,7 @@ def product(variant: str, paths: list[str], args):
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.datasets import FileDataset
 
-    world, _ = common.start_up(variant, args)
+    world = common.start_up(variant, args.device)
     mae = args.aug == "mae"
     loader = Loader(
         FileDataset(paths, torch.zeros(len(paths), dtype=torch.long)),

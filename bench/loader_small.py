@@ -40,7 +40,7 @@ def product(variant: str, images, mean, std, args):
     from util.data import Loader
     from util.datasets import ArrayDataset
 
-    world, _ = common.start_up(variant, args)
+    world = common.start_up(variant, args.device)
     data = ArrayDataset(images, torch.zeros(len(images), dtype=torch.long), [""])
     transform = BatchTransform(mean, std, size=args.img_size, crop="pad" if args.crop else "none", hflip=0.5)
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)

@@ -47,9 +47,10 @@ def build_product(variant: str, args):
     from util.optim import build_adamw, param_groups
     from util.run import Interrupts, Position, wrap_ddp
 
-    world, precision = common.start_up(variant, args)
+    world = common.start_up(variant, args.device)
     net = NoPropMAE(T=args.T, img_size=args.img_size, patch_size=args.patch_size, use_checkpoint=args.use_checkpoint)
     net.to(world.device)
+    precision = common.precision_of(variant, net, world, args.amp)
     if args.compile:
         compile_noprop(net)
     n = args.batch_size * args.steps * world.size

@@ -44,24 +44,24 @@ def build(variant: str, args):
 
 def product(variant: str, paths: list[str], modules, args):
     import torch
-    from torch import nn
 
     from engine_predict import predict
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.datasets import FileDataset
     from util.members import Net
+    from util.precision import is_convolutional
 
-    world, precision = common.start_up(variant, args)
+    world = common.start_up(variant, args.device)
     data = FileDataset(paths, torch.full((len(paths),), -1), [str(i) for i in range(CLASSES)])
     nets, size = [], (args.img_size, args.img_size)
     for m, module in enumerate(modules):  # as util.members.load_nets prepares them
-        conv = any(isinstance(c, nn.Conv2d) and c.kernel_size != c.stride for c in module.modules())
+        conv = is_convolutional(module)
         module = module.to(world.device, memory_format=torch.channels_last) if conv else module.to(world.device)
-        nets.append(
-            Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, torch.arange(CLASSES, device=world.device), conv)
-        )
+        precision = common.precision_of(variant, module, world, args.amp)
+        order = torch.arange(CLASSES, device=world.device)
+        nets.append(Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, order, conv, precision))
     return lambda: predict(
-        nets, data, list(range(12)), world=world, precision=precision, batch_size=args.batch_size,
+        nets, data, list(range(12)), world=world, batch_size=args.batch_size,
         num_workers=args.workers,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import os
+import platform
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from util.errors import UserError
+from util.precision import is_convolutional, keep_out_of_bf16
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,10 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """True where bf16 matmuls run in hardware; elsewhere they are emulated and slower than fp32.
+    """True where matrix products take less time in bf16 than in fp32; elsewhere bf16 gains nothing.
 
+    A CPU needs AMX, or AVX512_BF16 of AMD's kind, which does two bf16 products in the time of one in fp32. Intel's without
+    AMX takes 1.8 times as long as for fp32 (bench/precision.md).
     The environment's NOISEVIT_BF16, 1 or 0, overrules the machine: each can run what the others run by default.
     """
     forced = os.environ.get("NOISEVIT_BF16", "")
@@ -195,23 +199,46 @@ def computes_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(
+            torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and is_amd(cpu_description()))
+        )
     return False
 
 
-class Precision:
-    """Autocast and loss scaling for one device: `off`, `bf16`, `fp16`, or None for the device's best.
+def cpu_description() -> str:
+    """What the system says of its processor, the vendor among it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return file.read(4096)
+    except OSError:
+        return platform.processor()
 
+
+def is_amd(description: str) -> bool:
+    return "AuthenticAMD" in description
+
+
+class Precision:
+    """Autocast and loss scaling: `off`, `bf16`, `fp16`, `mixed` (bf16; fp16 on a GPU without it), or None.
+
+    None is the faster one for the kind of `net` on this device (bench/precision.md), always the same for both: on CPU, bf16
+    for networks of matrix products where those are faster in it, fp32 for convolutional ones; on CUDA, bf16 or fp16. Without
+    a net: as for one of matrix products. `why` tells what decided.
     Only fp16 needs a GradScaler: its gradients underflow, bf16's exponent is fp32's.
     """
 
-    def __init__(self, amp: str | None, device: torch.device):
-        self.name = amp or ("bf16" if computes_bf16(device) else "off")
+    def __init__(self, amp: str | None, device: torch.device, net: torch.nn.Module | None = None):
+        self.name, self.why = choose_precision(device, net) if amp is None else (amp, "--amp")
+        if amp == "mixed":
+            self.name = "fp16" if device.type == "cuda" and not computes_bf16(device) else "bf16"
         self.device = device
         self.dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # mps without fp16 support warns here and says so again at the first step
             self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def __str__(self) -> str:
+        return f"amp {self.name} ({self.why})"
 
     def autocast(self):
         if self.name == "off":
@@ -219,13 +246,30 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def set_attention_backend(device: torch.device, dtype: torch.dtype) -> bool:
-    """Choose fused or plain attention for models built from here on; returns True for fused.
+def choose_precision(device: torch.device, net: torch.nn.Module | None) -> tuple[str, str]:
+    """(amp, reason) of the faster precision."""
+    if device.type == "cuda":
+        return ("bf16", "this GPU computes it") if computes_bf16(device) else ("fp16", "this GPU has no bf16")
+    if not computes_bf16(device):
+        return "off", f"fp32: bf16 is no faster on this {'CPU' if device.type == 'cpu' else 'device'}"
+    if device.type == "cpu" and net is not None and is_convolutional(net):
+        return "off", "fp32: convolutions are slower in bf16 on this CPU"
+    return "bf16", "faster for matrix products on this CPU"
 
+
+def prepare_net(
+    net: torch.nn.Module, precision: Precision, trained_on: tuple[int, int, int] | None = None
+) -> list[str]:
+    """Make net's layers fit for the precision; returns notes for the log.
+
+    trained_on: channels, height, width of the images that it will be trained on, if it will.
     On CPU, the fused kernel's backward is slow in bf16 (bench/BENCH.md): plain softmax(q k^T) v wins there.
     """
-    from timm.layers import set_fused_attn
-
-    fused = not (device.type == "cpu" and dtype != torch.float32)
-    set_fused_attn(fused)
-    return fused
+    if precision.device.type != "cpu" or precision.name == "off":
+        return []
+    for module in net.modules():
+        if getattr(module, "fused_attn", False):
+            module.fused_attn = False
+    names = keep_out_of_bf16(net, trained_on) if trained_on else []
+    return [f"note: in fp32, because torch's {precision.name} gradients are wrong for maps as small as theirs: "
+            + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")] if names else []  # fmt: skip

@@ -12,9 +12,11 @@ from torch import nn
 from augment.image import default_crop_pct
 from models.rebuild import load_classifier
 from util.checkpoint import BEST, read_checkpoint
+from util.dist import Precision, prepare_net
 from util.errors import UserError
 from util.folds import RESULT
 from util.image_files import printable
+from util.precision import is_convolutional
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Net:
     std: tuple[float, ...]
     order: torch.Tensor
     channels_last: bool
+    precision: Precision
     crop_pct: float | None = None  # share of a resized file that its evaluation sees
 
     @property
@@ -123,8 +126,8 @@ def read_head(path: str) -> dict:
     return head
 
 
-def load_nets(members: list[Member], classes: list[str], device: torch.device) -> list[Net]:
-    """Every network, in eval mode, EMA weights where there are any."""
+def load_nets(members: list[Member], classes: list[str], device: torch.device, amp: str | None) -> list[Net]:
+    """Every network, in eval mode, EMA weights where there are any, each in `amp` or the precision of its own kind."""
     nets = []
     for m, member in enumerate(members):
         for path in member.paths:
@@ -132,12 +135,24 @@ def load_nets(members: list[Member], classes: list[str], device: torch.device) -
             if meta["in_chans"] not in (1, 3):
                 raise UserError(f"--checkpoints {path}: takes {meta['in_chans']} channels; image files have 1 or 3")
             # cuDNN and oneDNN run convolutions faster on channels_last; a ViT's patch embedding does not gain.
-            conv = any(isinstance(c, nn.Conv2d) and c.kernel_size != c.stride for c in module.modules())
+            conv = is_convolutional(module)
             module.to(device, memory_format=torch.channels_last) if conv else module.to(device)
+            precision = Precision(amp, device, module)
+            prepare_net(module, precision)
             order = torch.tensor([meta["classes"].index(c) for c in classes], device=device)
             statistics = tuple(meta["mean"]), tuple(meta["std"])
             nets.append(
-                Net(module, m, tuple(meta["img_size"]), meta["in_chans"], *statistics, order, conv, crop_pct_of(meta))
+                Net(
+                    module,
+                    m,
+                    tuple(meta["img_size"]),
+                    meta["in_chans"],
+                    *statistics,
+                    order,
+                    conv,
+                    precision,
+                    crop_pct_of(meta),
+                )
             )
     return nets
 

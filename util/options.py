@@ -348,8 +348,8 @@ def add_run_options(
         help="where to put TensorBoard's files, of each fold in a folder of its own (default: --output_dir)",
     )
     group.add_argument("--device", changes_results=False, default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
-                       help="mixed precision (default: bf16 where the device computes it, else off)")  # fmt: skip
+    group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "mixed", "bf16", "fp16"), const="mixed", default=None,
+                       help="mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one for this device and kind of network)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     group.add_argument(
         "--resume",

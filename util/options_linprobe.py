@@ -37,8 +37,8 @@ def get_args_parser() -> Parser:
     group.add_argument("--batch_size", type=positive_int, default=256, help="images per process")
     group.add_argument("--output_dir", default="", help="where to put log.txt and report.md; '' saves nothing")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "bf16", "fp16"), const="bf16", default=None,
-                       help="mixed precision of the encoder (default: bf16 where the device computes it)")  # fmt: skip
+    group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "mixed", "bf16", "fp16"), const="mixed", default=None,
+                       help="precision of the encoder; mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     group.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
     add_deterministic_option(group)

@@ -62,7 +62,7 @@ def get_args_parser() -> Parser:
                         help="an unreadable image ends the run, or has an empty row in predictions.csv")  # fmt: skip
     add_max_pixels_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default=None,
-                        help="mixed precision (default: bf16 where the device computes it, else off)")  # fmt: skip
+    parser.add_argument("--amp", choices=("off", "mixed", "bf16", "fp16"), default=None,
+                        help="mixed: bf16, on GPUs without it fp16 (default: the faster one for this device and each network)")  # fmt: skip
     parser.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
     return parser

@@ -1,0 +1,85 @@
+"""What a network's layers say about the precision to compute it in."""
+
+import torch
+from torch import nn
+
+
+def is_convolutional(net: nn.Module) -> bool:
+    """True with a convolution whose windows overlap or leave gaps; cutting into patches is a matrix product."""
+    return any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in net.modules())
+
+
+# torch's bf16 weight gradient of a convolution on CPU (oneDNN; torch 2.14 on AVX512_BF16) is not written everywhere where
+# a tap of the kernel meets nothing but padding: its gradient is 0, but what the memory held before may be returned. So
+# with a 3x3 kernel of stride 2 on a 1x1 map, which only its centre meets:
+#
+#     conv, x, wrong = torch.nn.Conv2d(64, 64, 3, 2, 1), torch.randn(8, 64, 1, 1), 0
+#     for _ in range(20):
+#         junk = [torch.full(conv.weight.shape, float("nan"), dtype=torch.bfloat16) for _ in range(20)]
+#         del junk
+#         conv.zero_grad()
+#         with torch.autocast("cpu", torch.bfloat16):
+#             conv(x).sum().backward()
+#         wrong += not conv.weight.grad.isfinite().all()
+#
+# ends with wrong between 5 and 19. With glibc's M_PERTURB filling all fresh memory, 707 of 6096 settings of Conv2d were
+# wrong (kernels 1 to 7, strides 1 to 4, dilations, groups, maps of 1 to 8 pixels, both memory formats), all of them of this
+# kind, and no output or gradient of the input. Conv3d fails as well where the padding is wider than the map.
+
+
+def meets_only_padding(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """True if along one dimension some tap of the kernel never lies on the map, or the padding is as wide as the map."""
+    outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return padding > 0 and (
+        padding >= size
+        or any(
+            not any(0 <= tap * dilation - padding + i * stride < size for i in range(outputs)) for tap in range(kernel)
+        )
+    )
+
+
+class _InFp32:
+    """A convolution of which autocast keeps away."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def keep_out_of_bf16(net: nn.Module, shape: tuple[int, int, int]) -> list[str]:
+    """Convolutions on CPU whose gradient torch gets wrong in bf16 compute in fp32 from now on; returns their names.
+
+    shape: channels, height, width of net's images; one of them goes through it to see the maps.
+    """
+    padded = [(n, m) for n, m in net.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and widths(m)]
+    found, hooks = {}, []
+
+    def looks(name: str, conv: nn.Module):
+        def look(_, inputs: tuple) -> None:
+            where = zip(inputs[0].shape[2:], conv.kernel_size, conv.stride, widths(conv), conv.dilation)
+            if any(meets_only_padding(*numbers) for numbers in where):
+                found[name] = conv
+
+        return look
+
+    if padded:
+        modes = [(m, m.training) for m in net.modules()]
+        try:
+            hooks = [conv.register_forward_pre_hook(looks(name, conv)) for name, conv in padded]
+            with torch.no_grad(), torch.random.fork_rng([]):
+                net.eval()(torch.zeros(1, *shape))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in modes:
+                module.training = mode
+    for conv in found.values():
+        conv.__class__ = type(type(conv).__name__, (_InFp32, type(conv)), {})
+    return list(found)
+
+
+def widths(conv: nn.Module) -> tuple[int, ...]:
+    """Its zero padding per dimension; () for none."""
+    if conv.padding == "same":
+        return tuple(-(-d * (k - 1) // 2) for k, d in zip(conv.kernel_size, conv.dilation))
+    return conv.padding if conv.padding != "valid" and any(conv.padding) else ()
