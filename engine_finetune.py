@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from util.dist import all_reduce, gather_objects
+from util.errors import UserError
 from util.log import batches_of
 from util.steps import Steps
 
@@ -115,6 +116,8 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         if collect:
             kept.append((batch.index, logits.softmax(1)))
     confusion = add_up(confusion.cpu()).view(num_classes, num_classes).numpy()
+    if not confusion.any():
+        raise UserError(f"--data_path: none of the {len(loader.data)} images to evaluate can be read")
     sums = add_up(torch.stack([loss_sum.double().cpu(), top5.double().cpu()]))
     n = max(1, int(confusion.sum()))
     balanced, f1 = scores_from_confusion(confusion)

@@ -32,7 +32,7 @@ from util.checkpoint import peek_meta
 from util.compiled import compile_net, require_compiler
 from util.data import Loader, choose_loader, load_data
 from util.data_specs import DATASETS
-from util.datasets import ArrayDataset, to_channels
+from util.datasets import ArrayDataset, notes_of, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, prepare_net
 from util.dry_run import describe
 from util.ema import build_ema
@@ -182,6 +182,8 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
             f"{describe_input(args, meta, source)}; "
             f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+    for note in notes_of(train, val):
+        log.say(f"note: {note}")
     if args.eval:
         try_forward(net.eval(), meta, 1)
         prepare_net(net, precision)
@@ -300,7 +302,7 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         profiler.close()
     if log.output_dir and not (was_finished and os.path.exists(log.path("report.md"))):
         with survive(log.path("report.md")):
-            write_finetune_report(log.output_dir, args, meta, position)
+            write_finetune_report(log.output_dir, args, meta, position, notes_of(train, val))
     return 0
 
 

@@ -23,12 +23,14 @@ from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
 from models.rebuild import try_forward
 from util.data import Loader, load_data
-from util.datasets import ArrayDataset, to_channels
+from util.data_specs import IN_MEMORY
+from util.datasets import ArrayDataset, notes_of, to_channels
 from util.dist import Precision, World, init_world, prepare_net
 from util.features import accuracy, choose_l2, extract, knn_predict, linear_probe
 from util.frozen import load_encoder, read_content, resolve_data
+from util.image_files import refuse_output_among_images
 from util.log import claim
-from util.report import write_text
+from util.report import note_lines, write_text
 from util.resolve import describe_input
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
     resolve_data(args, content)
+    if args.dataset not in IN_MEMORY:
+        refuse_output_among_images("--output_dir", args.output_dir, args.data_path)
     log = claim(args.output_dir, "linprobe", world)
     train, val = load_data(args.dataset, args.data_path, world, val_split=args.val_split, seed=args.split_seed)
 
@@ -64,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
     log.say(f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
             f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}")  # fmt: skip
+    notes = notes_of(train, val)
+    for note in notes:
+        log.say(f"note: {note}")
 
     started = time.time()
     features, targets = extract(model, build_loader(args, meta, train, world), precision, world, pool, "train")
@@ -92,11 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     if log.output_dir:
         log.write_args(vars(args))
         log.epoch(line)
-        write_report(log.output_dir, line)
+        write_report(log.output_dir, line, notes)
     return 0
 
 
-def write_report(output_dir: str, line: dict) -> None:
+def write_report(output_dir: str, line: dict, notes: list[str]) -> None:
     text = [
         f"# Frozen features of {line['model']} on {line['dataset']}",
         "",
@@ -105,6 +112,7 @@ def write_report(output_dir: str, line: dict) -> None:
         f"Weights: {line['weights']}. Features: {POOL_NAMES[line['pool']]}, {line['feature_dim']} values, of "
         f"{line['n_train']} training and {line['n_val']} validation images without augmentation.",
         "",
+        *note_lines(notes),
         "| top-1 accuracy | |",
         "|---|---|",
         f"| weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g} | {line['knn_acc1']:.2f}% |",

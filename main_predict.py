@@ -18,6 +18,7 @@ import torch
 
 from augment.decoding import limit_pixels
 from engine_predict import predict
+from util.datasets import notes_of
 from util.dist import init_world
 from util.ensemble import build_combiners
 from util.errors import UserError
@@ -60,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     log = claim(args.output_dir, "predict", world)
     combiners = build_combiners(members, classes, args.weights)
     data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
+    if world.is_main:
+        for note in notes_of(data):
+            say(f"note: {note}")
     if args.margin is not None:
         notes.append(f"--margin {args.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts")
     if args.out_of_fold:
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output_dir, args=args, members=members, combiners=combiners, data=data, ids=ids, classes=classes,
         prediction=prediction, views=args.views, notes=notes, seconds=time.time() - started,
     )  # fmt: skip
-    say("\n".join([text, "", *(f"note: {note}" for note in notes)]))
+    say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(data))]))
     say(
         f"predictions: {os.path.join(args.output_dir, 'predictions.csv')}, report: {os.path.join(args.output_dir, 'report.md')}"
     )

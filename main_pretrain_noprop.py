@@ -23,7 +23,7 @@ from models.noprop_mae import NoPropMAE
 from util.compiled import compile_noprop, require_compiler
 from util.data import Loader, choose_loader
 from util.data_specs import DATASETS
-from util.datasets import ArrayDataset, read_split, to_channels
+from util.datasets import ArrayDataset, notes_of, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, prepare_net
 from util.dry_run import describe
 from util.errors import UserError
@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
 
     train, held_out = read_images(args, world, in_chans)
     loader, picture_loader, measured_loader = build_loaders(args, train, held_out, size, in_chans, mean, std, world)
+    if args.vis_freq and args.output_dir:
+        next(iter(picture_loader.epoch()))  # what cannot be read is told now, not at the first picture
     run = Run(
         world,
         log,
@@ -191,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     log.say(f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
             f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
             f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+    for note in notes_of(train, held_out):
+        log.say(f"note: {note}")
     if args.dry_run:
 
         def one_decoder(images):  # the step keeps the encoder's activations and one decoder's at a time
@@ -277,7 +281,7 @@ def fit(
         profiler.close()
     if log.output_dir and not (was_finished and os.path.exists(log.path("report.md"))):
         with survive(log.path("report.md")):
-            write_pretrain_report(log.output_dir, args, meta)
+            write_pretrain_report(log.output_dir, args, meta, notes_of(loader.data, picture_loader.data))
     return 0
 
 

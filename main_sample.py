@@ -21,14 +21,15 @@ from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
 from util.data import Loader
-from util.datasets import ArrayDataset, FileDataset, read_split, to_channels
+from util.data_specs import IN_MEMORY
+from util.datasets import ArrayDataset, FileDataset, notes_of, read_split, to_channels
 from util.dist import World, init_world
 from util.errors import UserError
 from util.frechet import EncoderFeatures, find_inception, load_inception
 from util.frozen import load_noprop, resolve_data
-from util.image_files import find_images
+from util.image_files import Found, find_images, refuse_output_among_images
 from util.log import RunLog, claim
-from util.report import write_text
+from util.report import note_lines, write_text
 from util.sampling import Study
 from util.seed import mix
 
@@ -36,15 +37,16 @@ from util.seed import mix
 def read_images(args, in_chans: int):
     """(images to look at, other images of the same kind or None, what they are called)."""
     if args.images:
-        paths = []
+        paths, notes = [], []
         for path in args.images:
             if not os.path.exists(path):
                 raise UserError(f"--images {path}: no such file or folder")
-            found = find_images(path) if os.path.isdir(path) else [path]
-            if not found:
+            found = find_images(path) if os.path.isdir(path) else Found([path])
+            if not found.paths:
                 raise UserError(f"--images {path}: no images in it")
-            paths += found
-        return FileDataset(paths, torch.full((len(paths),), -1)), None, "given images"
+            paths += found.paths
+            notes += found.notes(path)
+        return FileDataset(paths, torch.full((len(paths),), -1), notes=notes), None, "given images"
     held_out = read_split(args.dataset, args.data_path, "val", labelled=False)
     data = held_out or read_split(args.dataset, args.data_path, "train", labelled=False)
     name = f"{'held-out' if held_out else 'training'} images of {args.dataset}"
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     args.mask_ratio = args.mask_ratio or (ratios or [0.75])[0]
     if args.output_dir is None:
         args.output_dir = os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), "samples")
+    for folder in args.images or ([] if args.dataset in IN_MEMORY else [args.data_path]):
+        refuse_output_among_images("--output_dir", args.output_dir, folder)
     log = claim(args.output_dir, "sample", world)
     log.say(f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
             f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}")  # fmt: skip
@@ -109,12 +113,14 @@ def main(argv: list[str] | None = None) -> int:
 
     log.write_args(vars(args))
     study = Study(net, meta["mean"], meta["std"], args.mask_ratio, args.sampler, args.seed)
-    pictures, tables = [], []
+    pictures, tables, notes = [], [], []
     line = {"epoch": content["epoch"], "mask_ratio": args.mask_ratio}
     if set(args.mode) != {"generate"}:
         data, others, name = read_images(args, meta["in_chans"])
         loader = build_loader(args, data, meta, world)
-        title = f"{len(data)} {name}"
+        title, notes = f"{len(data)} {name}", notes_of(data)
+        for note in notes:
+            log.say(f"note: {note}")
     if "reconstruct" in args.mode:
         scores = study.reconstruct(loader, args.num, log.path("reconstruction_{}.png"))
         tables.append(table(f"{title}, {100 * args.mask_ratio:g}% hidden, filled by", "PSNR (dB)", scores))
@@ -142,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that the disk had room for
     log.epoch(line)
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    text = [f"# Samples of {args.checkpoint}", "", f"    {command}", ""]
+    text = [f"# Samples of {args.checkpoint}", "", f"    {command}", "", *note_lines(notes)]
     text += [part for rows in tables for part in (*rows, "")]
     text += [f"![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in pictures]
     write_text(log.path("report.md"), "\n".join(text))

@@ -1,5 +1,7 @@
 import os
 import pickle
+import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -35,12 +37,13 @@ def test_folder_reads_both_splits_with_one_class_order(photo_folder):
 def test_errors_name_the_folder(tmp_path):
     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"):
         write_image(tmp_path / name)
-    with pytest.raises(UserError, match=r"val: its class folders differ.*missing dog"):
-        read_split("folder", str(tmp_path), "val")
-    (tmp_path / "val" / "dog").mkdir()
-    with pytest.raises(UserError, match=r"val/dog: class folder without images"):
-        read_split("folder", str(tmp_path), "val")
-    write_image(tmp_path / "val" / "dog" / "1.png")
+    (tmp_path / "train" / "elk").mkdir()
+    with pytest.raises(UserError, match=r"train/elk: class folder without images$"):
+        read_split("folder", str(tmp_path), "train")
+    (tmp_path / "train" / "elk" / "a.txt").touch()
+    with pytest.raises(UserError, match=r"train/elk: class folder without images; its files are 1 .txt"):
+        read_split("folder", str(tmp_path), "train")
+    shutil.rmtree(tmp_path / "train" / "elk")
     write_image(tmp_path / "val" / "cow" / "1.png")
     with pytest.raises(UserError, match=r"unknown cow"):
         read_split("folder", str(tmp_path), "val")
@@ -132,6 +135,35 @@ def test_cifar10_files_become_one_uint8_tensor(cifar_root):
     raw = pickle.loads((cifar_root / "cifar-10-batches-py" / "data_batch_2").read_bytes())["data"][1]
     assert torch.equal(train.images[5], torch.from_numpy(raw).view(3, 32, 32))
     assert train.classes[0] == "class0" and train.targets[:5].tolist() == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "inner", ["", "cifar-10-batches-py", "cifar-10-batches-py/", "cifar-10-batches-py/../cifar-10-batches-py"]
+)
+def test_cifars_own_folder_may_be_given(cifar_root, inner, monkeypatch):
+    whole = read_split("cifar10", str(cifar_root), "train")
+    assert torch.equal(read_split("cifar10", f"{cifar_root}/{inner}", "train").images, whole.images)
+    monkeypatch.chdir(cifar_root / inner)
+    assert torch.equal(read_split("cifar10", ".", "val").targets, torch.arange(4))
+
+
+@pytest.mark.parametrize("inner", ["", "FashionMNIST", "FashionMNIST/raw"])
+def test_fashion_mnists_own_folder_may_be_given(tmp_path, inner):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 3), ("t10k", 2)):
+        pixels, labels = np.full((n, 28, 28), n, np.uint8), np.arange(n, dtype=np.uint8)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
+    train = read_split("fashion-mnist", str(tmp_path / inner), "train")
+    assert train.images.shape == (3, 1, 28, 28) and train.targets.tolist() == [0, 1, 2]
+
+
+def test_a_folder_beside_cifars_is_not_taken_for_it(cifar_root, monkeypatch):
+    (cifar_root / "cifar").mkdir()
+    monkeypatch.setattr("util.datasets._download", lambda name, fetch, by_hand: pytest.fail(by_hand))
+    with pytest.raises(pytest.fail.Exception, match="cifar/cifar-10-batches-py"):
+        read_split("cifar10", str(cifar_root / "cifar"), "train")
 
 
 def test_offline_download_says_what_to_put_where(tmp_path, monkeypatch):
@@ -279,8 +311,6 @@ def test_unmixed_evaluation_batches_hold_the_right_targets(photo_folder):
 
 
 def test_broken_image_ends_the_run_or_is_skipped_by_path(photo_folder, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(photo_folder, tmp_path / "p")
     (tmp_path / "p" / "train" / "red" / "red_03.png").write_bytes(b"no image")
     whole = (tmp_path / "p" / "val" / "blue" / "blue_01.png").read_bytes()

@@ -1,6 +1,7 @@
 """Whose an output folder is: every script claims it through one door, and none writes over what another left."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from tests_common import NET, finetune, one_line
@@ -10,6 +11,7 @@ from bench.chaos import tensorboard_scalars
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
+from util.image_files import OUTPUT_MARK
 from util.log import claim
 
 MEASURE = ("linprobe", "sample", "predict")
@@ -69,7 +71,15 @@ def test_a_folder_is_claimed_by_its_own_kind_of_run_only(tmp_path, held, may):
                 assert ("--overwrite" in one_line(caught)) == (kind not in MEASURE)
         if kind not in MEASURE:
             claim(str(out), kind, World(), overwrite=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != OUTPUT_MARK} == before
+
+
+def test_only_a_folder_that_a_run_may_write_to_is_marked_as_its_output(tmp_path):
+    for held, marked in (("notes old", False), ("linprobe", True)):
+        fill(tmp_path / held, held)
+        with suppress(UserError):
+            claim(str(tmp_path / held), "linprobe", World())
+        assert (tmp_path / held / OUTPUT_MARK).exists() == marked
 
 
 def test_other_scripts_leave_a_training_run_as_it_is(whole_run):

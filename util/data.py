@@ -79,10 +79,11 @@ def load_data(
 ):
     """(train, val) data sets with labels. Rank 0 reads first, so that a download happens once."""
     if world.is_main:
-        train, val = read_split(name, root, "train"), read_split(name, root, "val")
+        train, val = read_both(name, root)
     barrier()
     if not world.is_main:
-        train, val = read_split(name, root, "train"), read_split(name, root, "val")
+        train, val = read_both(name, root)
+    barrier()  # none makes an output folder, which may lie among the images, while others look
     if len(train.classes) < 2:
         raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
     if kfold:
@@ -94,6 +95,11 @@ def load_data(
     elif val is None:
         raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
     return train, val
+
+
+def read_both(name: str, root: str):
+    train = read_split(name, root, "train")
+    return train, read_split(name, root, "val", classes=train.classes)
 
 
 class EpochOrder:

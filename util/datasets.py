@@ -4,13 +4,19 @@ Two kinds come out: ArrayDataset (one uint8 tensor) and FileDataset (paths, deco
 """
 
 import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from util.errors import UserError
-from util.image_files import EXTENSIONS, class_folders, find_images, printable
+from util.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, printable
+
+# Folders that divide a set, and are no classes.
+TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
 
 
 @dataclass
@@ -34,56 +40,99 @@ class ArrayDataset:
 
 @dataclass
 class FileDataset:
-    """Images as files. `targets` int64 [N]; -1 where there is no label. `root` shortens the names in reports."""
+    """Images as files. `targets` int64 [N]; -1 where there is no label. `root` shortens the names in reports.
 
-    paths: list[str]
+    notes: what lies beside the images and was not read, for the log and the report.
+    """
+
+    paths: Sequence[str]
     targets: torch.Tensor
     classes: list[str] = field(default_factory=list)
     root: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.paths = self.paths if isinstance(self.paths, Paths) else Paths(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def subset(self, index: torch.Tensor) -> "FileDataset":
-        return FileDataset([self.paths[int(i)] for i in index], self.targets[index], self.classes, self.root)
+        return FileDataset(self.paths.take(index.numpy()), self.targets[index], self.classes, self.root, self.notes)
 
     def name(self, i: int) -> str:
         return os.path.relpath(self.paths[i], self.root) if self.root else self.paths[i]
 
 
-def read_class_folder(root: str, classes: list[str] | None = None) -> FileDataset:
-    """root/class/**/image files. `classes` fixes the names and order (validation must match training)."""
-    found = class_folders(root)
-    if not found:
+def notes_of(*data: ArrayDataset | FileDataset | None) -> list[str]:
+    """The notes of several splits, each once."""
+    return list(dict.fromkeys(note for d in data for note in getattr(d, "notes", ())))
+
+
+def read_class_folder(root: str, classes: list[str] | None = None, only: Collection[str] | None = None) -> FileDataset:
+    """root/class/**/image files. only: names of the classes to read, if not all.
+
+    classes: the training set's, for its validation set; of these it may lack some, which is noted. UserError if it has others.
+    """
+    folders = defaultdict(list)
+    for folder in class_folders(root):
+        folders[class_name(folder)].append(folder)
+    if only is not None:
+        folders = {name: folders[name] for name in only if name in folders}
+    if not folders:
         raise UserError(f"{root}: no class folders in it; expected {root}/<class>/<images>")
-    if classes is not None and found != classes:
-        missing, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
-        detail = [f"missing {', '.join(missing[:5])}"] if missing else []
-        detail += [f"unknown {', '.join(extra[:5])}"] if extra else []
-        raise UserError(f"{root}: its class folders differ from the training classes: {'; '.join(detail)}")
-    paths, targets = [], []
-    for label, name in enumerate(found):
-        images = find_images(os.path.join(root, name))
-        if not images:
-            raise UserError(
-                f"{os.path.join(root, name)}: class folder without images ({', '.join(EXTENSIONS[:3])}, ...)"
-            )
-        paths += images
-        targets += [label] * len(images)
-    return FileDataset(paths, torch.tensor(targets), [printable(name) for name in found], root)
+    paths, counts, total = [], {}, Found()
+    for name in sorted(folders):
+        found = Found()
+        for folder in folders[name]:
+            found += find_images(os.path.join(root, folder), is_data=False)
+        counts[name] = len(found.paths)
+        if not found.paths and not found.outputs and classes is None:
+            left_out = f"; its files are {found.kinds()}" if found.left_out else ""
+            raise UserError(f"{os.path.join(root, folders[name][0])}: class folder without images{left_out}")
+        paths.append(Paths(found.paths))
+        found.paths = []
+        total += found
+    present = [name for name in counts if counts[name]]
+    notes = total.notes(root)
+    if stray := images_beside(root):
+        notes.append(f"{printable(root)}: left out, {stray} images outside of the class folders")
+    if classes is None:
+        classes = present
+    if unknown := sorted(set(present) - set(classes)):
+        raise UserError(f"{root}: its class folders differ from the training classes: unknown {', '.join(unknown[:5])}")
+    if not present:
+        raise UserError(f"{root}: none of its class folders has images; expected {root}/<class>/<images>")
+    if lacking := [name for name in classes if name not in present]:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        notes.append(
+            f"{printable(root)}: has no images of {', '.join(lacking[:5])}{more}; scored on the {len(present)} classes that it has"
+        )
+    targets = [torch.full((counts[name],), classes.index(name)) for name in present]
+    return FileDataset(Paths.joined(paths), torch.cat(targets), list(classes), root, notes)
 
 
-def read_unlabelled(root: str) -> FileDataset:
-    """Every image below root, without labels: for pretraining and prediction."""
+def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
+    """Every image below root, without labels: for pretraining and prediction. without: folders in root that are not read."""
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
-    paths = find_images(root)
-    if not paths:
-        raise UserError(f"{root}: no images in it ({', '.join(EXTENSIONS[:3])}, ...)")
-    return FileDataset(paths, torch.full((len(paths),), -1), [], root)
+    found = find_images(root, without=without)
+    if not found.paths:
+        left_out = f" (but {found.kinds()})" if found.left_out else ""
+        raise UserError(f"{root}: no images in it{left_out}")
+    notes = found.notes(root)
+    if without:
+        notes.append(f"{printable(root)}: left out, held out beside it: {', '.join(map(printable, without))}")
+    return FileDataset(found.paths, torch.full((len(found.paths),), -1), [], root, notes)
 
 
-def _read_folder(root: str, split: str, labelled: bool) -> FileDataset | None:
+def _splits_in(root: str) -> list[str]:
+    """Folders in root, which has no train/, that look like parts of a set: two such names, or val or test alone."""
+    found = [f for f in class_folders(root) if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
+    return found if len(found) > 1 or {"val", "test"} & {f.casefold() for f in found} else []
+
+
+def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset | None:
     """data_path/{train,val}/class/*; without train/, data_path itself holds the classes. None if there is no val/."""
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
@@ -91,39 +140,46 @@ def _read_folder(root: str, split: str, labelled: bool) -> FileDataset | None:
     folder = os.path.join(root, split) if has_train or split != "train" else root
     if not os.path.isdir(folder):
         return None
+    splits = _splits_in(root) if folder == root else []
     if not labelled:
-        return read_unlabelled(folder)
-    if split == "train" and not has_train and {"val", "test"} & set(class_folders(root)):
-        raise UserError(f"--data_path {root}: has no train/ folder; expected {root}/train/<class>/<images>")
-    classes = None if split == "train" else class_folders(os.path.join(root, "train") if has_train else root)
+        return read_unlabelled(folder, [f for f in splits if f.casefold() in HELD_OUT_FOLDERS])
+    if splits:
+        raise UserError(
+            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not classes; "
+            f"expected {root}/train/<class>/<images> and {root}/val, or give --data_path one of them with --val_split 0.2"
+        )
+    if split != "train" and classes is None:
+        classes = read_class_folder(os.path.join(root, "train") if has_train else root).classes
     return read_class_folder(folder, classes)
 
 
 def _read_imagenet(
-    root: str, split: str, labelled: bool, only: set[str] | None = None, name: str = "imagenet"
-) -> FileDataset:
+    root: str, split: str, labelled: bool, classes: list[str] | None = None, only: set[str] | None = None,
+    name: str = "imagenet",
+) -> FileDataset:  # fmt: skip
     if not all(os.path.isdir(os.path.join(root, s)) for s in ("train", "val")):
         raise UserError(
             f"--dataset {name} --data_path {root}: put the images at {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG "
             "(it cannot be downloaded without an account)"
         )
-    data = read_class_folder(os.path.join(root, split), class_folders(os.path.join(root, "train")))
-    if only is not None:
-        keep = [c for c in data.classes if c in only]
-        if set(keep) != only:
-            raise UserError(f"{root}/imagenet100.txt: names classes that {data.root} does not have")
-        renumber = torch.tensor([keep.index(c) if c in only else -1 for c in data.classes])
-        index = torch.nonzero(renumber[data.targets] >= 0).flatten()
-        data = data.subset(index)
-        data.targets, data.classes = renumber[data.targets], keep
-    return data
+    if split != "train" and classes is None:
+        classes = read_class_folder(os.path.join(root, "train"), only=only).classes
+    return read_class_folder(os.path.join(root, split), classes, only)
 
 
-def _read_imagenet100(root: str, split: str, labelled: bool) -> FileDataset:
+def read_wnids(path: str) -> set[str]:
+    """The WordNet IDs that a text names, with whatever stands beside them; if it has none, its words."""
+    text = Path(path).read_text("utf-8-sig", "replace")
+    return set(re.findall(r"(?<![^\W_])n\d{3,}(?![^\W_])", text) or text.split())
+
+
+def _read_imagenet100(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
     """A folder of the 100 classes, or the whole ImageNet beside imagenet100.txt (a wnid per line)."""
     listing = os.path.join(root, "imagenet100.txt")
-    only = set(Path(listing).read_text().split()) if os.path.isfile(listing) else None
-    data = _read_imagenet(root, split, labelled, only, "imagenet-100")
+    only = read_wnids(listing) if os.path.isfile(listing) else None
+    data = _read_imagenet(root, split, labelled, classes, only, "imagenet-100")
+    if only is not None and (lacking := sorted(only - set(data.classes))):
+        raise UserError(f"{listing}: {data.root} has no images of its {', '.join(lacking[:5])}")
     if len(data.classes) != 100:
         raise UserError(
             f"--dataset imagenet-100 --data_path {root}: has {len(data.classes)} classes; "
@@ -132,8 +188,8 @@ def _read_imagenet100(root: str, split: str, labelled: bool) -> FileDataset:
     return data
 
 
-def _read_tiny_imagenet(root: str, split: str, labelled: bool) -> FileDataset:
-    """train/<wnid>/images/*.JPEG; val/images/*.JPEG with val_annotations.txt (file, wnid, box)."""
+def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
+    """train/<wnid>/images/*.JPEG; val/images/*.JPEG with val_annotations.txt (file, wnid, box), or val/<wnid>/."""
     base = root if os.path.isfile(os.path.join(root, "wnids.txt")) else os.path.join(root, "tiny-imagenet-200")
     if not os.path.isfile(os.path.join(base, "wnids.txt")):
         url, md5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
@@ -144,21 +200,25 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool) -> FileDataset:
             download_and_extract_archive(url, root, md5=md5, remove_finished=True)
 
         _download("tiny-imagenet", fetch, f"unpack {url} in {root}")
-    train = read_class_folder(os.path.join(base, "train"))
-    if split == "train":
-        return train
-    listing = os.path.join(base, "val", "val_annotations.txt")
-    if not os.path.isfile(listing):  # some copies are already sorted into class folders
-        return read_class_folder(os.path.join(base, "val"), train.classes)
-    number = {c: i for i, c in enumerate(train.classes)}
+    if split == "train" or classes is None:
+        train = read_class_folder(os.path.join(base, "train"))
+        if split == "train":
+            return train
+        classes = train.classes
+    val = os.path.join(base, "val")
+    listing, images = os.path.join(val, "val_annotations.txt"), os.path.join(val, "images")
+    names = set(os.listdir(images)) if os.path.isfile(listing) and os.path.isdir(images) else set()
+    if not names:  # some copies are sorted into class folders, with or without the list
+        return read_class_folder(val, classes)
     rows = [line.split("\t")[:2] for line in Path(listing).read_text().splitlines() if line.strip()]
-    unknown = sorted({wnid for _, wnid in rows} - set(number))
+    unknown = sorted({wnid for _, wnid in rows} - set(classes))
     if unknown:
         raise UserError(f"{listing}: class {unknown[0]} is not in {base}/train")
-    paths = [os.path.join(base, "val", "images", name) for name, _ in rows]
-    return FileDataset(
-        paths, torch.tensor([number[wnid] for _, wnid in rows]), train.classes, os.path.join(base, "val")
-    )
+    if lacking := sorted({name for name, _ in rows} - names):
+        raise UserError(f"{listing}: names {lacking[0]}, which is not in {images}")
+    number = {c: i for i, c in enumerate(classes)}
+    paths = [os.path.join(images, name) for name, _ in rows]
+    return FileDataset(paths, torch.tensor([number[wnid] for _, wnid in rows]), classes, val)
 
 
 def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
@@ -166,7 +226,13 @@ def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
     from torchvision import datasets
 
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
-    where = os.path.join(root, getattr(cls, "base_folder", "FashionMNIST/raw"))
+    inner = getattr(cls, "base_folder", "FashionMNIST/raw")
+    # --data_path may be the inner folder itself, or a part of the way to it.
+    whole = os.path.abspath(root)
+    above = [whole] + [os.path.normpath(os.path.join(whole, *[".."] * k)) for k in range(1, inner.count("/") + 2)]
+    fits = (a for a in above if f"{a}/{inner}/".startswith(f"{whole}/") and os.path.isdir(os.path.join(a, inner)))
+    root = next(fits, root)
+    where = os.path.join(root, inner)
     try:
         data = cls(root, train=split == "train", download=False)
     except RuntimeError:  # torchvision's word for "not found or corrupted"
@@ -205,17 +271,20 @@ def _read_digits(split: str, seed: int = 0) -> ArrayDataset:
     )
 
 
-def read_split(name: str, root: str, split: str, labelled: bool = True) -> ArrayDataset | FileDataset | None:
+def read_split(
+    name: str, root: str, split: str, labelled: bool = True, classes: list[str] | None = None
+) -> ArrayDataset | FileDataset | None:
     """The `train` or `val` split of a data set in DATASETS; None where a folder has no val/ of its own.
 
-    labelled=False (pretraining) takes any folder of images, with or without class folders.
+    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: the training split's,
+    where they are known, for `val`.
     """
     if name == "digits":
         return _read_digits(split)
     if name in ("cifar10", "cifar100", "fashion-mnist"):
         return _read_torchvision(name, root, split)
     readers = {"folder": _read_folder, "imagenet": _read_imagenet, "imagenet-100": _read_imagenet100}
-    return {**readers, "tiny-imagenet": _read_tiny_imagenet}[name](root, split, labelled)
+    return {**readers, "tiny-imagenet": _read_tiny_imagenet}[name](root, split, labelled, classes)
 
 
 def to_channels(data: ArrayDataset, in_chans: int) -> ArrayDataset:

@@ -55,6 +55,8 @@ def extract(
         progress.update({"images": done} if progress.due else None)
     progress.close()
     features, index = features[:done], index[:done]
+    if not all_reduce(torch.tensor(done)):
+        raise UserError(f"--data_path: none of the {len(loader.data)} images {name} can be read".replace("  ", " "))
     finite = all_reduce(torch.tensor(int(torch.isfinite(features).all())), "min")  # all ranks stop, or none
     if not finite:
         raise UserError("the encoder's features hold NaN or infinite values; are its weights sound?")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from util.errors import UserError
+from util.image_files import OUTPUT_MARK
 
 # Kinds of run, as args.json names them, and how the report.md of one begins.
 KINDS = {
@@ -89,7 +90,8 @@ def clear_run(folder: str, folds: int = 0) -> None:
                 os.unlink(path)
             elif fold and int(fold.group(1)) >= folds:
                 clear_run(path)
-                os.unlink(os.path.join(path, ".lock"))
+                for mark in (".lock", OUTPUT_MARK):
+                    Path(path, mark).unlink(missing_ok=True)
                 os.rmdir(path)  # unless something else is in it
 
 
@@ -100,6 +102,12 @@ def make_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: no permission to write there")
+
+
+def mark_output(path: str) -> None:
+    """So that its pictures are never read as photos, and it is no class (util/image_files.py)."""
+    with suppress(OSError):
+        open(os.path.join(path, OUTPUT_MARK), "a").close()
 
 
 def lock_folder(path: str):

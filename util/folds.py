@@ -153,6 +153,7 @@ def summarise(output_dir: str, kfold: int) -> None:
         "",
         f"Out-of-fold probabilities of {len(rows)} images: oof.csv. Each fold's report: fold-*/report.md.",
         "",
+        *(f"- {note}" for note in results[0].get("notes", [])),
     ]
     path = os.path.join(output_dir, "report.md")
     with survive(path):

@@ -2,14 +2,14 @@
 
 import csv
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 
-from util.datasets import ArrayDataset, FileDataset, read_split, read_unlabelled
+from util.datasets import ArrayDataset, FileDataset, notes_of, read_split, read_unlabelled
 from util.errors import UserError
-from util.image_files import EXTENSIONS, class_folders, printable
+from util.image_files import class_folders, class_name, composed, printable
 
 
 def spreadsheet_safe(text: str) -> str:
@@ -24,13 +24,14 @@ def without_apostrophe(text: str) -> str:
 
 def class_finder(classes: list[str]) -> Callable[[str], int | None]:
     """text -> number of the class, None if it names none: exactly, else but for spaces at the ends or an apostrophe that
-    a spreadsheet was meant to see."""
+    a spreadsheet was meant to see. Accents may be written in either of Unicode's forms; those of `classes` are composed."""
     number = {c: i for i, c in enumerate(classes)}
     stripped = defaultdict(list)
     for i, c in enumerate(classes):
         stripped[c.strip()].append(i)
 
     def find(text: str) -> int | None:
+        text = composed(text)
         bare = text.strip()
         for name in (text, bare, without_apostrophe(text), without_apostrophe(bare)):
             if name in number:
@@ -58,7 +59,6 @@ def read_images(
     if dataset == "folder":
         data = read_unlabelled(root)
         data.targets = _folder_targets(data, root, classes, notes) if labels is None else data.targets
-        notes += _ignored_files(root)
     else:
         data = read_split(dataset, root, "val")
         if sorted(data.classes) != sorted(classes):
@@ -71,30 +71,20 @@ def read_images(
     if labels is not None:
         data.targets = torch.tensor(read_labels(labels, ids, classes, notes))
     data.classes = list(classes)
-    return data, ids, notes
+    return data, ids, notes + notes_of(data)
 
 
 def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: list[str]) -> torch.Tensor:
     number = {c: i for i, c in enumerate(classes)}
-    tops = [printable(os.path.relpath(path, root)).split(os.sep) for path in data.paths]
-    if all(len(parts) > 1 and parts[0] in number for parts in tops):
-        return torch.tensor([number[parts[0]] for parts in tops])
-    folders = [printable(name) for name in class_folders(root)]
+    tops = [os.path.relpath(path, root).split(os.sep) for path in data.paths]
+    tops = [class_name(parts[0]) if len(parts) > 1 else None for parts in tops]
+    if all(top in number for top in tops):
+        return torch.tensor([number[top] for top in tops])
+    folders = [class_name(name) for name in class_folders(root)]
     if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
         odd = [f for f in folders if f not in number] or ["images outside of them"]
         notes.append(f"not scored: besides folders named after classes, {root} has {', '.join(odd[:5])}")
     return data.targets
-
-
-def _ignored_files(root: str) -> list[str]:
-    """A note on files whose names do not end as images' do: a photo in another format should not vanish silently."""
-    count: Counter = Counter()
-    for _, subfolders, files in os.walk(root):
-        subfolders[:] = [f for f in subfolders if not f.startswith(".")]
-        names = [f for f in files if not f.startswith(".") and not f.lower().endswith(EXTENSIONS)]
-        count.update(printable(os.path.splitext(f)[1].lower()) or "without extension" for f in names)
-    kinds = ", ".join(f"{n} {kind}" for kind, n in count.most_common(5))
-    return [f"not read, other than image files by their names: {kinds}"] if kinds else []
 
 
 def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str]) -> list[int]:
@@ -141,17 +131,18 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
 
 def _finder(ids: list[str], path: str):
     """name -> number of the image, None if there is none. Exact paths win over names without folder or extension, and
-    these over what differs in spaces at the ends."""
-    levels = [defaultdict(list) for _ in range(8)]
+    these over what differs in spaces at the ends or in Unicode's forms."""
+    levels = [defaultdict(list) for _ in range(12)]
     for i, name in enumerate(ids):
         base = name.rsplit("/", 1)[-1]
         keys = [name, os.path.splitext(name)[0], base, os.path.splitext(base)[0]]
-        for level, key in zip(levels, keys + [key.strip() for key in keys]):
+        bare = [key.strip() for key in keys]
+        for level, key in zip(levels, keys + bare + [composed(key) for key in bare]):
             level[key].append(i)
 
     def find(name: str) -> int | None:
         bare = name.strip()
-        for key in dict.fromkeys((name, bare, bare.removeprefix("./"), without_apostrophe(bare))):
+        for key in dict.fromkeys((name, bare, bare.removeprefix("./"), without_apostrophe(bare), composed(bare))):
             for level in levels:
                 numbers = level.get(key, [])
                 if len(numbers) > 1:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from util.checkpoint import write_atomic
 from util.dist import World, broadcast_object
 from util.errors import UserError
-from util.folder import clear_run, goes_on_in, lock_folder, make_folder, refuse_other_run
+from util.folder import clear_run, goes_on_in, lock_folder, make_folder, mark_output, refuse_other_run
 
 TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
 
@@ -75,6 +75,7 @@ class RunLog:
         self.log_dir = (log_dir or output_dir) if is_main else None
         if self.output_dir:
             make_folder(self.output_dir, "--output_dir")
+            mark_output(self.output_dir)
 
     def start(self, epoch: float = 0.0) -> None:
         """Open the files to go on at `epoch`: anything written past that point by an interrupted run is dropped.
@@ -93,6 +94,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             make_folder(self.log_dir, "--log_dir")
+            mark_output(self.log_dir)
             threading.excepthook = _excepthook
             with must_write("--log_dir", self.log_dir):
                 self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)

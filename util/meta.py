@@ -8,6 +8,7 @@ import math
 from numbers import Real
 
 from util.errors import UserError
+from util.image_files import composed
 
 LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
 LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
@@ -37,7 +38,8 @@ def check_model_kwargs(pairs: list[tuple[str, object]]) -> None:
 def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
 
-    whole: also ask for every entry that building the model needs.
+    whole: also ask for every entry that building the model needs. Classes get the names that their folders have now
+    (util/image_files.py), which earlier versions took in either of Unicode's forms.
     """
 
     def refuse(key: str, wanted: str):
@@ -56,6 +58,9 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     check("in_chans", _is_size, f"1 to {LARGEST}")
     check("num_classes", lambda v: v == 0 or _is_size(v), f"0 to {LARGEST}")
     check("classes", lambda v: _is_list(v) and all(isinstance(c, str) for c in v) and len(set(v)) == len(v), "names, each once")  # fmt: skip
+    names = [composed(name) for name in meta.get("classes", ())]
+    if "classes" in meta and len(set(names)) == len(names):
+        meta["classes"] = names
     check("mean", lambda v: _are_numbers(v), "numbers")
     check("std", lambda v: _are_numbers(v) and min(v, default=1) > 0, "numbers above 0")
     check("crop_pct", lambda v: _are_numbers([v]) and LEAST_CROP_PCT <= v <= 1, f"{LEAST_CROP_PCT} to 1")

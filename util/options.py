@@ -15,10 +15,10 @@ import sys
 from functools import partial
 
 from util.choices import MAE_NAMES, is_mae_name, timm_names
-from util.data_specs import DATASETS
+from util.data_specs import DATASETS, IN_MEMORY
 from util.errors import UserError
 from util.flags import Flag
-from util.image_files import printable
+from util.image_files import printable, refuse_output_among_images
 
 
 class Parser(argparse.ArgumentParser):
@@ -467,6 +467,9 @@ def parse_and_check_paths(args) -> None:
         raise UserError(f"--profile {args.profile}: needs an --output_dir for trace.json and profile.txt")
     if args.output_dir == "" and args.resume == "auto":
         raise UserError("--resume auto: needs an --output_dir to look in")
+    if args.dataset not in IN_MEMORY:
+        refuse_output_among_images("--output_dir", args.output_dir, args.data_path)
+        refuse_output_among_images("--log_dir", args.log_dir, args.data_path)
 
 
 def choose_normalisation(args, in_chans: int, default: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:

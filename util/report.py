@@ -18,12 +18,18 @@ def write_text(path: str, text: str) -> None:
         write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
+def note_lines(notes: list[str]) -> list[str]:
+    """What the data set left out, as a list under the report's head."""
+    return [*(f"- {note}" for note in notes), *([""] if notes else [])]
+
+
+def write_finetune_report(output_dir: str, args, meta: dict, position, notes: list[str]) -> None:
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines, has_best = read_log(log_path), position.best is not None
     best = next((line for line in lines if line["epoch"] == position.best_epoch), lines[-1] if lines else {})
-    result = {"best": best, "last": lines[-1] if lines else {}, "options": vars(args), "model": meta["model"]}
+    result = {"best": best, "last": lines[-1] if lines else {}, "options": vars(args), "model": meta["model"],
+              "notes": notes}  # fmt: skip
     write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
 
     def table(line: dict) -> list[str]:
@@ -42,6 +48,7 @@ def write_finetune_report(output_dir: str, args, meta: dict, position) -> None:
             f"best epoch {position.best_epoch} by {args.eval_metric}." if has_best else "no validation loss was finite."
         ),
         "",
+        *note_lines(notes),
         f"| validation, {'best' if has_best else 'last'} epoch | |",
         "|---|---|",
         *table(best),
@@ -85,7 +92,7 @@ def _command(script: str, *words: str) -> str:
     return shlex.join(["python", os.path.join(os.path.dirname(started), script), *words])
 
 
-def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
+def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -> None:
     lines = read_log(os.path.join(output_dir, "log.txt"))
     plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
@@ -102,6 +109,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict) -> None:
         f"mask ratio {args.mask_ratio}, propagate {args.propagate}, loss weighting {args.loss_weighting}, "
         f"sigma_data {args.sigma_data:.3f}.",
         "",
+        *note_lines(notes),
         f"| loss | epoch {first.get('epoch')} | epoch {last.get('epoch')} |",
         "|---|---|---|",
         *[f"| {name} | {first[k]:.4g} | {last[k]:.4g} |" for name, k in zip(names, levels)],
