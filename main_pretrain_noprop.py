@@ -122,6 +122,7 @@ def save_pictures(
         )  # fmt: skip
         # As the epoch's other values: dropped if it is done again.
         log.image("reconstruction", picture, (epoch + 1) * 1000)
+        log.flush()  # the picture's file says that both are there
 
 
 def main(argv: list[str] | None = None) -> int:

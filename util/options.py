@@ -392,7 +392,8 @@ def add_run_options(
         "--print_freq", changes_results=False, type=positive_int, default=20, help="steps between lines of progress"
     )
     group.add_argument("--max_bad_steps", changes_results=False, type=positive_int, default=10,
-                       help="non-finite steps in a row (each is skipped) that end the run")  # fmt: skip
+                       help="non-finite steps in a row (each is skipped) that end the run; fp16's first search for a loss "
+                       "scale that fits does not count")  # fmt: skip
     group.add_argument(
         "--compile",
         changes_results=False,
