@@ -24,7 +24,7 @@ from bench import chaos
 from bench.ranks import Ranks
 from models import create_model
 from util import steps
-from util.checkpoint import LAST, read_checkpoint
+from util.checkpoint import LAST, find_resume, read_checkpoint
 from util.data import Loader
 from util.dist import World
 from util.errors import UserError
@@ -167,6 +167,25 @@ def test_finished_run_stays_as_it_is_whatever_the_schedule_says_now(uninterrupte
     assert finetune(*line, "--epochs", 4, "--lr", "1e-3") == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["options"]["lr"], result["options"]["epochs"], result["last"]["epoch"]) == (1e-3, 4, 3)
+
+
+def test_going_back_in_a_folder_removes_what_is_later_or_is_refused(uninterrupted, tmp_path, monkeypatch):
+    """Otherwise a stop on the new way would be resumed on the old one, whose checkpoints are further on."""
+    for path in uninterrupted.glob("checkpoint-*.pth"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    line = [*TINY, "--output_dir", tmp_path, "--lr", "1e-3", "--resume"]
+    with pytest.raises(UserError, match=r"checkpoint-0\.pth: .*checkpoint-last\.pth goes beyond it.*--overwrite"):
+        finetune(*line, tmp_path / "checkpoint-0.pth")
+    real, calls = main_finetune.Interrupts.poll, []
+    monkeypatch.setattr(
+        main_finetune.Interrupts,
+        "poll",
+        lambda self: calls.append(1) or ((True, False) if len(calls) == 5 else real(self)),
+    )
+    assert finetune(*line, tmp_path / "checkpoint-0.pth", "--overwrite") == 75
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"checkpoint-{n}.pth" for n in ("0", "best", "last")]
+    content = read_checkpoint(find_resume(str(tmp_path)))
+    assert (content["epoch"], content["step"], content["args"]["lr"]) == (1, 10, 1e-3)
 
 
 def test_other_metric_by_force_starts_the_best_anew(uninterrupted, tmp_path):

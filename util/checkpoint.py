@@ -208,8 +208,13 @@ def numbered_checkpoints(output_dir: str) -> list[tuple[int, str]]:
 
 def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr)) -> str | None:
     """The newest undamaged checkpoint that can be resumed, or None. Damaged ones are reported."""
+    return max(resumable(output_dir, warn), key=lambda item: item[0], default=(None, None))[1]
+
+
+def resumable(output_dir: str, warn=lambda text: None) -> list[tuple[tuple[int, int], str]]:
+    """((epoch, step), path) of each undamaged checkpoint that can be resumed."""
     if not os.path.isdir(output_dir):
-        return None
+        return []
     names = [LAST, "checkpoint-next.pth", PREVIOUS]
     paths = [os.path.join(output_dir, n) for n in names] + [p for _, p in reversed(numbered_checkpoints(output_dir))]
     usable = []
@@ -228,7 +233,7 @@ def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             warn(f"warning: {path}: cannot be read ({reason}); trying the one before")
-    return max(usable, key=lambda item: item[0])[1] if usable else None
+    return usable
 
 
 def rng_state(device: torch.device) -> dict:

@@ -14,12 +14,12 @@ from queue import SimpleQueue
 import torch
 import torch.distributed as dist
 
-from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, rng_state, set_rng_state
+from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, resumable, rng_state, set_rng_state
 from util.dist import World, all_reduce, broadcast_object, gather_objects, lost_rank
 from util.errors import UserError
 from util.flags import Flag, differences, refusal
 from util.folder import goes_on_in
-from util.log import RunLog
+from util.log import RunLog, survive
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
 MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
@@ -137,6 +137,7 @@ class Run:
         self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
         self.wrote = False  # the last checkpoint, on the rank that writes
         self.source = ""  # the checkpoint that this run goes on from
+        self.later: list[str] = []  # checkpoints of the same folder that it goes back behind
         self.position = Position()
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
@@ -260,7 +261,20 @@ class Run:
         if not all(type(content[k]) is int and 0 <= content[k] < 2**31 for k in ("epoch", "step")):
             raise UserError(f"--resume {path}: its epoch or step is not a number of 0 or more")
         self.source = path
+        if resume != "auto":
+            self.later = broadcast_object(self._later_than(content))
+        if self.later and not self.options.get("overwrite"):
+            raise UserError(
+                f"--resume {path}: {self.later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes "
+                "what is later, or choose another --output_dir"
+            )
         return content
+
+    def _later_than(self, content: dict) -> list[str]:
+        folder, here = self.log.output_dir, (content["epoch"], content["step"])
+        if not folder or not goes_on_in(folder, self.source):
+            return []
+        return [path for position, path in resumable(folder) if position > here]
 
     def compare(self, content: dict, force: bool) -> None:
         """UserError if a flag that changes the results, or the images per micro-step, are others than in the checkpoint.
@@ -310,6 +324,9 @@ class Run:
             raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
         self.log.say(f"resume: {self.source} at epoch {self.position.epoch}, step {self.position.step}")
         content.clear()
+        for path in self.later if self.world.is_main else ():
+            with survive(path, "not removed"):
+                os.unlink(path)
 
     def _restore(self, content: dict, model, optimizer, scaler, ema) -> None:
         load_exactly(model, content["model"], "--resume")
