@@ -67,6 +67,8 @@ def _layer_norm(dim: int, **kwargs) -> nn.LayerNorm:
 def check_patch(img_size, patch_size) -> None:
     """UserError unless the patch divides both sides of the image."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(patch_size, int) and len(patch_size) != 2:
+        raise UserError(f"--model_kwargs patch_size={patch_size}: should be a whole number, or (height,width)")
     ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if height % ph or width % pw:
         raise UserError(f"--input_size {height} {width}: must be multiples of the patch size {ph}")

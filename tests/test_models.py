@@ -209,11 +209,11 @@ def test_keywords_that_make_no_network_are_one_line(name, kwargs, word):
 @pytest.mark.parametrize(
     "name,kwargs",
     [
-        ("vit_tiny_patch0", {}), ("swin_tiny_patch4_window7_224", dict(depths=(2, 0, 1, 1))), ("resnet10t", dict(layers=(1,))),
+        ("vit_tiny_patch0", {}), ("vit_tiny_patch8", dict(patch_size=(4, 2, 1))), ("swin_tiny_patch4_window7_224", dict(depths=(2, 0, 1, 1))), ("resnet10t", dict(layers=(1,))),
         ("convnext_atto", dict(depths=(1, 1), dims=(8, 8))), ("crossvit_9_240", dict(depth=3)), ("levit_128s", dict(num_heads=0)),
     ],
 )  # fmt: skip
 def test_sizes_that_a_family_has_no_use_for_are_one_line(name, kwargs):
-    with pytest.raises(UserError, match=f"--model {name}") as caught, torch.device("meta"):
+    with pytest.raises(UserError, match=f"--model {name}|patch_size") as caught, torch.device("meta"):
         create_model(name, num_classes=5, **kwargs)
     assert "\n" not in str(caught.value)

@@ -101,6 +101,12 @@ def test_input_follows_flag_checkpoint_weights_data_set_and_the_first_line_says_
     assert f"input 3 x {size} x {size}" in said and " ".join(f"{v:.4g}" for v in mean) in said and words in said
 
 
+def test_a_tag_that_timm_does_not_have_is_one_line():
+    args = get_args_parser().parse_args(["--dataset", "digits", "--model", "vit_tiny_patch16_224.mae"])
+    with pytest.raises(UserError, match=r"--model vit_tiny_patch16_224.mae: .*tag"):
+        resolve_meta(args, ["a", "b"])
+
+
 def test_weights_under_maes_name_are_fine_tuned_as_under_timms(tmp_path, capsys):
     """A DeiT file under both names, on grey images of 8 pixels: the same input."""
     sizes = ["embed_dim=12", "depth=1", "num_heads=2"]

@@ -67,7 +67,10 @@ def _resolve_input(args, model: str, source: dict):
     if is_mae_name(model):
         config = MAE_CONFIG if model in MAE_NAMES else {}
     elif timm.is_model(model):
-        pretrained_cfg = timm.get_pretrained_cfg(model)
+        try:
+            pretrained_cfg = timm.get_pretrained_cfg(model)
+        except RuntimeError as error:  # the name is timm's, its tag is not
+            raise UserError(f"--model {model}: {error}") from None
         config = pretrained_cfg.to_dict() if pretrained_cfg else {}
     named_file = args.finetune or (getattr(args, "eval", False) and args.resume)
     foreign_weights = bool(args.pretrained or (named_file and not source))
