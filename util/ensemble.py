@@ -75,7 +75,7 @@ class Stacked:
 
     def __str__(self) -> str:
         weights = ", ".join(f"{w:.2f}" for w in self.weights)
-        return f"fitted on {self.images} out-of-fold images (weights {weights})"
+        return f"fitted on one view of {self.images} out-of-fold images (weights {weights})"
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         return softmax(np.tensordot(self.weights, log_probabilities(probabilities), 1) + self.biases, axis=1)
