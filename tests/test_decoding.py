@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ import torch
 from PIL import Image, ImageOps, features
 from tests_common import finetune, one_line
 
+from augment import fast_image
+from augment.batch import BatchTransform
 from augment.decoding import MAX_PIXELS, ImageError, is_image, limit_pixels, open_file, open_image, to_channels
 from augment.image import build_eval_transform, build_train_transform
 from engine_predict import ViewReader
-from util.data import SampleReader, choose_loader
-from util.datasets import FileDataset
+from util.data import Loader, SampleReader, choose_loader
+from util.datasets import FileDataset, read_split
 from util.dist import World
 from util.errors import UserError
+from util.options import known_failure
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PHOTOS = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16",
@@ -178,8 +182,8 @@ def test_max_pixels_is_named_and_raises_or_lowers_the_limit(photo_folder, tmp_pa
 # ---- whose fault it is
 
 
-def fails(*_, **__):
-    raise ZeroDivisionError("of the transform")
+def fails(*_, kind=ZeroDivisionError, **__):
+    raise kind("of the transform")
 
 
 def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, monkeypatch):
@@ -193,6 +197,14 @@ def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, mo
     monkeypatch.setattr("engine_predict.saccadic_views", fails)
     with pytest.raises(ZeroDivisionError, match="of the transform"):
         views[0]
+
+
+def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_death(photo_folder):
+    data = read_split("folder", str(photo_folder), "val")
+    how = dict(batch_transform=None, batch_size=2, train=False, world=World(), num_workers=1)
+    with pytest.raises(RuntimeError, match="of the transform") as caught:
+        list(Loader(data, transform=partial(fails, kind=RuntimeError), **how).epoch())
+    assert known_failure(caught.value) is None
 
 
 def test_an_error_of_the_fast_transform_is_not_hidden_by_the_plain_one(tmp_path):
@@ -229,10 +241,6 @@ def test_whatever_a_decoder_raises_is_the_files_fault(tmp_path, monkeypatch):
 
 
 def test_images_that_only_opencv_cannot_decode_are_counted_once_an_epoch(tmp_path, capsys, monkeypatch):
-    from augment import fast_image
-    from augment.batch import BatchTransform
-    from util.data import Loader
-
     paths = [str(tmp_path / f"{i}.jpg") for i in range(4)]
     for path in paths:
         picture(200, 150).save(path)

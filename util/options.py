@@ -192,7 +192,9 @@ def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None
     text = " ".join(str(error).split())
     if "does not have a deterministic implementation" in text:
         return UserError(f"--deterministic: {text[:120]}; leave the flag out, or use another device")
-    if "DataLoader worker" in text:
+    if (
+        "DataLoader worker (pid" in text
+    ):  # one that died; what one raised is told as "Caught ... in DataLoader worker process"
         pid = re.search(r"DataLoader worker \(pid\D*(\d+)", text)
         path = file_of_process(int(pid.group(1))) if pid else None
         at = f" at {printable(path)}" if path else ""
