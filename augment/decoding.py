@@ -76,6 +76,12 @@ def _formats(named: str | None) -> tuple[str, ...]:
     return tuple(f for f in candidates if f not in NOT_DECODED)
 
 
+def is_known(extension: str) -> bool:
+    """Whether Pillow knows an extension, such as .jpg, in lower case."""
+    _register()
+    return extension in Image.EXTENSION
+
+
 def is_image(path: str) -> bool:
     """Whether a file is read as an image.
 

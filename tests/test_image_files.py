@@ -126,6 +126,7 @@ def test_what_is_left_out_stands_in_log_and_report_of_every_script(photos, tmp_p
         labelled = name in ("one", "fold", "probe")
         for text in (said, (outs[name] / "report.md").read_text()):
             assert "left out, not images: 5 .xml, 1 .heic" in text and "pip install pillow-heif" in text, (name, text)
+            assert "by their first bytes, not by their names: 1 without extension, 1 .0001" in text, (name, text)
             assert ("left out, 1 images outside of the class folders" in text) == labelled, (name, text)
         assert said.index("left out") < 700, "among the first lines"
         number = {"one": "11 train, 7 val", "fold": "9 train, 9 val", "probe": "11 train, 7 val"}.get(name, "19 ")
@@ -192,6 +193,10 @@ def test_outputs_of_runs_below_the_photos_are_no_class_and_no_photos(photos, tmp
         assert "blue/p, logs, output_dir, probe and 3 more" in note  # red/pre, runs/b, samples
         for mark in photos.rglob(OUTPUT_MARK):
             mark.unlink()
+    save(photos / "output_dir" / "mine.jpg")
+    with pytest.raises(UserError, match="output_dir: holds photos and the output of a run"):
+        read_split("folder", ".", "train")
+    os.unlink(photos / "output_dir" / "mine.jpg")
     os.makedirs("stopped")
     (photos / "stopped" / OUTPUT_MARK).touch()
     assert read_split("folder", ".", "train").classes == ["blue", "green", "red"], "stopped before it wrote anything"
@@ -230,7 +235,15 @@ def test_pretraining_without_train_reads_neither_val_nor_test(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "names", [("Training", "Testing"), ("train_", "test"), ("Train", "Valid"), ("VAL", "cat"), ("valid", "testing")]
+    "names",
+    [
+        ("Training", "Testing"),
+        ("train_", "test"),
+        ("Train", "Valid"),
+        ("VAL", "cat"),
+        ("dog", "Validation"),
+        ("valid", "testing"),
+    ],
 )
 def test_parts_of_a_set_are_not_taken_for_classes(tmp_path, names):
     for name in names:

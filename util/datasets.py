@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
-from util.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, printable
+from util.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds, printable
 
 # Folders that divide a set, and are no classes.
 TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
@@ -88,7 +88,7 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
             found += find_images(os.path.join(root, folder), is_data=False)
         counts[name] = len(found.paths)
         if not found.paths and not found.outputs and classes is None:
-            left_out = f"; its files are {found.kinds()}" if found.left_out else ""
+            left_out = f"; its files are {kinds(found.left_out)}" if found.left_out else ""
             raise UserError(f"{os.path.join(root, folders[name][0])}: class folder without images{left_out}")
         paths.append(Paths(found.paths))
         found.paths = []
@@ -118,7 +118,7 @@ def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
         raise UserError(f"--data_path {root}: no such folder")
     found = find_images(root, without=without)
     if not found.paths:
-        left_out = f" (but {found.kinds()})" if found.left_out else ""
+        left_out = f" (but {kinds(found.left_out)})" if found.left_out else ""
         raise UserError(f"{root}: no images in it{left_out}")
     notes = found.notes(root)
     if without:
@@ -127,9 +127,10 @@ def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
 
 
 def _splits_in(root: str) -> list[str]:
-    """Folders in root, which has no train/, that look like parts of a set: two such names, or val or test alone."""
+    """Folders in root, which has no train/, that look like parts of a set: two such names, or an unmistakable one."""
     found = [f for f in class_folders(root) if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
-    return found if len(found) > 1 or {"val", "test"} & {f.casefold() for f in found} else []
+    alone = HELD_OUT_FOLDERS - {"valid"}  # beside `invalid`, a class
+    return found if len(found) > 1 or any(f.casefold() in alone for f in found) else []
 
 
 def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset | None:

@@ -74,40 +74,45 @@ class Paths(Sequence):
 class Found:
     """Image files below a folder, sorted, and what was not read there.
 
-    left_out: files that are no images, by extension. hidden: folders of that name. outputs: paths of runs' output.
+    left_out: files that are no images, by extension. guessed: those that are, by extensions that do not say so. hidden:
+    folders of that name. outputs: paths of runs' output.
     """
 
     paths: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
+    guessed: Counter = field(default_factory=Counter)
     hidden: Counter = field(default_factory=Counter)
     outputs: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: "Found") -> "Found":
         self.paths += other.paths
         self.left_out.update(other.left_out)
+        self.guessed.update(other.guessed)
         self.hidden.update(other.hidden)
         self.outputs += other.outputs
         return self
-
-    def kinds(self) -> str:
-        """The files that are no images: `15 .xml, 3 .heic`."""
-        shown = ", ".join(f"{n} {kind}" for kind, n in self.left_out.most_common(8))
-        return shown + (f" and {len(self.left_out) - 8} more kinds" if len(self.left_out) > 8 else "")
 
     def notes(self, root: str) -> list[str]:
         """A line for each kind of thing below `root` that is not among the images."""
         notes, root_name = [], printable(root)
         if self.left_out:
             heif = "; `pip install pillow-heif` reads .heic" if {".heic", ".heif"} & set(self.left_out) else ""
-            notes.append(f"{root_name}: left out, not images: {self.kinds()}{heif}")
+            notes.append(f"{root_name}: left out, not images: {kinds(self.left_out)}{heif}")
+        if self.guessed:
+            notes.append(f"{root_name}: images by their first bytes, not by their names: {kinds(self.guessed)}")
         if self.hidden:
-            names = ", ".join(f"{n} {printable(name)}" for name, n in self.hidden.most_common(8))
-            notes.append(f"{root_name}: left out, hidden and system folders: {names}")
+            notes.append(f"{root_name}: left out, hidden and system folders: {kinds(self.hidden)}")
         if self.outputs:
             names = [printable(os.path.relpath(path, root)) for path in self.outputs]
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             notes.append(f"{root_name}: left out, the output of runs: {', '.join(names[:4])}{more}")
         return notes
+
+
+def kinds(counts: Counter) -> str:
+    """`15 .xml, 3 .heic`, the most frequent first."""
+    shown = ", ".join(f"{n} {printable(kind)}" for kind, n in counts.most_common(8))
+    return shown + (f" and {len(counts) - 8} more kinds" if len(counts) > 8 else "")
 
 
 def _unreadable(error: OSError):
@@ -135,7 +140,7 @@ def find_images(root: str, *, is_data: bool = True, without: Collection[str] = (
     Not read: hidden and system folders, and what runs wrote (is_data: root itself is read all the same); folders
     directly in root that `without` names. UserError for a folder that cannot be read.
     """
-    from augment.decoding import is_image
+    from augment.decoding import is_image, is_known
 
     found, seen = Found(), set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
@@ -145,6 +150,10 @@ def find_images(root: str, *, is_data: bool = True, without: Collection[str] = (
             continue
         seen.add(real)
         if not (is_data and folder == root) and is_output(files):
+            if any(is_image(os.path.join(folder, n)) for n in files if not n.lower().endswith(".png")):  # a run's are
+                raise UserError(
+                    f"{printable(folder)}: holds photos and the output of a run; move one of the two elsewhere"
+                )
             found.outputs.append(folder)
             subfolders.clear()
             continue
@@ -153,10 +162,12 @@ def find_images(root: str, *, is_data: bool = True, without: Collection[str] = (
             if name.startswith("."):
                 continue
             path = os.path.join(folder, name)
-            if is_image(path):
+            extension = os.path.splitext(name)[1].lower()
+            if read := is_image(path):
                 images.append(path)
-            else:
-                found.left_out[printable(os.path.splitext(name)[1].lower()[:16]) or "without extension"] += 1
+            if not read or not is_known(extension):
+                count = found.guessed if read else found.left_out
+                count[printable(extension[:16]) or "without extension"] += 1
         found.paths += images
         skipped = [f for f in subfolders if is_hidden(f) or (images and f.casefold() in THUMBNAILS)]
         found.hidden.update(skipped)
