@@ -202,6 +202,21 @@ def test_outputs_of_runs_below_the_photos_are_no_class_and_no_photos(photos, tmp
     assert read_split("folder", ".", "train").classes == ["blue", "green", "red"], "stopped before it wrote anything"
 
 
+@pytest.mark.parametrize(
+    "layout,name", [("", "val"), ("", "train"), ("", "Testing"), ("train", "val"), ("train", "test")]
+)
+def test_outputs_that_are_called_like_parts_of_a_set_are_none(photos, tmp_path, layout, name):
+    root = tmp_path / "root"
+    shutil.copytree(photos, root / layout)
+    (root / name).mkdir()
+    (root / name / OUTPUT_MARK).touch()
+    save(root / name / "confusion.png")
+    for labelled in (True, False):
+        train = read_split("folder", str(root), "train", labelled)
+        assert len(train) == 18 and train.classes == (["blue", "green", "red"] if labelled else [])
+        assert read_split("folder", str(root), "val", labelled) is None
+
+
 @pytest.mark.parametrize("out", [".", "red", "red/deep", "../photos"])
 def test_an_output_folder_that_holds_the_photos_is_refused(photos, monkeypatch, out):
     save(photos / "red" / "deep" / "0.jpg")

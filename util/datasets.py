@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 from util.errors import UserError
-from util.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds, printable
+from util.image_files import (
+    Found,
+    Paths,
+    class_folders,
+    class_name,
+    find_images,
+    images_beside,
+    is_output,
+    kinds,
+    printable,
+)
 
 # Folders that divide a set, and are no classes.
 TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
@@ -126,9 +136,17 @@ def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
     return FileDataset(found.paths, torch.full((len(found.paths),), -1), [], root, notes)
 
 
+def _is_part(folder: str) -> bool:
+    """Whether a folder is there and holds data: not one of that name which only a run wrote."""
+    if not os.path.isdir(folder) or not is_output(os.listdir(folder)):
+        return os.path.isdir(folder)
+    return any(find_images(os.path.join(folder, c), is_data=False).paths for c in class_folders(folder))
+
+
 def _splits_in(root: str) -> list[str]:
     """Folders in root, which has no train/, that look like parts of a set: two such names, or an unmistakable one."""
     found = [f for f in class_folders(root) if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
+    found = [f for f in found if _is_part(os.path.join(root, f))]
     alone = HELD_OUT_FOLDERS - {"valid"}  # beside `invalid`, a class
     return found if len(found) > 1 or any(f.casefold() in alone for f in found) else []
 
@@ -137,9 +155,9 @@ def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | Non
     """data_path/{train,val}/class/*; without train/, data_path itself holds the classes. None if there is no val/."""
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
-    has_train = os.path.isdir(os.path.join(root, "train"))
+    has_train = _is_part(os.path.join(root, "train"))
     folder = os.path.join(root, split) if has_train or split != "train" else root
-    if not os.path.isdir(folder):
+    if folder != root and not _is_part(folder):
         return None
     splits = _splits_in(root) if folder == root else []
     if not labelled:
