@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         refuse_output_among_images("--output_dir", args.output_dir, folder)
     log = claim(args.output_dir, "sample", world)
     log.say(f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
-            f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}")  # fmt: skip
+            f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is not rounded)")  # fmt: skip
     if {"generate", "frechet"} & set(args.mode) and ratios and max(ratios) < 1.0:
         log.say(f"note: trained with mask ratios up to {max(ratios):g}; generating (ratio 1) is new to it")
 

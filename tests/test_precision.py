@@ -9,6 +9,7 @@ from tests_common import CONV, NET, PLAIN, VIT, finetune, save_member
 from torch import nn
 
 import main_predict
+from bench import precision as bench
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from util.dist import Precision, computes_bf16, prepare_net
@@ -200,3 +201,29 @@ def test_only_what_is_at_risk_is_kept_out_and_the_net_stays_as_it_was():
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert keep_out_of_bf16(net, (3, 32, 32)) == ["layer4.0.conv1", "layer4.0.conv2"]
     assert not is_convolutional(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1)))
+
+
+# The table that the rule follows from.
+
+
+def test_the_table_says_what_the_default_costs_and_keeps_what_is_written_by_hand(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NOISEVIT_BF16", "1")
+    monkeypatch.setattr(bench, "measure_product", lambda repeats: 0.5)  # as AMD's: then the two columns are one number
+    out = tmp_path / "precision.md"
+    out.write_text(f"old\n{bench.READING}\n\nwords\n")
+    threads = torch.get_num_threads()
+    bench.main(["--rows", "noprop:8:2", "test_resnet:32:2", "--repeats", "1", "--output", str(out)])
+    assert torch.get_num_threads() == threads == 1
+    text = out.read_text()
+    assert "old" not in text and text.endswith(f"{bench.READING}\n\nwords\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    names, product, noprop, resnet = rows
+    assert product[names.index("x (CPU)")] == "0.50" and [noprop[1], resnet[1]] == ["noprop", "test_resnet"]
+    for row, default in ((noprop, "bf16"), (resnet, "off")):
+        x = float(row[names.index("x (CPU)")].split()[0])
+        chosen = x if default == "bf16" else 1.0
+        assert row[names.index("default here")] == row[names.index("default there")] == default
+        assert float(row[names.index("slower than the better")].rstrip(" %")) == pytest.approx(
+            100 * (chosen / min(x, 1.0) - 1), abs=2
+        )
+        assert float(row[names.index("x by calculation, AMD")]) == pytest.approx(x, abs=0.011)
