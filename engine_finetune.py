@@ -1,7 +1,5 @@
 """One epoch of supervised fine-tuning, and evaluation."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,8 +7,9 @@ from torch import nn
 
 from util.dist import all_reduce, gather_objects
 from util.errors import UserError
-from util.log import batches_of
-from util.steps import Steps
+from util.metrics import Evaluation, scores_from_confusion
+from util.progress import batches_of
+from util.train.steps import Steps
 
 
 class Criterion(nn.Module):
@@ -47,7 +46,7 @@ def train_one_epoch(model, loader, optimizer, criterion, precision, run, interru
     """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
 
     mixup(images, targets) -> mixed. freeze(model) runs after model.train(). settings: lr_at_epoch, accum_iter,
-    clip_grad, seed, print_freq and max_bad_steps, as util/steps.py takes them.
+    clip_grad, seed, print_freq and max_bad_steps, as util/train/steps.py takes them.
     """
     net = model.module if hasattr(model, "module") else model
     model.train()
@@ -66,24 +65,6 @@ def train_one_epoch(model, loader, optimizer, criterion, precision, run, interru
             precision.scaler.scale(loss / steps.group).backward()
         steps.done(loss.detach(), batch.index)
     return steps.metrics()
-
-
-@dataclass
-class Evaluation:
-    """Scores in percent, mean loss, confusion counts [C, C] (rows true), and per-sample probabilities where asked."""
-
-    acc1: float
-    acc5: float | None
-    loss: float
-    balanced_acc: float
-    macro_f1: float
-    confusion: np.ndarray
-    index: np.ndarray = field(default=None)
-    probabilities: np.ndarray = field(default=None)
-
-    def scores(self) -> dict[str, float]:
-        names = ("loss", "acc1", "acc5", "balanced_acc", "macro_f1")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 @torch.inference_mode()
@@ -136,12 +117,3 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         order = np.argsort(index)
         result.index, result.probabilities = index[order], np.concatenate([q for _, q in parts])[order]
     return result
-
-
-def scores_from_confusion(confusion: np.ndarray) -> tuple[float, float]:
-    """Balanced accuracy and macro F1 in percent, as scikit-learn's: over the classes that occur (F1: or are predicted)."""
-    right, true, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
-    recall = right[true > 0] / true[true > 0]
-    seen = (true + predicted) > 0
-    f1 = 2 * right[seen] / (true + predicted)[seen]
-    return 100.0 * float(recall.mean()) if len(recall) else 0.0, 100.0 * float(f1.mean()) if len(f1) else 0.0

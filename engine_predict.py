@@ -1,98 +1,20 @@
 """Test-time augmentation: every image decoded once, every member on all of its views, probabilities averaged."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from augment.batch import normalize, resize
-from augment.decoding import ImageError, open_file
-from augment.decoding import to_channels as image_to_channels
-from augment.image import build_eval_transform
-from augment.views import saccadic_views
-from util.datasets import ArrayDataset, FileDataset
-from util.datasets import to_channels as array_to_channels
+from augment.batch import normalize
+from util.data.datasets import ArrayDataset, FileDataset
+from util.data.loader import loader_processes, worker_init
+from util.data.views import ViewReader, collate
 from util.dist import World, gather_objects
-from util.ensemble import geometric_mean
 from util.errors import UserError
-from util.image_files import printable
-from util.log import Progress
-from util.members import Net
-from util.reading import Reading, loader_processes, reason_of, worker_init
-
-
-@dataclass
-class Prediction:
-    """Probabilities float64 [M, n, C] of the n readable images: each member's mean over its networks, with view 1 alone and
-    over the views, and for stacking the geometric mean over networks and views.
-
-    index: int64 [n], ascending, into the data. bad: image number -> why it cannot be read.
-    """
-
-    index: np.ndarray
-    one_view: np.ndarray
-    all_views: np.ndarray
-    geometric: np.ndarray
-    bad: dict[int, str] = field(default_factory=dict)
-
-
-class ViewReader:
-    """image number -> (number, its views uint8 [V, C, h, w] for each kind of input, None), or (number, None, reason).
-
-    inputs: (height, width, channels, crop_pct), each kind once; members that take the same share the tensor.
-    margin: in place of each crop_pct, the pixels that the centre views cut off.
-    """
-
-    def __init__(
-        self,
-        data: ArrayDataset | FileDataset,
-        inputs: list[tuple],
-        views: list[int],
-        margin: int | None = None,
-        workers: int = 0,
-    ):
-        self.data, self.inputs, self.views, self.margin = data, inputs, views, margin
-        self.reading = Reading(getattr(data, "paths", []), workers)
-
-    def __getitem__(self, i: int):
-        self.reading.note(i)
-        try:  # any other error is not the file's
-            images = self.decode(i)
-        except ImageError as error:
-            return i, None, reason_of(error, self.data.paths[i])
-        return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
-
-    def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
-        """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
-        file its resize and crop (crop_pct), of an image in memory all of it."""
-        if self.margin is not None:
-            return saccadic_views(image, size, self.views, margin=self.margin)
-        if isinstance(image, torch.Tensor):
-            centre = resize(image[None], size)[0]
-        else:
-            centre = build_eval_transform(size, crop_pct)(image)
-        return saccadic_views(image, size, self.views, centre=centre)
-
-    def decode(self, i: int) -> dict:
-        """channels -> image, as saccadic_views takes it."""
-        wanted = {c for _, _, c, *_ in self.inputs}
-        if isinstance(self.data, ArrayDataset):
-            one = self.data.subset(torch.tensor([i]))
-            return {c: array_to_channels(one, c).images[0] for c in wanted}
-        with open_file(self.data.paths[i]) as image:
-            return {c: image_to_channels(image, c) for c in wanted}
-
-
-def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str]]:
-    """(numbers [b] of the readable images, per input their views [b, V, C, h, w], {number: reason} of the others)."""
-    good = [s for s in samples if s[2] is None]
-    views = [torch.stack(per_input) for per_input in zip(*(s[1] for s in good))]
-    return (
-        torch.tensor([s[0] for s in good], dtype=torch.long),
-        views,
-        {s[0]: s[2] for s in samples if s[2] is not None},
-    )
+from util.files import printable
+from util.predict.ensemble import geometric_mean
+from util.predict.members import Net
+from util.predict.result import Prediction
+from util.progress import Progress
 
 
 @torch.inference_mode()
@@ -182,3 +104,24 @@ def require_finite(probabilities: np.ndarray, nets: list[Net], data, index: torc
             f"--checkpoints: member {nets[net].member + 1} gives NaN or infinity for {printable(data.name(int(index[i])))}; "
             "try --amp off"
         )
+
+
+def predict_out_of_fold(
+    nets: list[Net], net_folds: list[int], data, image_folds: np.ndarray, views: list[int], **options
+) -> Prediction:
+    """`predict`, fold by fold, with that fold's networks on that fold's images.
+
+    Images of fold -1 cannot be read; they go with a fold's, where `predict` refuses them or leaves them out.
+    """
+    parts, bad = [], {}
+    image_folds = np.where(image_folds < 0, image_folds.max(), image_folds)
+    for fold in sorted(set(image_folds.tolist())):
+        rows = np.flatnonzero(image_folds == fold)
+        own = [net for net, f in zip(nets, net_folds) if f == fold]
+        part = predict(own, data.subset(torch.from_numpy(rows)), views, **options)
+        parts.append((rows[part.index], part.one_view, part.all_views, part.geometric))
+        bad.update({int(rows[i]): reason for i, reason in part.bad.items()})
+    index = np.concatenate([p[0] for p in parts])
+    order = np.argsort(index)
+    means = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2, 3))
+    return Prediction(index[order], *means, dict(sorted(bad.items())))

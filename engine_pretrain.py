@@ -8,7 +8,7 @@ from torch import nn
 
 from models.noprop_mae import NoPropMAE
 from util.seed import mix
-from util.steps import Steps
+from util.train.steps import Steps
 
 
 class EncoderFirst(nn.Module):
@@ -70,7 +70,7 @@ def train_one_epoch(model, loader, optimizer, precision, run, interrupts, *, mas
 
     model: EncoderFirst, or DDP around it. mask_ratio_max: the ratio is drawn from [mask_ratio, mask_ratio_max] for each
     micro-step, the same on all ranks, so that none waits for a longer one. settings: lr_at_epoch, accum_iter, clip_grad,
-    print_freq and max_bad_steps, as util/steps.py takes them.
+    print_freq and max_bad_steps, as util/train/steps.py takes them.
     Metrics: loss, the sum that is trained; loss_0 .. loss_{T-1}, as weighted; loss_encoder with propagate='none'.
     """
     net = getattr(model, "module", model).net

@@ -5,8 +5,8 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
-from util import options
-from util.options_finetune import check_finetune_options, get_args_parser
+from util.cli import parser as options
+from util.cli.finetune import check_finetune_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser, check_finetune_options)
@@ -25,29 +25,31 @@ from augment.decoding import limit_pixels
 from augment.image import PHOTO_JITTER, SCALES, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
-from models.rebuild import create_from_meta, require_complete, try_forward
+from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
-from util import folds
 from util.checkpoint import peek_meta
-from util.compiled import compile_net, require_compiler
-from util.data import Loader, choose_loader, load_data
+from util.cli.dry_run import describe
+from util.cli.resolve import describe_input, resolve_meta
+from util.data.datasets import ArrayDataset, notes_of, to_channels
+from util.data.loader import Loader, choose_loader
+from util.data.splits import load_data
 from util.data_specs import DATASETS
-from util.datasets import ArrayDataset, notes_of, to_channels
 from util.dist import Precision, World, broadcast_buffers, init_world, prepare_net
-from util.dry_run import describe
-from util.ema import build_ema
 from util.errors import UserError
-from util.log import RunLog, claim, survive
-from util.optim import param_groups
-from util.phases import enter_phase, freezing, phase_schedule
-from util.plots import plot_confusion
+from util.files import survive
+from util.log import RunLog, claim
+from util.optim import build_ema, param_groups
 from util.precision import is_convolutional
-from util.profile import StepProfiler
-from util.report import write_finetune_report
-from util.resolve import describe_input, resolve_meta
-from util.run import Interrupts, Run
+from util.report.plots import plot_confusion
+from util.report.training import write_finetune_report
 from util.seed import seed_all
-from util.steps import effective_batch
+from util.train import folds
+from util.train.compiled import compile_net, require_compiler
+from util.train.interrupts import Interrupts
+from util.train.phases import enter_phase, freezing, phase_schedule
+from util.train.profile import StepProfiler
+from util.train.run import Run
+from util.train.steps import effective_batch
 
 
 def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, Loader]:

@@ -6,8 +6,8 @@ python main_linprobe.py --finetune mae_pretrain_vit_base.pth --model vit_base_pa
 torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pretrained --data_path ImageNet
 """
 
-from util import options
-from util.options_linprobe import check_linprobe_options, get_args_parser
+from util.cli import parser as options
+from util.cli.linprobe import check_linprobe_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser, check_linprobe_options)
@@ -21,17 +21,20 @@ import time
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
-from models.rebuild import try_forward
-from util.data import Loader, load_data
+from models.loading import try_forward
+from util.cli.resolve import describe_input
+from util.data.datasets import ArrayDataset, notes_of, to_channels
+from util.data.image_files import refuse_output_among_images
+from util.data.loader import Loader
+from util.data.splits import load_data
 from util.data_specs import IN_MEMORY
-from util.datasets import ArrayDataset, notes_of, to_channels
 from util.dist import Precision, World, init_world, prepare_net
-from util.features import accuracy, choose_l2, extract, knn_predict, linear_probe
-from util.frozen import load_encoder, read_content, resolve_data
-from util.image_files import refuse_output_among_images
+from util.files import write_text
 from util.log import claim
-from util.report import note_lines, write_text
-from util.resolve import describe_input
+from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
+from util.probe.features import extract
+from util.probe.frozen import load_encoder, read_content, resolve_data
+from util.report.training import note_lines
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
 

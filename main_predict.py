@@ -5,8 +5,8 @@ torchrun --nproc_per_node=8 main_predict.py --checkpoints out/*/checkpoint-best.
 python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir out_of_fold
 """
 
-from util import options
-from util.options_predict import get_args_parser
+from util.cli import parser as options
+from util.cli.predict import get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser)
@@ -17,16 +17,16 @@ import time
 import torch
 
 from augment.decoding import limit_pixels
-from engine_predict import predict
-from util.datasets import notes_of
+from engine_predict import predict, predict_out_of_fold
+from util.data.datasets import notes_of
+from util.data.labels import read_images
 from util.dist import init_world
-from util.ensemble import build_combiners
 from util.errors import UserError
-from util.labels import read_images
 from util.log import claim
-from util.members import find_members, load_nets, short_names
-from util.out_of_fold import fold_of_images, fold_of_nets, predict_out_of_fold
-from util.predict_report import write_all
+from util.predict.ensemble import build_combiners
+from util.predict.members import find_members, load_nets, short_names
+from util.predict.out_of_fold import fold_of_images, fold_of_nets
+from util.report.prediction import write_all
 
 
 def check_options(args) -> None:

@@ -4,8 +4,8 @@
         --mask_ratio 0.75 --T 4 --epochs 1600 --output_dir output/mae_cifar10_noprop
 """
 
-from util import options
-from util.options_pretrain import check_pretrain_options, get_args_parser
+from util.cli import parser as options
+from util.cli.pretrain import check_pretrain_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser, check_pretrain_options)
@@ -20,22 +20,24 @@ from augment.decoding import limit_pixels
 from augment.image import build_eval_transform, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
-from util.compiled import compile_noprop, require_compiler
-from util.data import Loader, choose_loader
+from util.cli.dry_run import describe
+from util.data.datasets import ArrayDataset, notes_of, read_split, to_channels
+from util.data.loader import Loader, choose_loader
 from util.data_specs import DATASETS
-from util.datasets import ArrayDataset, notes_of, read_split, to_channels
 from util.dist import Precision, World, barrier, broadcast_object, init_world, prepare_net
-from util.dry_run import describe
 from util.errors import UserError
-from util.log import RunLog, claim, survive
+from util.files import survive
+from util.log import RunLog, claim
 from util.lr_sched import lr_at
 from util.optim import build_adamw, param_groups
-from util.pictures import reconstruction_grid
-from util.profile import StepProfiler
-from util.report import write_pretrain_report
-from util.run import Interrupts, Run, wrap_ddp
+from util.report.pictures import reconstruction_grid
+from util.report.training import write_pretrain_report
 from util.seed import mix, seed_all
-from util.steps import effective_batch
+from util.train.compiled import compile_noprop, require_compiler
+from util.train.interrupts import Interrupts
+from util.train.profile import StepProfiler
+from util.train.run import Run, wrap_ddp
+from util.train.steps import effective_batch
 
 NUM_PICTURES = 8
 NUM_MEASURED = 4096  # images that tell --sigma_data

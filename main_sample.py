@@ -5,8 +5,8 @@ python main_sample.py checkpoint-last.pth --images cat.jpg holiday/ --mode recon
 python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 5000 --inception_weights download
 """
 
-from util import options
-from util.options_sample import check_sample_options, get_args_parser
+from util.cli import parser as options
+from util.cli.sample import check_sample_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     options.check_command_line(get_args_parser, check_sample_options)
@@ -20,17 +20,18 @@ import torch
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
-from util.data import Loader
+from util.data.datasets import ArrayDataset, FileDataset, notes_of, read_split, to_channels
+from util.data.image_files import Found, find_images, refuse_output_among_images
+from util.data.loader import Loader
 from util.data_specs import IN_MEMORY
-from util.datasets import ArrayDataset, FileDataset, notes_of, read_split, to_channels
 from util.dist import World, init_world
 from util.errors import UserError
-from util.frechet import EncoderFeatures, find_inception, load_inception
-from util.frozen import load_noprop, resolve_data
-from util.image_files import Found, find_images, refuse_output_among_images
+from util.files import write_text
 from util.log import RunLog, claim
-from util.report import note_lines, write_text
-from util.sampling import Study
+from util.probe.frechet import EncoderFeatures, find_inception, load_inception
+from util.probe.frozen import load_noprop, resolve_data
+from util.probe.sampling import Study
+from util.report.training import note_lines
 from util.seed import mix
 
 

@@ -32,8 +32,8 @@ import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from util.checkpoint import BEST, LAST, read_checkpoint
+from util.cli.parser import run_main
 from util.log import TIMES, read_log
-from util.options import run_main
 
 COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "4", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
           "--device", "cpu", "--accum_iter", "2", "--save_every_minutes", "0.003", "--print_freq", "3", "--timeout_minutes", "1"]  # fmt: skip

@@ -50,14 +50,15 @@ def build_product(variant: str, args):
 
     from augment.batch import BatchTransform
     from engine_finetune import Criterion, train_one_epoch
-    from util.compiled import compile_net
-    from util.data import Loader
+    from util.data.datasets import ArrayDataset
+    from util.data.loader import Loader
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
-    from util.datasets import ArrayDataset
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
     from util.precision import is_convolutional
-    from util.run import Interrupts, Position
+    from util.train.compiled import compile_net
+    from util.train.interrupts import Interrupts
+    from util.train.run import Position
 
     world = common.start_up(variant, args.device)
     net = create(args).to(world.device)

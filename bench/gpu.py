@@ -92,7 +92,7 @@ def describe_device(name: str) -> dict:
     import torch
 
     from util.dist import pick_device
-    from util.profile import matmul_rate
+    from util.train.profile import matmul_rate
 
     device = pick_device(name)
     rates = {str(d).removeprefix("torch."): matmul_rate(device, d) for d in (torch.bfloat16, torch.float16, torch.float32)}  # fmt: skip
@@ -136,8 +136,8 @@ def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: in
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import util.compiled
-    from util.profile import FORMULAS
+    import util.train.compiled
+    from util.train.profile import FORMULAS
 
     began = time.perf_counter()
     module, *argv = flags.split()
@@ -146,7 +146,7 @@ def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: in
     args = common.make_parser("", bench.add_flags, ()).parse_args(argv)
     if miniature:
         torch.set_num_threads(1)
-        util.compiled.BACKEND = "eager"  # graphs are captured, and no compiler keeps a core busy for a minute
+        util.train.compiled.BACKEND = "eager"  # graphs are captured, and no compiler keeps a core busy for a minute
     on_cuda = torch.device(device).type == "cuda"
 
     def wait() -> None:
@@ -187,7 +187,7 @@ def write(results: dict, path: Path) -> None:
         f"{about['device']}{'; ' + about['host'] if 'host' in about else ''}; Python {about['python']}, torch {about['torch']}"
         + (f", CUDA {about['cuda']}" if "cuda" in about else "") + ".", "",
         "A square matrix product reaches " + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {d}" for d, r in about["rates"].items())
-        + " (util/profile.py).", "",
+        + " (util/train/profile.py).", "",
         "## Tests", "",
     ]  # fmt: skip
     if "failed" in tests:
@@ -232,7 +232,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault(
         "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
     )  # a look at whether there is a GPU must not spoil the forks
-    for module in ("engine_finetune", "engine_predict", "engine_pretrain", "models", "torch._dynamo", "util.profile"):
+    for module in (
+        "engine_finetune",
+        "engine_predict",
+        "engine_pretrain",
+        "models",
+        "torch._dynamo",
+        "util.train.profile",
+    ):
         importlib.import_module(module)  # once, for all forks; what touches the GPU is theirs
     from util.log import git_commit
 

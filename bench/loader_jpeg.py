@@ -44,9 +44,9 @@ def product(variant: str, paths: list[str], args):
 
     from augment.batch import BatchTransform
     from augment.image import build_train_transform
-    from util.data import Loader
+    from util.data.datasets import FileDataset
+    from util.data.loader import Loader
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
-    from util.datasets import FileDataset
 
     world = common.start_up(variant, args.device)
     mae = args.aug == "mae"

@@ -37,8 +37,8 @@ def product(variant: str, images, mean, std, args):
     import torch
 
     from augment.batch import BatchTransform
-    from util.data import Loader
-    from util.datasets import ArrayDataset
+    from util.data.datasets import ArrayDataset
+    from util.data.loader import Loader
 
     world = common.start_up(variant, args.device)
     data = ArrayDataset(images, torch.zeros(len(images), dtype=torch.long), [""])

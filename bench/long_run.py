@@ -20,8 +20,8 @@ import torch
 
 from bench.chaos import LINES, write_photos
 from bench.ranks import Ranks
+from util.cli.parser import run_main
 from util.log import RunLog
-from util.options import run_main
 
 
 def read_usage() -> tuple[int, int]:

@@ -39,13 +39,14 @@ def build_product(variant: str, args):
     from augment.batch import BatchTransform
     from engine_pretrain import EncoderFirst, train_one_epoch
     from models.noprop_mae import NoPropMAE
-    from util.compiled import compile_noprop
-    from util.data import Loader
+    from util.data.datasets import ArrayDataset
+    from util.data.loader import Loader
     from util.data_specs import DATASETS
-    from util.datasets import ArrayDataset
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
-    from util.run import Interrupts, Position, wrap_ddp
+    from util.train.compiled import compile_noprop
+    from util.train.interrupts import Interrupts
+    from util.train.run import Position, wrap_ddp
 
     world = common.start_up(variant, args.device)
     net = NoPropMAE(T=args.T, img_size=args.img_size, patch_size=args.patch_size, use_checkpoint=args.use_checkpoint)

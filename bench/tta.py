@@ -46,15 +46,15 @@ def product(variant: str, paths: list[str], modules, args):
     import torch
 
     from engine_predict import predict
+    from util.data.datasets import FileDataset
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
-    from util.datasets import FileDataset
-    from util.members import Net
     from util.precision import is_convolutional
+    from util.predict.members import Net
 
     world = common.start_up(variant, args.device)
     data = FileDataset(paths, torch.full((len(paths),), -1), [str(i) for i in range(CLASSES)])
     nets, size = [], (args.img_size, args.img_size)
-    for m, module in enumerate(modules):  # as util.members.load_nets prepares them
+    for m, module in enumerate(modules):  # as util.predict.members.load_nets prepares them
         conv = is_convolutional(module)
         module = module.to(world.device, memory_format=torch.channels_last) if conv else module.to(world.device)
         precision = common.precision_of(variant, module, world, args.amp)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from models.containers import TABLE, State, family_filter, find_weights
+from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
-from models.vit import classifier_prefixes
-from util.checkpoint import own_meta, read_file
+from models.vit import classifier_prefixes, reason
+from util.checkpoint import own_meta, peek_meta, read_file
 from util.errors import UserError
 
 # Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
@@ -134,7 +135,6 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
 
 def _described(meta: dict, path: str) -> nn.Module:
     """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights."""
-    from models.rebuild import create_from_meta  # it imports this module
 
     def build() -> nn.Module:
         return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
@@ -215,3 +215,68 @@ def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     inside = [[n for n in layers if n == p or n.startswith(p + ".")] for p in classifier_prefixes(model)]
     return {names[-1]: layers[names[-1]] for names in inside if names}
+
+
+def create_from_meta(
+    meta: dict, *, num_classes: int | None = None, drop_path: float = 0.0, alpha_blend=None
+) -> nn.Module:
+    """The classifier (or, from a pretraining checkpoint, its encoder under a fresh head) that `meta` describes."""
+    return create_model(
+        meta["model"],
+        num_classes=meta.get("num_classes", 0) if num_classes is None else num_classes,
+        img_size=tuple(meta["img_size"]),
+        in_chans=meta["in_chans"],
+        drop_path=drop_path,
+        alpha_blend=alpha_blend,
+        **{"global_pool": meta.get("global_pool", True), **meta.get("model_kwargs", {})},
+    )
+
+
+def load_classifier(path: str, *, ema: bool = True) -> tuple[nn.Module, dict]:
+    """(model in eval mode, meta) of a fine-tuned checkpoint; every weight must be in the file."""
+    meta = peek_meta(path)
+    if meta is None:
+        raise UserError(f"{path}: not a checkpoint of this project")
+    if meta.get("kind") != "classifier":
+        raise UserError(
+            f"{path}: a {meta.get('kind')} checkpoint without a classifier; fine-tune it with main_finetune.py"
+        )
+    model = create_from_meta(meta)
+    require_complete(load_pretrained(model, path, ema=ema), path)
+    return model.eval(), meta
+
+
+def require_complete(report: LoadReport, path: str) -> None:
+    """For evaluation: a model with weights missing would score at chance without a word."""
+    lacking = report.missing or report.new_classes
+    if lacking:
+        raise UserError(f"{path}: lacks weights of this model ({', '.join(lacking[:4])}); cannot be evaluated")
+
+
+@torch.no_grad()
+def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
+    """One forward pass of `batch` grey images in net's own mode: what a family cannot compute ends here in one line.
+
+    Running statistics and generators stay as they were.
+    """
+    name, shape = meta["model"], (batch, meta["in_chans"], *meta["img_size"])
+    images = torch.zeros(shape, device=next(net.parameters()).device)
+    buffers = {k: v.clone() for k, v in net.named_buffers()}
+    size = " x ".join(map(str, shape[1:]))
+    try:
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            logits = torch.func.functional_call(net, buffers, (images,))
+    except UserError:
+        raise
+    except Exception as error:  # a family's own code, at a size or with keywords that it was not written for
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"--batch_size {batch}: the BatchNorm of {name} has one value per channel to normalise at {size}; "
+                "give 2 or more, a larger --input_size, or --freeze_bn"
+            ) from None
+        raise UserError(f"--model {name}: cannot compute images of {size} ({reason(error)}); see --input_size and --model_kwargs") from None  # fmt: skip
+    if not isinstance(logits, torch.Tensor) or logits.shape != (batch, meta["num_classes"]):
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(
+            f"--model {name}: gives {got} for {batch} images, not {meta['num_classes']} numbers for each; see --model_kwargs"
+        )

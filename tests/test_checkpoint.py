@@ -20,10 +20,10 @@ from util.checkpoint import (
     set_rng_state,
 )  # fmt: skip
 from util.dist import World
-from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog
-from util.run import Run
+from util.optim import build_ema
+from util.train.run import Run
 
 
 def state(epoch: int, step: int = 0) -> dict:

@@ -14,10 +14,10 @@ import main_finetune
 import main_linprobe
 import main_predict
 from util.checkpoint import peek_meta
+from util.cli.finetune import get_args_parser
+from util.cli.resolve import resolve_meta
 from util.errors import UserError
 from util.meta import check_meta
-from util.options_finetune import get_args_parser
-from util.resolve import resolve_meta
 
 QUICK = ["--device", "cpu", "--num_workers", "0", "--amp", "off"]
 NET = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=24", "depth=1", "num_heads=3", "--input_size", "32"]

@@ -11,9 +11,10 @@ from torchvision import datasets as tv
 
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform, build_train_transform
-from util.data import EpochOrder, Loader, kfold_split, load_data, stratified_split
+from util.data.datasets import ArrayDataset, read_class_folder, read_split, to_channels
+from util.data.loader import EpochOrder, Loader
+from util.data.splits import kfold_split, load_data, stratified_split
 from util.data_specs import DATASETS
-from util.datasets import ArrayDataset, read_class_folder, read_split, to_channels
 from util.dist import World
 from util.errors import UserError
 
@@ -161,7 +162,7 @@ def test_fashion_mnists_own_folder_may_be_given(tmp_path, inner):
 
 def test_a_folder_beside_cifars_is_not_taken_for_it(cifar_root, monkeypatch):
     (cifar_root / "cifar").mkdir()
-    monkeypatch.setattr("util.datasets._download", lambda name, fetch, by_hand: pytest.fail(by_hand))
+    monkeypatch.setattr("util.data.datasets._download", lambda name, fetch, by_hand: pytest.fail(by_hand))
     with pytest.raises(pytest.fail.Exception, match="cifar/cifar-10-batches-py"):
         read_split("cifar10", str(cifar_root / "cifar"), "train")
 

@@ -19,12 +19,12 @@ from augment import fast_image
 from augment.batch import BatchTransform
 from augment.decoding import MAX_PIXELS, ImageError, is_image, limit_pixels, open_file, open_image, to_channels
 from augment.image import build_eval_transform, build_train_transform
-from engine_predict import ViewReader
-from util.data import Loader, SampleReader, choose_loader
-from util.datasets import FileDataset, read_split
+from util.cli.parser import known_failure
+from util.data.datasets import FileDataset, read_split
+from util.data.loader import Loader, SampleReader, choose_loader
+from util.data.views import ViewReader
 from util.dist import World
 from util.errors import UserError
-from util.options import known_failure
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PHOTOS = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16",
@@ -194,7 +194,7 @@ def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, mo
         reader[0, 0]
     views = ViewReader(data, [(8, 8, 3)], [0])
     assert views[0][2] is None
-    monkeypatch.setattr("engine_predict.saccadic_views", fails)
+    monkeypatch.setattr("util.data.views.saccadic_views", fails)
     with pytest.raises(ZeroDivisionError, match="of the transform"):
         views[0]
 
@@ -301,7 +301,13 @@ def test_a_broken_opencv_ends_only_what_asks_for_it(tmp_path, monkeypatch, capsy
 def test_training_without_opencv_goes_on_with_a_warning(photo_folder, monkeypatch, capsys):
     """No main imports it at its top: they are imported anew while it is not there."""
     monkeypatch.setitem(sys.modules, "cv2", None)
-    for name in ("main_finetune", "main_pretrain_noprop", "util.data", "augment.fast_image", "augment.opencv_ops"):
+    for name in (
+        "main_finetune",
+        "main_pretrain_noprop",
+        "util.data.loader",
+        "augment.fast_image",
+        "augment.opencv_ops",
+    ):
         package, _, module = name.rpartition(".")
         if package and name in sys.modules:
             monkeypatch.setattr(sys.modules[package], module, sys.modules[name])  # put back afterwards

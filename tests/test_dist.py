@@ -12,10 +12,12 @@ from tests_common import NET, assert_same_state, comparable, finetune, log_witho
 from torch import nn
 
 from bench.ranks import Ranks
-from util import checkpoint, run
+from util import checkpoint
 from util.dist import broadcast_buffers, gather_objects, init_world, lost_rank, shutdown
 from util.log import versions
-from util.run import Interrupts, wrap_ddp
+from util.train import run
+from util.train.interrupts import Interrupts
+from util.train.run import wrap_ddp
 
 HANGS, GONE, BROKEN = "waited for another rank longer", "another rank died", "the exchange with another rank failed"
 # As torch 2.6 to 2.14 and NCCL 2.21 to 2.28 word them; numbers and names differ each time.

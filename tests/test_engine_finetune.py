@@ -17,16 +17,17 @@ from torch import nn
 import main_finetune
 from augment.batch import BatchTransform
 from bench.ranks import Ranks
-from engine_finetune import Criterion, evaluate, scores_from_confusion, train_one_epoch
-from util.data import Loader
-from util.datasets import ArrayDataset
+from engine_finetune import Criterion, evaluate, train_one_epoch
+from util.data.datasets import ArrayDataset
+from util.data.loader import Loader
 from util.dist import Precision, World, init_world
-from util.ema import build_ema
 from util.errors import UserError
 from util.log import RunLog
 from util.lr_sched import lr_at
-from util.optim import build_adamw
-from util.run import Interrupts, Run, wrap_ddp
+from util.metrics import scores_from_confusion
+from util.optim import build_adamw, build_ema
+from util.train.interrupts import Interrupts
+from util.train.run import Run, wrap_ddp
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ from conftest import ROOT
 
 from engine_pretrain import EncoderFirst, draw_mask_ratio, local_backward, train_one_epoch
 from models.noprop_mae import NoPropMAE
-from util.data import Batch
+from util.data.loader import Batch
 from util.dist import Precision, World
 from util.log import RunLog
 from util.optim import build_adamw, param_groups
-from util.run import Run
 from util.seed import seed_all
+from util.train.run import Run
 
 SMALL = dict(
     img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=2,

@@ -14,11 +14,11 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from sklearn.utils.class_weight import compute_sample_weight
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from util.calibration import accuracy_interval, expected_calibration_error, reliability, scores
-from util.ensemble import Stacked, Weighted, build_combiners, geometric_mean, read_oof, validation_scores
+from util.data.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
 from util.errors import UserError
-from util.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
-from util.members import Member, find_members, short_names
+from util.predict.calibration import accuracy_interval, expected_calibration_error, reliability, scores
+from util.predict.ensemble import Stacked, Weighted, build_combiners, geometric_mean, read_oof, validation_scores
+from util.predict.members import Member, find_members, short_names
 
 CLASSES = ["cat", "dog", "owl"]
 

@@ -9,12 +9,12 @@ from main_finetune import seed_all
 from main_linprobe import main as probe
 from main_predict import main as predict
 from models import create_model
-from models.rebuild import load_classifier
+from models.loading import load_classifier
 from models.vit import classifiers
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.log import read_log
-from util.phases import freeze_backbone
+from util.train.phases import freeze_backbone
 
 DIGITS = ["--dataset", "digits", "--batch_size", 256, "--warmup_epochs", 0, "--device", "cpu", "--amp", "off"]
 DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--input_size", 8, "--model_kwargs", "patch_size=4", "embed_dim=12",
@@ -121,7 +121,7 @@ def test_batchnorm_at_batch_1_trains_where_its_statistics_are_frozen_or_have_pix
 
 
 def test_the_trial_pass_leaves_running_statistics_and_generators_alone():
-    from models.rebuild import try_forward
+    from models.loading import try_forward
 
     torch.manual_seed(0)
     net = create_model("resnet10t", num_classes=3, img_size=32, in_chans=1).train()

@@ -9,8 +9,8 @@ from scipy import stats
 from augment.fast_image import FastTrainTransform, decode_crop, is_plain_jpeg, reduction
 from augment.image import build_train_transform, open_file, open_image
 from bench.photos import make_photos
-from util.data import SampleReader
-from util.datasets import FileDataset
+from util.data.datasets import FileDataset
+from util.data.loader import SampleReader
 from util.seed import sample_rng
 
 POLICY = "rand-m9-mstd0.5-inc1"

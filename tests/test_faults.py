@@ -14,21 +14,21 @@ import pytest
 from PIL import Image
 from tests_common import NET, ROOT, VIT, assert_same_state, comparable, log_without_times, one_line, save_member
 
-import engine_predict
 import main_finetune
 import main_predict
 import main_pretrain_noprop
 from bench.ranks import Ranks, empty_store
-from util import data
-from util.calibration import plot_class_distribution
 from util.checkpoint import BEST, LAST, read_checkpoint
-from util.contact_sheet import Entry, draw_sheet
+from util.cli.parser import known_failure, run_main
+from util.data import loader as data
+from util.data import views
 from util.dist import gather_objects, init_world
 from util.errors import UserError
-from util.log import RunLog, Sturdy, read_log
-from util.options import known_failure, run_main
-from util.plots import plot_confusion
-from util.predict_report import PICTURES
+from util.files import Sturdy
+from util.log import RunLog, read_log
+from util.report.contact_sheet import Entry, draw_sheet
+from util.report.plots import plot_class_distribution, plot_confusion
+from util.report.prediction import PICTURES
 
 PRETRAIN = ["--dataset", "digits", "--embed_dim", "12", "--depth", "1", "--num_heads", "2", "--decoder_embed_dim", "12", "--decoder_depth", "1", "--T", "1", "--batch_size", "512", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
 
@@ -231,14 +231,14 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
 
 def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, tmp_path, monkeypatch):
     save_member(tmp_path / "a.pth", VIT)
-    real = engine_predict.open_file
+    real = views.open_file
 
     def dies(path):
         if path.endswith("blue_03.png"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path)
 
-    monkeypatch.setattr(engine_predict, "open_file", dies)
+    monkeypatch.setattr(views, "open_file", dies)
     line = ["--checkpoints", str(tmp_path / "a.pth"), "--data_path", str(photo_folder / "train"), "--views", "1",
             "--num_workers", "1", "--batch_size", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     said = tmp_path / "said.txt"

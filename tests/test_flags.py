@@ -2,7 +2,8 @@
 
 import pytest
 
-from util import options_finetune, options_pretrain
+from util.cli import finetune as options_finetune
+from util.cli import pretrain as options_pretrain
 from util.flags import differences, refusal
 
 PARSERS = {"finetune": options_finetune.get_args_parser, "pretrain": options_pretrain.get_args_parser}

@@ -11,7 +11,7 @@ from bench.chaos import tensorboard_scalars
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
-from util.image_files import OUTPUT_MARK
+from util.folder import OUTPUT_MARK
 from util.log import claim
 
 MEASURE = ("linprobe", "sample", "predict")

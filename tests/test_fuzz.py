@@ -14,12 +14,12 @@ from PIL import Image
 
 from augment.decoding import ImageError, open_image
 from models import create_model, load_pretrained
-from models.rebuild import load_classifier
+from models.loading import load_classifier
 from util.checkpoint import LAST, damage, find_resume, peek_meta, read_checkpoint, read_file
+from util.cli.parser import keyword, number
 from util.errors import UserError
 from util.log import read_log
 from util.meta import check_meta
-from util.options import keyword, number
 
 FEW = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 MAINS = {"main_finetune": [], "main_pretrain_noprop": [], "main_linprobe": [], "main_sample": ["x.pth"],

@@ -23,14 +23,13 @@ from bench.ranks import Ranks
 from engine_finetune import Criterion, train_one_epoch
 from models import create_model
 from util.checkpoint import LAST, read_checkpoint
-from util.data import Loader
-from util.datasets import ArrayDataset
+from util.data.datasets import ArrayDataset
+from util.data.loader import Loader
 from util.dist import Precision, init_world
-from util.ema import build_ema
 from util.log import RunLog, read_log
-from util.optim import build_adamw, param_groups
-from util.run import Position
+from util.optim import build_adamw, build_ema, param_groups
 from util.seed import counted_normal, counted_uniform
+from util.train.run import Position
 
 DEVICE = os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.startswith("cuda")
@@ -234,8 +233,8 @@ def test_two_ranks_train_as_one_with_twice_the_batch(family, tmp_path):
 HANGS = """
 import os, signal, sys, time
 import main_finetune
-from util import run
-from util.options import run_main
+from util.train import run
+from util.cli.parser import run_main
 
 real, run.MAIN_THREAD_FIRST = main_finetune.train_one_epoch, 1.0
 

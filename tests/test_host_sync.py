@@ -14,13 +14,12 @@ from engine_pretrain import EncoderFirst
 from engine_pretrain import train_one_epoch as pretrain_one_epoch
 from models import create_model
 from models.noprop_mae import NoPropMAE
-from util.data import Loader
-from util.datasets import ArrayDataset
+from util.data.datasets import ArrayDataset
+from util.data.loader import Loader
 from util.dist import Precision, World
-from util.ema import build_ema
 from util.log import RunLog
-from util.optim import build_adamw, param_groups
-from util.run import Position
+from util.optim import build_adamw, build_ema, param_groups
+from util.train.run import Position
 
 STEPS, PRINT_FREQ, BATCH, CLASSES = 8, 4, 6, 10
 AUGMENTATIONS = {
@@ -51,7 +50,7 @@ class Setup:
         self.fake.waits.clear()
 
     def poll(self) -> tuple[bool, bool]:
-        """As util.run.Interrupts', at the end of each update."""
+        """As util.train.run.Interrupts', at the end of each update."""
         self.waits.append(list(self.fake.waits))
         self.fake.waits.clear()
         return False, False

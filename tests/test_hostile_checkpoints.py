@@ -11,10 +11,10 @@ from tests_common import NET, one_line, peak_memory_below
 
 import main_finetune
 from models import create_model, load_pretrained
-from models.rebuild import load_classifier
+from models.loading import load_classifier
 from util.checkpoint import LAST, find_resume, peek_meta, read_checkpoint, read_file
 from util.errors import UserError
-from util.run import load_exactly
+from util.train.run import load_exactly
 
 
 def classifier_meta(**changes) -> dict:

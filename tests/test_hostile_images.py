@@ -16,17 +16,18 @@ from tests_common import one_line, peak_memory_below
 import main_finetune
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform, open_image, to_channels
-from engine_predict import ViewReader
 from util.checkpoint import BEST, read_checkpoint
-from util.data import Loader, load_data
-from util.datasets import FileDataset, read_class_folder
+from util.data.datasets import FileDataset, read_class_folder
+from util.data.image_files import find_images
+from util.data.loader import Loader
+from util.data.splits import load_data
+from util.data.views import ViewReader
 from util.dist import World
-from util.ensemble import read_oof
 from util.errors import UserError
-from util.folds import write_oof
-from util.image_files import find_images
 from util.log import RunLog
-from util.members import Member
+from util.predict.ensemble import read_oof
+from util.predict.members import Member
+from util.train.folds import write_oof
 
 
 def save_image(path, size=(20, 16), **kwargs):

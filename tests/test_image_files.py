@@ -18,12 +18,13 @@ import main_linprobe
 import main_predict
 import main_pretrain_noprop
 import main_sample
-from util.data import load_data
-from util.datasets import read_split, read_unlabelled, read_wnids
+from util.data.datasets import read_split, read_unlabelled, read_wnids
+from util.data.image_files import Paths, find_images, refuse_output_among_images
+from util.data.labels import read_images
+from util.data.splits import load_data
 from util.dist import World
 from util.errors import UserError
-from util.image_files import OUTPUT_MARK, Paths, find_images, refuse_output_among_images
-from util.labels import read_images
+from util.folder import OUTPUT_MARK
 from util.meta import check_meta
 
 CPU = ["--num_workers", "0", "--device", "cpu"]

@@ -15,14 +15,15 @@ from augment.batch import BatchTransform
 from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
-from util import features
-from util.data import Loader
-from util.datasets import ArrayDataset, read_split
+from util.cli.parser import run_main
+from util.data.datasets import ArrayDataset, read_split
+from util.data.loader import Loader
 from util.dist import Precision, World, init_world
 from util.errors import UserError
-from util.features import choose_l2, extract, gather_rows, knn_predict, linear_probe, pooled_features
-from util.frozen import load_encoder, read_content
-from util.options import run_main
+from util.probe import classify, features
+from util.probe.classify import choose_l2, knn_predict, linear_probe
+from util.probe.features import extract, gather_rows, pooled_features
+from util.probe.frozen import load_encoder, read_content
 
 KEYWORDS = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0)
 
@@ -102,8 +103,8 @@ def test_linear_probe_separates_what_is_separable_whatever_the_scale():
 def test_noise_gets_a_stronger_penalty_than_signal():
     y = torch.arange(400) % 2
     signal = torch.where(y == 1, 1.0, -1.0)[:, None] + 0.05 * randn(400, 20)
-    assert choose_l2(randn(400, 20, seed=1), y, 2) == max(features.L2)
-    assert choose_l2(signal, y, 2) == min(features.L2)
+    assert choose_l2(randn(400, 20, seed=1), y, 2) == max(classify.L2)
+    assert choose_l2(signal, y, 2) == min(classify.L2)
 
 
 def test_features_of_a_pretraining_checkpoint_are_the_encoders_with_nothing_masked(pretrained):
@@ -240,7 +241,7 @@ def test_a_rank_whose_features_are_not_finite_ends_all_in_one_line(tmp_path, mon
 
 
 def test_the_checkpoint_names_its_data_set():
-    from util.frozen import resolve_data
+    from util.probe.frozen import resolve_data
 
     content = {"meta": {"dataset": "fashion-mnist"}, "args": {"data_path": "/"}}
     for given, expected in (

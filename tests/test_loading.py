@@ -11,7 +11,7 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from models import create_model, load_pretrained
-from models.rebuild import require_complete
+from models.loading import require_complete
 from util.errors import UserError
 
 SIZES = {"embed_dim": 12, "depth": 1, "num_heads": 2}

@@ -14,13 +14,13 @@ import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from util.checkpoint import read_checkpoint
-from util.datasets import ArrayDataset
+from util.cli.parser import run_main
+from util.data.datasets import ArrayDataset
 from util.dist import World
 from util.errors import UserError
 from util.log import read_log
-from util.options import run_main
-from util.phases import freezing
-from util.run import Position
+from util.train.phases import freezing
+from util.train.run import Position
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -17,11 +17,11 @@ from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from util.checkpoint import LAST, read_checkpoint
+from util.cli.parser import run_main
 from util.dist import World
 from util.errors import UserError
 from util.log import read_log
-from util.options import run_main
-from util.run import Run
+from util.train.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--dataset", "digits", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--decoder_embed_dim", "24", "--decoder_depth", "1", "--T", "3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--mask_ratio", "0.6", "--mask_ratio_max", "1", "--hflip", "0.5", "--loss_weighting", "edm", "--vis_freq", "2", "--save_freq", "1", "--device", "cpu"]  # fmt: skip

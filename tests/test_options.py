@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from main_finetune import get_args_parser
+from util.cli.finetune import check_finetune_options
 from util.errors import UserError
-from util.options_finetune import check_finetune_options
 
 
 def parse(*argv):
@@ -105,7 +105,7 @@ def test_a_recipe_that_is_no_text_or_lacks_a_quote_is_one_line(tmp_path, data, w
 
 @pytest.mark.parametrize("module", ["finetune", "pretrain", "linprobe"])
 def test_img_size_is_another_name_of_input_size(module):
-    parser = importlib.import_module(f"util.options_{module}").get_args_parser()
+    parser = importlib.import_module(f"util.cli.{module}").get_args_parser()
     assert parser.parse_args(["--img_size", "48", "32"]).input_size == [48, 32]
 
 
@@ -121,7 +121,7 @@ def test_img_size_is_another_name_of_input_size(module):
 )  # fmt: skip
 @pytest.mark.parametrize("module", ["finetune", "linprobe"])
 def test_model_kwargs_that_have_a_flag_or_could_not_be_saved_are_one_line(module, given, flag):
-    options = importlib.import_module(f"util.options_{module}")
+    options = importlib.import_module(f"util.cli.{module}")
     line = ["--model", "vit_tiny_patch16_224", "--pretrained", "--model_kwargs", "depth=2", given]
     with pytest.raises(UserError) as caught:
         getattr(options, f"check_{module}_options")(options.get_args_parser().parse_args(line))

@@ -7,8 +7,8 @@ from PIL import Image
 
 from augment.batch import normalize
 from models.noprop_mae import NoPropMAE
-from util import pictures
-from util.pictures import (
+from util.report import pictures
+from util.report.pictures import (
     denormalize,
     draw_grid,
     heat_overlay,

@@ -16,10 +16,10 @@ from augment.batch import BatchTransform, normalize
 from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from bench.ranks import Ranks
-from engine_predict import ViewReader
-from util import options
-from util.data import Loader, SampleReader
-from util.datasets import read_split, read_unlabelled
+from util.cli import parser as options
+from util.data.datasets import read_split, read_unlabelled
+from util.data.loader import Loader, SampleReader
+from util.data.views import ViewReader
 from util.dist import World
 from util.errors import UserError
 

@@ -7,14 +7,14 @@ import torch
 from tests_common import NET, comparable, one_line
 from torch import nn
 
-import util.compiled
+import util.train.compiled
 from augment.alpha_blend import AlphaBlend
 from models import create_model
-from util.compiled import compile_net, compile_noprop, require_compiler
-from util.ema import build_ema
 from util.errors import UserError
 from util.log import read_log
-from util.profile import WARMUP, StepProfiler, matmul_rate
+from util.optim import build_ema
+from util.train.compiled import compile_net, compile_noprop, require_compiler
+from util.train.profile import WARMUP, StepProfiler, matmul_rate
 
 
 class Log:
@@ -100,7 +100,7 @@ def traced(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(util.compiled, "BACKEND", backend)
+    monkeypatch.setattr(util.train.compiled, "BACKEND", backend)
     yield graphs
     torch._dynamo.reset()
 
@@ -164,7 +164,7 @@ def test_without_a_compiler_there_is_one_line(monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("No working C++ compiler found\nin config")
 
-    monkeypatch.setattr(util.compiled, "BACKEND", backend)
+    monkeypatch.setattr(util.train.compiled, "BACKEND", backend)
     torch._dynamo.reset()
     with pytest.raises(UserError) as caught:
         require_compiler(torch.device("cpu"))

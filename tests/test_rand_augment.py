@@ -27,7 +27,7 @@ from augment.rand_augment import (
     parse_rand_augment,
     rand_augment,
 )
-from util.options import policy_or_none
+from util.cli.parser import policy_or_none
 from util.seed import counted_uniform, sample_rng
 
 POLICY = "rand-m9-mstd0.5-inc1"

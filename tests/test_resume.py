@@ -23,14 +23,15 @@ import main_finetune
 from bench import chaos
 from bench.ranks import Ranks
 from models import create_model
-from util import steps
 from util.checkpoint import LAST, find_resume, read_checkpoint
-from util.data import Loader
+from util.cli.parser import run_main
+from util.data.loader import Loader
 from util.dist import World
 from util.errors import UserError
 from util.log import RunLog, read_log
-from util.options import run_main
-from util.run import Interrupts, Run
+from util.train import steps
+from util.train.interrupts import Interrupts
+from util.train.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

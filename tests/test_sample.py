@@ -14,11 +14,11 @@ from torch import nn
 import main_sample
 from augment.batch import normalize
 from models.noprop_mae import NoPropMAE
-from util.datasets import read_split
+from util.data.datasets import read_split
 from util.errors import UserError
-from util.frechet import EncoderFeatures, InceptionFeatures, find_inception, frechet_metric, load_inception
-from util.frozen import load_noprop
-from util.sampling import Study, mean_visible_patch
+from util.probe.frechet import EncoderFeatures, InceptionFeatures, find_inception, frechet_metric, load_inception
+from util.probe.frozen import load_noprop
+from util.probe.sampling import Study, mean_visible_patch
 
 MEAN, STD = (0.3053,), (0.3761,)
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ import main_predict
 import main_pretrain_noprop
 from models import create_model
 from util.checkpoint import peek_meta, read_checkpoint
+from util.cli.finetune import check_finetune_options, get_args_parser
+from util.cli.resolve import describe_input, resolve_meta
 from util.data_specs import DATASETS, IMAGENET_MEAN
 from util.errors import UserError
 from util.log import read_log
-from util.options_finetune import check_finetune_options, get_args_parser
-from util.resolve import describe_input, resolve_meta
 
 QUICK = ["--device", "cpu", "--amp", "off", "--warmup_epochs", 0]
 DIGITS = ["--dataset", "digits", "--epochs", 1, "--lr", "1e-3", "--batch_size", 128, *QUICK]

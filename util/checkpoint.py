@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
+from util.files import write_atomic
 from util.meta import check_meta
 
 FORMAT = 1
@@ -101,26 +102,6 @@ def damage(path: str) -> str | None:
         return f"damaged, checksum of {broken} is wrong" if broken else None
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, NotImplementedError) as error:
         return f"damaged or truncated ({error})"
-
-
-def write_atomic(path: str, write) -> None:
-    """`write(file)` to a temporary neighbour, fsync, rename: the old file stays whole until the new one is."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 class CheckpointWriter:

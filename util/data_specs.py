@@ -1,4 +1,4 @@
-"""The one table of data sets by name: image size, channels, normalisation. It needs no torch; util/datasets.py reads them."""
+"""The one table of data sets by name: image size, channels, normalisation. It needs no torch; util/data/datasets.py reads them."""
 
 from dataclasses import dataclass
 

@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
 
 
 # NCCL's watchdog aborts the process without a word of ours. So it waits longer than gloo, whose timeout ends in one line
-# (`lost_rank`, and Interrupts of util/run.py while the main thread stands behind a kernel of NCCL that never ends).
+# (`lost_rank`, and Interrupts of util/train/run.py while the main thread stands behind a kernel of NCCL that never ends).
 NCCL_LATER = datetime.timedelta(minutes=2)
 
 

@@ -1,6 +1,6 @@
 """Which flags change a run's results, and in which of them two command lines differ.
 
-Each flag declares it where it is added (Parser in util/options.py). A resume and the finished folds of a k-fold run are
+Each flag declares it where it is added (Parser in util/cli/parser.py). A resume and the finished folds of a k-fold run are
 compared with the command line by these declarations, and by nothing else.
 """
 

@@ -4,11 +4,11 @@ import errno
 import json
 import os
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from util.errors import UserError
-from util.image_files import OUTPUT_MARK
 
 # Kinds of run, as args.json names them, and how the report.md of one begins.
 KINDS = {
@@ -105,7 +105,7 @@ def make_folder(path: str, flag: str) -> None:
 
 
 def mark_output(path: str) -> None:
-    """So that its pictures are never read as photos, and it is no class (util/image_files.py)."""
+    """So that its pictures are never read as photos, and it is no class (util/data/image_files.py)."""
     with suppress(OSError):
         open(os.path.join(path, OUTPUT_MARK), "a").close()
 
@@ -132,3 +132,16 @@ def lock_folder(path: str):
             f"--output_dir {path}: another process is training there; wait for its end, or choose another folder"
         ) from None
     return file
+
+
+OUTPUT_MARK = ".noisevit-output"  # an empty file in each folder that a run was told to write to
+
+
+def is_output(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names was written by a run: it is marked, or an earlier version's by what is
+    in it (or it is TensorBoard's)."""
+    if OUTPUT_MARK in names or any(n.startswith("events.out.tfevents") for n in names):
+        return True
+    checkpoint = any(n.startswith("checkpoint-") and n.endswith(".pth") for n in names)
+    told = {"args.json", "report.md", "summary.json"} & set(names)
+    return bool(told and (checkpoint or {"log.txt", "oof.csv", "predictions.csv", "result.json"} & set(names)))

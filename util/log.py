@@ -7,53 +7,18 @@ import platform
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from util.checkpoint import write_atomic
 from util.dist import World, broadcast_object
 from util.errors import UserError
+from util.files import must_write, survive, write_atomic
 from util.folder import clear_run, goes_on_in, lock_folder, make_folder, mark_output, refuse_other_run
 
 TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
-
-
-@contextmanager
-def survive(path: str, what: str = "not written"):
-    """Around all that is drawn or logged: whatever goes wrong there (a full disk, a class name that a font chokes on)
-    costs that file and a warning, not the run."""
-    try:
-        yield
-    except Exception as error:
-        if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
-            raise
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        print(f"warning: {path}: {what} ({reason})", file=sys.stderr, flush=True)
-
-
-class Sturdy:
-    """A stream whose disk may be full and whose reader may have gone: what it cannot take is lost, and the run goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
 
 
 class RunLog:
@@ -200,15 +165,6 @@ def claim(
     return RunLog(output_dir or None, log_dir, is_main=world.is_main, kind=kind, anew=anew)
 
 
-@contextmanager
-def must_write(flag: str, path: str):
-    """Around what a script is run for: a place that cannot be written to is the user's to mend."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-
-
 def read_log(path: str) -> list[dict]:
     """The lines of a log.txt; an unfinished line (a killed run) and what else is none of this log's are left out."""
     lines = []
@@ -221,42 +177,6 @@ def read_log(path: str) -> list[dict]:
             if isinstance(line, dict) and isinstance(line.get("epoch"), int):
                 lines.append(line)
     return lines
-
-
-class Progress:
-    """A tqdm bar on a terminal, else a line every `every` steps: `Epoch: [3]  [ 20/100]  lr: ..  loss: ..`."""
-
-    def __init__(self, header: str, total: int, *, every: int = 20, start: int = 0, enabled: bool = True):
-        self.header, self.total, self.every, self.step, self.enabled = header, total, every, start, enabled
-        self.bar = (
-            tqdm(total=total, initial=start, desc=header, leave=False) if enabled and sys.stderr.isatty() else None
-        )
-        self.begin, self.first = time.perf_counter(), start
-
-    @property
-    def due(self) -> bool:
-        """True on the steps whose values are fetched from the device and shown."""
-        return self.step % self.every == 0 or self.step == self.total
-
-    def update(self, values: dict[str, float] | None = None) -> None:
-        """One step done; `values` only on steps that are `due` after it."""
-        shown = "  ".join(f"{k}: {v:.4g}" for k, v in (values or {}).items())
-        if self.bar is not None:
-            self.bar.update(1)
-            if values:
-                self.bar.set_postfix_str(shown)
-        elif self.enabled and values:
-            seconds = (time.perf_counter() - self.begin) / max(1, self.step - self.first)
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - self.step)))
-            width = len(str(self.total))
-            print(
-                f"{self.header}  [{self.step:{width}d}/{self.total}]  eta: {left}  {shown}  s/it: {seconds:.3f}",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def versions() -> dict[str, str]:
@@ -286,10 +206,3 @@ def git_commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def batches_of(iterable: Iterable, count: int) -> Iterator:
-    """`count` items of an iterable that may hold fewer: None fills up, so that all ranks make equal rounds."""
-    iterator = iter(iterable)
-    for _ in range(count):
-        yield next(iterator, None)

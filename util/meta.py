@@ -8,7 +8,7 @@ import math
 from numbers import Real
 
 from util.errors import UserError
-from util.image_files import composed
+from util.files import composed
 
 LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
 LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
@@ -39,7 +39,7 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
 
     whole: also ask for every entry that building the model needs. Classes get the names that their folders have now
-    (util/image_files.py), which earlier versions took in either of Unicode's forms.
+    (util/data/image_files.py), which earlier versions took in either of Unicode's forms.
     """
 
     def refuse(key: str, wanted: str):

@@ -19,9 +19,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from augment.batch import normalize
 from augment.views import saccadic_views
-from util.calibration import scores
-from util.datasets import read_split
-from util.ensemble import Stacked, geometric_mean, log_probabilities
+from util.data.datasets import read_split
+from util.predict.calibration import scores
+from util.predict.ensemble import Stacked, geometric_mean, log_probabilities
 
 TEST, FOLDS, BATCH = 1500, 5, 50
 

@@ -1,0 +1,58 @@
+"""`create_model` builds a classifier by name."""
+
+import timm
+from torch import nn
+
+from models.vit import attach_noise, mae_vit, timm_classifier
+from util.choices import MAE_NAMES, is_mae_name
+from util.errors import UserError
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    global_pool: bool | str = True,
+    drop_path: float = 0.0,
+    alpha_blend: nn.Module | None = None,
+    pretrained: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """A classifier: images [B, in_chans, H, W], normalised -> logits [B, num_classes].
+
+    name: MAE's vit_{tiny,small,base,large}_patch16 and vit_huge_patch14 (any other patch size: vit_tiny_patch4),
+        or any timm model name. MAE's names win over timm's own without size suffix.
+    global_pool: average pooling (True) or class token (False), for MAE's names; timm names keep their own head. A string
+        is timm's name of a pooling, for both: `avg`, `token`, `map`, ...
+    alpha_blend: an AlphaBlend placed at the embedding point (or its own layer or space); keys do not change.
+    pretrained: timm's own weights (a download).
+    kwargs: passed to the model, e.g. patch_size, embed_dim, drop_rate.
+
+    UserError in one line where no such model can be built.
+    """
+    img_size = img_size if isinstance(img_size, int) else tuple(int(s) for s in img_size)
+    if not isinstance(img_size, int) and img_size[0] == img_size[1]:
+        img_size = img_size[0]
+    common = dict(
+        num_classes=num_classes, in_chans=in_chans, img_size=img_size, global_pool=global_pool, drop_path=drop_path,
+        **{k: v for k, v in kwargs.items() if v is not None},
+    )  # fmt: skip
+    if is_mae_name(name):
+        if pretrained:
+            raise UserError(f"--pretrained with --model {name}: MAE's names have no timm weights; give --finetune FILE")
+        model = mae_vit(name, **common)
+    else:
+        model = timm_classifier(name, pretrained=pretrained, **common)
+    if alpha_blend is not None:
+        attach_noise(model, alpha_blend)
+    return model
+
+
+def list_models(pattern: str = "") -> list[str]:
+    """MAE's names, then timm's; `pattern` filters with wildcards as timm.list_models does."""
+    import fnmatch
+
+    mae = [n for n in MAE_NAMES if not pattern or fnmatch.fnmatch(n, pattern)]
+    return mae + [n for n in timm.list_models(pattern) if n not in mae]

@@ -1,0 +1,311 @@
+"""The data sets by name: where their files lie, their classes, their normalisation. Small ones live in memory.
+
+Two kinds come out: ArrayDataset (one uint8 tensor) and FileDataset (paths, decoded in loader workers).
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from util.data.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds
+from util.errors import UserError
+from util.files import printable
+from util.folder import is_output
+
+# Folders that divide a set, and are no classes.
+TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
+
+
+@dataclass
+class ArrayDataset:
+    """Images as one uint8 tensor [N, C, H, W], targets int64 [N]."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    classes: list[str]
+    names: list[str] | None = None  # sample names for reports
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, index: torch.Tensor) -> "ArrayDataset":
+        return ArrayDataset(self.images[index], self.targets[index], self.classes, [self.name(int(i)) for i in index])
+
+    def name(self, i: int) -> str:
+        return self.names[i] if self.names else str(i)
+
+
+@dataclass
+class FileDataset:
+    """Images as files. `targets` int64 [N]; -1 where there is no label. `root` shortens the names in reports.
+
+    notes: what lies beside the images and was not read, for the log and the report.
+    """
+
+    paths: Sequence[str]
+    targets: torch.Tensor
+    classes: list[str] = field(default_factory=list)
+    root: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.paths = self.paths if isinstance(self.paths, Paths) else Paths(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, index: torch.Tensor) -> "FileDataset":
+        return FileDataset(self.paths.take(index.numpy()), self.targets[index], self.classes, self.root, self.notes)
+
+    def name(self, i: int) -> str:
+        return os.path.relpath(self.paths[i], self.root) if self.root else self.paths[i]
+
+
+def notes_of(*data: ArrayDataset | FileDataset | None) -> list[str]:
+    """The notes of several splits, each once."""
+    return list(dict.fromkeys(note for d in data for note in getattr(d, "notes", ())))
+
+
+def read_class_folder(root: str, classes: list[str] | None = None, only: Collection[str] | None = None) -> FileDataset:
+    """root/class/**/image files. only: names of the classes to read, if not all.
+
+    classes: the training set's, for its validation set; of these it may lack some, which is noted. UserError if it has others.
+    """
+    folders = defaultdict(list)
+    for folder in class_folders(root):
+        folders[class_name(folder)].append(folder)
+    if only is not None:
+        folders = {name: folders[name] for name in only if name in folders}
+    if not folders:
+        raise UserError(f"{root}: no class folders in it; expected {root}/<class>/<images>")
+    paths, counts, total = [], {}, Found()
+    for name in sorted(folders):
+        found = Found()
+        for folder in folders[name]:
+            found += find_images(os.path.join(root, folder), is_data=False)
+        counts[name] = len(found.paths)
+        if not found.paths and not found.outputs and classes is None:
+            left_out = f"; its files are {kinds(found.left_out)}" if found.left_out else ""
+            raise UserError(f"{os.path.join(root, folders[name][0])}: class folder without images{left_out}")
+        paths.append(Paths(found.paths))
+        found.paths = []
+        total += found
+    present = [name for name in counts if counts[name]]
+    notes = total.notes(root)
+    if stray := images_beside(root):
+        notes.append(f"{printable(root)}: left out, {stray} images outside of the class folders")
+    if classes is None:
+        classes = present
+    if unknown := sorted(set(present) - set(classes)):
+        raise UserError(f"{root}: its class folders differ from the training classes: unknown {', '.join(unknown[:5])}")
+    if not present:
+        raise UserError(f"{root}: none of its class folders has images; expected {root}/<class>/<images>")
+    if lacking := [name for name in classes if name not in present]:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        notes.append(
+            f"{printable(root)}: has no images of {', '.join(lacking[:5])}{more}; scored on the {len(present)} classes that it has"
+        )
+    targets = [torch.full((counts[name],), classes.index(name)) for name in present]
+    return FileDataset(Paths.joined(paths), torch.cat(targets), list(classes), root, notes)
+
+
+def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
+    """Every image below root, without labels: for pretraining and prediction. without: folders in root that are not read."""
+    if not os.path.isdir(root):
+        raise UserError(f"--data_path {root}: no such folder")
+    found = find_images(root, without=without)
+    if not found.paths:
+        left_out = f" (but {kinds(found.left_out)})" if found.left_out else ""
+        raise UserError(f"{root}: no images in it{left_out}")
+    notes = found.notes(root)
+    if without:
+        notes.append(f"{printable(root)}: left out, held out beside it: {', '.join(map(printable, without))}")
+    return FileDataset(found.paths, torch.full((len(found.paths),), -1), [], root, notes)
+
+
+def _is_part(folder: str) -> bool:
+    """Whether a folder is there and holds data: not one of that name which only a run wrote."""
+    if not os.path.isdir(folder) or not is_output(os.listdir(folder)):
+        return os.path.isdir(folder)
+    return any(find_images(os.path.join(folder, c), is_data=False).paths for c in class_folders(folder))
+
+
+def _splits_in(root: str) -> list[str]:
+    """Folders in root, which has no train/, that look like parts of a set: two such names, or an unmistakable one."""
+    found = [f for f in class_folders(root) if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
+    found = [f for f in found if _is_part(os.path.join(root, f))]
+    alone = HELD_OUT_FOLDERS - {"valid"}  # beside `invalid`, a class
+    return found if len(found) > 1 or any(f.casefold() in alone for f in found) else []
+
+
+def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset | None:
+    """data_path/{train,val}/class/*; without train/, data_path itself holds the classes. None if there is no val/."""
+    if not os.path.isdir(root):
+        raise UserError(f"--data_path {root}: no such folder")
+    has_train = _is_part(os.path.join(root, "train"))
+    folder = os.path.join(root, split) if has_train or split != "train" else root
+    if folder != root and not _is_part(folder):
+        return None
+    splits = _splits_in(root) if folder == root else []
+    if not labelled:
+        return read_unlabelled(folder, [f for f in splits if f.casefold() in HELD_OUT_FOLDERS])
+    if splits:
+        raise UserError(
+            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not classes; "
+            f"expected {root}/train/<class>/<images> and {root}/val, or give --data_path one of them with --val_split 0.2"
+        )
+    if split != "train" and classes is None:
+        classes = read_class_folder(os.path.join(root, "train") if has_train else root).classes
+    return read_class_folder(folder, classes)
+
+
+def _read_imagenet(
+    root: str, split: str, labelled: bool, classes: list[str] | None = None, only: set[str] | None = None,
+    name: str = "imagenet",
+) -> FileDataset:  # fmt: skip
+    if not all(os.path.isdir(os.path.join(root, s)) for s in ("train", "val")):
+        raise UserError(
+            f"--dataset {name} --data_path {root}: put the images at {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG "
+            "(it cannot be downloaded without an account)"
+        )
+    if split != "train" and classes is None:
+        classes = read_class_folder(os.path.join(root, "train"), only=only).classes
+    return read_class_folder(os.path.join(root, split), classes, only)
+
+
+def read_wnids(path: str) -> set[str]:
+    """The WordNet IDs that a text names, with whatever stands beside them; if it has none, its words."""
+    text = Path(path).read_text("utf-8-sig", "replace")
+    return set(re.findall(r"(?<![^\W_])n\d{3,}(?![^\W_])", text) or text.split())
+
+
+def _read_imagenet100(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
+    """A folder of the 100 classes, or the whole ImageNet beside imagenet100.txt (a wnid per line)."""
+    listing = os.path.join(root, "imagenet100.txt")
+    only = read_wnids(listing) if os.path.isfile(listing) else None
+    data = _read_imagenet(root, split, labelled, classes, only, "imagenet-100")
+    if only is not None and (lacking := sorted(only - set(data.classes))):
+        raise UserError(f"{listing}: {data.root} has no images of its {', '.join(lacking[:5])}")
+    if len(data.classes) != 100:
+        raise UserError(
+            f"--dataset imagenet-100 --data_path {root}: has {len(data.classes)} classes; "
+            f"list the 100 wnids to use in {listing}, or use --dataset folder"
+        )
+    return data
+
+
+def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
+    """train/<wnid>/images/*.JPEG; val/images/*.JPEG with val_annotations.txt (file, wnid, box), or val/<wnid>/."""
+    base = root if os.path.isfile(os.path.join(root, "wnids.txt")) else os.path.join(root, "tiny-imagenet-200")
+    if not os.path.isfile(os.path.join(base, "wnids.txt")):
+        url, md5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+
+        def fetch():
+            from torchvision.datasets.utils import download_and_extract_archive
+
+            download_and_extract_archive(url, root, md5=md5, remove_finished=True)
+
+        _download("tiny-imagenet", fetch, f"unpack {url} in {root}")
+    if split == "train" or classes is None:
+        train = read_class_folder(os.path.join(base, "train"))
+        if split == "train":
+            return train
+        classes = train.classes
+    val = os.path.join(base, "val")
+    listing, images = os.path.join(val, "val_annotations.txt"), os.path.join(val, "images")
+    names = set(os.listdir(images)) if os.path.isfile(listing) and os.path.isdir(images) else set()
+    if not names:  # some copies are sorted into class folders, with or without the list
+        return read_class_folder(val, classes)
+    rows = [line.split("\t")[:2] for line in Path(listing).read_text().splitlines() if line.strip()]
+    unknown = sorted({wnid for _, wnid in rows} - set(classes))
+    if unknown:
+        raise UserError(f"{listing}: class {unknown[0]} is not in {base}/train")
+    if lacking := sorted({name for name, _ in rows} - names):
+        raise UserError(f"{listing}: names {lacking[0]}, which is not in {images}")
+    number = {c: i for i, c in enumerate(classes)}
+    paths = [os.path.join(images, name) for name, _ in rows]
+    return FileDataset(paths, torch.tensor([number[wnid] for _, wnid in rows]), classes, val)
+
+
+def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
+    """CIFAR-10/100 and Fashion-MNIST through torchvision, which checks the files' digests; downloads if it must."""
+    from torchvision import datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
+    inner = getattr(cls, "base_folder", "FashionMNIST/raw")
+    # --data_path may be the inner folder itself, or a part of the way to it.
+    whole = os.path.abspath(root)
+    above = [whole] + [os.path.normpath(os.path.join(whole, *[".."] * k)) for k in range(1, inner.count("/") + 2)]
+    fits = (a for a in above if f"{a}/{inner}/".startswith(f"{whole}/") and os.path.isdir(os.path.join(a, inner)))
+    root = next(fits, root)
+    where = os.path.join(root, inner)
+    try:
+        data = cls(root, train=split == "train", download=False)
+    except RuntimeError:  # torchvision's word for "not found or corrupted"
+        _download(name, lambda: cls(root, train=True, download=True), f"put its files in {where}")
+        data = cls(root, train=split == "train", download=False)
+    images = torch.as_tensor(data.data)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return ArrayDataset(images.contiguous(), torch.as_tensor(data.targets), [str(c) for c in data.classes])
+
+
+def _download(name: str, fetch, by_hand: str) -> None:
+    """Run torchvision's downloader quietly; offline, one line says what to do by hand."""
+    import contextlib
+    import io
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            fetch()
+    except Exception as error:  # URLError, HTTPError, digests, a read-only folder: all mean the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--dataset {name}: not found, and its download failed ({reason}); {by_hand}") from None
+
+
+def _read_digits(split: str, seed: int = 0) -> ArrayDataset:
+    """scikit-learn's 1,797 8x8 digits; a fixed stratified fifth is the validation split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy((digits.images * (255 / 16)).round().astype("uint8")).unsqueeze(1)
+    targets = torch.from_numpy(digits.target).long()
+    train, val = train_test_split(range(len(targets)), test_size=0.2, stratify=digits.target, random_state=seed)
+    index = torch.tensor(sorted(train if split == "train" else val))
+    return ArrayDataset(
+        images[index], targets[index], [str(c) for c in range(10)], [f"digit-{i:04d}" for i in index.tolist()]
+    )
+
+
+def read_split(
+    name: str, root: str, split: str, labelled: bool = True, classes: list[str] | None = None
+) -> ArrayDataset | FileDataset | None:
+    """The `train` or `val` split of a data set in DATASETS; None where a folder has no val/ of its own.
+
+    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: the training split's,
+    where they are known, for `val`.
+    """
+    if name == "digits":
+        return _read_digits(split)
+    if name in ("cifar10", "cifar100", "fashion-mnist"):
+        return _read_torchvision(name, root, split)
+    readers = {"folder": _read_folder, "imagenet": _read_imagenet, "imagenet-100": _read_imagenet100}
+    return {**readers, "tiny-imagenet": _read_tiny_imagenet}[name](root, split, labelled, classes)
+
+
+def to_channels(data: ArrayDataset, in_chans: int) -> ArrayDataset:
+    """Grey images repeated to colour, or colour ones reduced to luma (ITU-R 601, as PIL's convert('L'))."""
+    if data.images.shape[1] == in_chans:
+        return data
+    if data.images.shape[1] == 1:
+        images = data.images.expand(-1, in_chans, -1, -1).contiguous()
+    else:
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        images = rgb_to_grayscale(data.images)
+    return ArrayDataset(images, data.targets, data.classes, data.names)

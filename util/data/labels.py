@@ -1,0 +1,158 @@
+"""The images to predict, what they are called in tables, and their labels where there are any."""
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from util.data.datasets import ArrayDataset, FileDataset, notes_of, read_split, read_unlabelled
+from util.data.image_files import class_folders, class_name
+from util.errors import UserError
+from util.files import composed, printable
+
+
+def spreadsheet_safe(text: str) -> str:
+    """A field that no spreadsheet takes for a formula: an apostrophe before = + - @ tab and carriage return."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def without_apostrophe(text: str) -> str:
+    """The name that spreadsheet_safe made this field of; any other text as it is."""
+    return text[1:] if spreadsheet_safe(text[1:]) == text else text
+
+
+def class_finder(classes: list[str]) -> Callable[[str], int | None]:
+    """text -> number of the class, None if it names none: exactly, else but for spaces at the ends or an apostrophe that
+    a spreadsheet was meant to see. Accents may be written in either of Unicode's forms; those of `classes` are composed."""
+    number = {c: i for i, c in enumerate(classes)}
+    stripped = defaultdict(list)
+    for i, c in enumerate(classes):
+        stripped[c.strip()].append(i)
+
+    def find(text: str) -> int | None:
+        text = composed(text)
+        bare = text.strip()
+        for name in (text, bare, without_apostrophe(text), without_apostrophe(bare)):
+            if name in number:
+                return number[name]
+        same = stripped.get(bare, [])
+        return same[0] if len(same) == 1 else None
+
+    return find
+
+
+def image_id(data: ArrayDataset | FileDataset, i: int) -> str:
+    """The path below --data_path, with forward slashes; bytes that are no UTF-8 as escapes."""
+    return printable(data.name(i)).replace(os.sep, "/")
+
+
+def read_images(
+    dataset: str, root: str, classes: list[str], labels: str | None = None
+) -> tuple[ArrayDataset | FileDataset, list[str], list[str]]:
+    """(data sorted by ID, IDs, notes for the report). data.targets: numbers into `classes`, -1 without a label.
+
+    A folder is labelled if every image lies in a subfolder named after a class; a CSV file of labels replaces that.
+    Other data sets than `folder` give their labelled test split.
+    """
+    notes: list[str] = []
+    if dataset == "folder":
+        data = read_unlabelled(root)
+        data.targets = _folder_targets(data, root, classes, notes) if labels is None else data.targets
+    else:
+        data = read_split(dataset, root, "val")
+        if sorted(data.classes) != sorted(classes):
+            odd = sorted(set(data.classes) ^ set(classes))[0]
+            raise UserError(f"--dataset {dataset}: its classes differ from those of --checkpoints (e.g. {odd})")
+        data.targets = torch.tensor([classes.index(c) for c in data.classes])[data.targets]
+    ids = [image_id(data, i) for i in range(len(data))]
+    order = sorted(range(len(data)), key=ids.__getitem__)
+    data, ids = data.subset(torch.tensor(order)), [ids[i] for i in order]
+    if labels is not None:
+        data.targets = torch.tensor(read_labels(labels, ids, classes, notes))
+    data.classes = list(classes)
+    return data, ids, notes + notes_of(data)
+
+
+def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: list[str]) -> torch.Tensor:
+    number = {c: i for i, c in enumerate(classes)}
+    tops = [os.path.relpath(path, root).split(os.sep) for path in data.paths]
+    tops = [class_name(parts[0]) if len(parts) > 1 else None for parts in tops]
+    if all(top in number for top in tops):
+        return torch.tensor([number[top] for top in tops])
+    folders = [class_name(name) for name in class_folders(root)]
+    if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
+        odd = [f for f in folders if f not in number] or ["images outside of them"]
+        notes.append(f"not scored: besides folders named after classes, {root} has {', '.join(odd[:5])}")
+    return data.targets
+
+
+def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str]) -> list[int]:
+    """A class number per image, -1 without a label, from a CSV file whose first line has the columns ID and label.
+
+    An ID is the image's path below --data_path, or its file name where that is unique; with or without extension. A name
+    that is written exactly as the image's or class's wins; spaces at its ends and an apostrophe before = + - @ are forgiven.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets put a byte-order mark
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--labels {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    columns = [name.strip().lower() for name in header]
+    if not {"id", "label"} <= set(columns):
+        raise UserError(
+            f"--labels {path}: its first line is {','.join(header)[:80]!r}; should have the columns ID,label"
+        )
+    id_column, label_column = columns.index("id"), columns.index("label")
+    class_number, find, targets, unknown = class_finder(classes), _finder(ids, path), [-1] * len(ids), []
+    for line, row in enumerate(rows, 2):
+        if len(row) <= max(id_column, label_column):
+            continue  # a blank line
+        name, label = row[id_column], row[label_column]
+        number = class_number(label)
+        if number is None and not label.strip():
+            continue  # an image without a label
+        if number is None:
+            raise UserError(f"--labels {path}: line {line}: class {label!r} is not one of {', '.join(classes[:10])}")
+        i = find(name)
+        if i is None:
+            unknown.append(name)
+        elif targets[i] not in (-1, number):
+            raise UserError(f"--labels {path}: line {line}: {name} already has the label {classes[targets[i]]}")
+        else:
+            targets[i] = number
+    if max(targets) < 0:
+        example = f"; its {unknown[0]!r} is none like {ids[0]!r}" if unknown else ""
+        raise UserError(f"--labels {path}: labels none of the {len(ids)} images{example}")
+    if unknown:
+        notes.append(f"{len(unknown)} lines of {path} name no image here, e.g. {unknown[0]}")
+    return targets
+
+
+def _finder(ids: list[str], path: str):
+    """name -> number of the image, None if there is none. Exact paths win over names without folder or extension, and
+    these over what differs in spaces at the ends or in Unicode's forms."""
+    levels = [defaultdict(list) for _ in range(12)]
+    for i, name in enumerate(ids):
+        base = name.rsplit("/", 1)[-1]
+        keys = [name, os.path.splitext(name)[0], base, os.path.splitext(base)[0]]
+        bare = [key.strip() for key in keys]
+        for level, key in zip(levels, keys + bare + [composed(key) for key in bare]):
+            level[key].append(i)
+
+    def find(name: str) -> int | None:
+        bare = name.strip()
+        for key in dict.fromkeys((name, bare, bare.removeprefix("./"), without_apostrophe(bare), composed(bare))):
+            for level in levels:
+                numbers = level.get(key, [])
+                if len(numbers) > 1:
+                    first, second = (ids[i] for i in numbers[:2])
+                    raise UserError(
+                        f"--labels {path}: {name} could be {first} or {second}; give the path below --data_path"
+                    )
+                if numbers:
+                    return numbers[0]
+        return None
+
+    return find

@@ -1,0 +1,78 @@
+"""The train and validation parts of a data set: its own, a stratified split, a fold."""
+
+import numpy as np
+import torch
+
+from util.data.datasets import read_split
+from util.dist import World, barrier
+from util.errors import UserError
+from util.files import printable
+
+
+def stratified_split(
+    targets: torch.Tensor, val_split: float, seed: int, classes: list[str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (train, val), each class divided alike. UserError where a class is too small to be in both."""
+    from sklearn.model_selection import train_test_split
+
+    check_class_sizes(targets, 2, f"--val_split {val_split}", classes)
+    try:
+        train, val = train_test_split(np.arange(len(targets)), test_size=val_split, stratify=targets, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"--val_split {val_split}: {error}") from None
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def kfold_split(
+    targets: torch.Tensor, kfold: int, fold: int, seed: int, classes: list[str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (train, val) of fold 0..kfold-1 of scikit-learn's StratifiedKFold, shuffled by seed."""
+    from sklearn.model_selection import StratifiedKFold
+
+    check_class_sizes(targets, kfold, f"--kfold {kfold}", classes)
+    folds = StratifiedKFold(kfold, shuffle=True, random_state=seed).split(np.zeros(len(targets)), targets)
+    train, val = list(folds)[fold]
+    return torch.from_numpy(train), torch.from_numpy(val)
+
+
+def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: list[str] | None = None) -> None:
+    counts = torch.bincount(targets, minlength=len(classes or ()))
+    if counts.min() < needed:
+        smallest, n = int(counts.argmin()), int(counts.min())
+        name = repr(printable(classes[smallest])) if classes else f"number {smallest}"
+        raise UserError(f"{flag}: class {name} has {n} image{'s' * (n != 1)}; needs at least {needed}")
+
+
+def load_data(
+    name: str,
+    root: str,
+    world: World,
+    *,
+    val_split: float = 0.0,
+    kfold: int = 0,
+    fold: int = 0,
+    seed: int = 0,
+):
+    """(train, val) data sets with labels. Rank 0 reads first, so that a download happens once."""
+    if world.is_main:
+        train, val = read_both(name, root)
+    barrier()
+    if not world.is_main:
+        train, val = read_both(name, root)
+    barrier()  # none makes an output folder, which may lie among the images, while others look
+    if len(train.classes) < 2:
+        raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
+    if kfold:
+        train_index, val_index = kfold_split(train.targets, kfold, fold, seed, train.classes)
+        train, val = train.subset(train_index), train.subset(val_index)
+    elif val_split:
+        train_index, val_index = stratified_split(train.targets, val_split, seed, train.classes)
+        train, val = train.subset(train_index), train.subset(val_index)
+    elif val is None:
+        raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
+    return train, val
+
+
+def read_both(name: str, root: str):
+    train = read_split(name, root, "train")
+    return train, read_split(name, root, "val", classes=train.classes)

@@ -1,0 +1,70 @@
+"""Loader processes of prediction: every image decoded once, all of its views."""
+
+import torch
+
+from augment.batch import resize
+from augment.decoding import ImageError, open_file
+from augment.decoding import to_channels as image_to_channels
+from augment.image import build_eval_transform
+from augment.views import saccadic_views
+from util.data.datasets import ArrayDataset, FileDataset
+from util.data.datasets import to_channels as array_to_channels
+from util.data.loader import Reading, reason_of
+
+
+class ViewReader:
+    """image number -> (number, its views uint8 [V, C, h, w] for each kind of input, None), or (number, None, reason).
+
+    inputs: (height, width, channels, crop_pct), each kind once; members that take the same share the tensor.
+    margin: in place of each crop_pct, the pixels that the centre views cut off.
+    """
+
+    def __init__(
+        self,
+        data: ArrayDataset | FileDataset,
+        inputs: list[tuple],
+        views: list[int],
+        margin: int | None = None,
+        workers: int = 0,
+    ):
+        self.data, self.inputs, self.views, self.margin = data, inputs, views, margin
+        self.reading = Reading(getattr(data, "paths", []), workers)
+
+    def __getitem__(self, i: int):
+        self.reading.note(i)
+        try:  # any other error is not the file's
+            images = self.decode(i)
+        except ImageError as error:
+            return i, None, reason_of(error, self.data.paths[i])
+        return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
+
+    def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
+        """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
+        file its resize and crop (crop_pct), of an image in memory all of it."""
+        if self.margin is not None:
+            return saccadic_views(image, size, self.views, margin=self.margin)
+        if isinstance(image, torch.Tensor):
+            centre = resize(image[None], size)[0]
+        else:
+            centre = build_eval_transform(size, crop_pct)(image)
+        return saccadic_views(image, size, self.views, centre=centre)
+
+    def decode(self, i: int) -> dict:
+        """channels -> image, as saccadic_views takes it."""
+        wanted = {c for _, _, c, *_ in self.inputs}
+        if isinstance(self.data, ArrayDataset):
+            one = self.data.subset(torch.tensor([i]))
+            return {c: array_to_channels(one, c).images[0] for c in wanted}
+        with open_file(self.data.paths[i]) as image:
+            return {c: image_to_channels(image, c) for c in wanted}
+
+
+def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str]]:
+    """(numbers [b] of the readable images, per input their views [b, V, C, h, w], {number: reason} of the others)."""
+    good = [s for s in samples if s[2] is None]
+    views = [torch.stack(per_input) for per_input in zip(*(s[1] for s in good))]
+    return (
+        torch.tensor([s[0] for s in good], dtype=torch.long),
+        views,
+        {s[0]: s[2] for s in samples if s[2] is not None},
+    )

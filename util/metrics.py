@@ -1,0 +1,32 @@
+"""Scores of a classifier from its confusion matrix."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Evaluation:
+    """Scores in percent, mean loss, confusion counts [C, C] (rows true), and per-sample probabilities where asked."""
+
+    acc1: float
+    acc5: float | None
+    loss: float
+    balanced_acc: float
+    macro_f1: float
+    confusion: np.ndarray
+    index: np.ndarray = field(default=None)
+    probabilities: np.ndarray = field(default=None)
+
+    def scores(self) -> dict[str, float]:
+        names = ("loss", "acc1", "acc5", "balanced_acc", "macro_f1")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+def scores_from_confusion(confusion: np.ndarray) -> tuple[float, float]:
+    """Balanced accuracy and macro F1 in percent, as scikit-learn's: over the classes that occur (F1: or are predicted)."""
+    right, true, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
+    recall = right[true > 0] / true[true > 0]
+    seen = (true + predicted) > 0
+    f1 = 2 * right[seen] / (true + predicted)[seen]
+    return 100.0 * float(recall.mean()) if len(recall) else 0.0, 100.0 * float(f1.mean()) if len(f1) else 0.0

@@ -1,0 +1,169 @@
+"""The members of an ensemble: from paths to networks that agree on their classes."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from augment.image import default_crop_pct
+from models.loading import load_classifier
+from util.checkpoint import BEST, read_checkpoint
+from util.dist import Precision, prepare_net
+from util.errors import UserError
+from util.files import printable
+from util.precision import is_convolutional
+from util.train.folds import RESULT
+
+
+@dataclass
+class Member:
+    """One voice: a checkpoint, or all folds of a k-fold run, whose probabilities are averaged as one model's.
+
+    heads: per checkpoint, its meta, args and progress (see util/checkpoint.py).
+    """
+
+    name: str  # --checkpoints as the user wrote it
+    paths: list[str]
+    heads: list[dict]
+
+    @property
+    def metas(self) -> list[dict]:
+        return [head["meta"] for head in self.heads]
+
+    @property
+    def model(self) -> str:
+        return " + ".join(dict.fromkeys(meta["model"] for meta in self.metas))
+
+
+@dataclass
+class Net:
+    """One checkpoint's network on its device. order: int64 [C], its logits in the ensemble's order of classes."""
+
+    module: nn.Module
+    member: int
+    size: tuple[int, int]
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: torch.Tensor
+    channels_last: bool
+    precision: Precision
+    crop_pct: float | None = None  # share of a resized file that its evaluation sees
+
+    @property
+    def input(self) -> tuple:
+        return (*self.size, self.in_chans, self.crop_pct)
+
+
+def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
+    """(members, classes in the first one's order) of --checkpoints: files, run folders, k-fold folders.
+
+    UserError in one line where one is missing, damaged, unfinished, given twice, or of other classes.
+    """
+    members, seen = [], {}
+    for argument in arguments:
+        paths = checkpoints_in(argument)
+        for path in paths:
+            if os.path.realpath(path) in seen:
+                raise UserError(f"--checkpoints {argument}: given twice (as {seen[os.path.realpath(path)]})")
+            seen[os.path.realpath(path)] = argument
+        members.append(Member(argument, paths, [read_head(path) for path in paths]))
+    classes = members[0].metas[0]["classes"]
+    for member in members:
+        for path, meta in zip(member.paths, member.metas):
+            only_there, only_here = (
+                sorted(set(meta["classes"]) - set(classes)),
+                sorted(set(classes) - set(meta["classes"])),
+            )
+            if only_there or only_here:
+                detail = [f"only the first has {', '.join(only_here[:5])}"] if only_here else []
+                detail += [f"only the second has {', '.join(only_there[:5])}"] if only_there else []
+                raise UserError(
+                    f"--checkpoints: {members[0].paths[0]} and {path} have different classes: {'; '.join(detail)}"
+                )
+    return members, list(classes)
+
+
+def checkpoints_in(argument: str) -> list[str]:
+    """The checkpoint file(s) that an argument means; a k-fold folder means every fold's best."""
+    if os.path.isfile(argument):
+        return [argument]
+    if not os.path.isdir(argument):
+        raise UserError(f"--checkpoints {argument}: no such file or folder")
+    folds = sorted((n for n in os.listdir(argument) if re.fullmatch(r"fold-\d+", n)), key=lambda n: int(n[5:]))
+    folders = [os.path.join(argument, n) for n in folds] or [argument]
+    for folder in folders:
+        if not os.path.isfile(os.path.join(folder, BEST)):
+            raise UserError(
+                f"--checkpoints {argument}: no {BEST} in {folder}; give a run's --output_dir or a .pth file"
+            )
+        if folds and not os.path.isfile(os.path.join(folder, RESULT)):
+            raise UserError(f"--checkpoints {argument}: {folder} is not finished; run its main_finetune.py line again")
+    if folds:
+        kfold = json.loads(Path(folders[0], RESULT).read_text("utf-8"))["options"]["kfold"]
+        missing = sorted(set(range(kfold)) - {int(n[5:]) for n in folds})
+        if missing:
+            raise UserError(f"--checkpoints {argument}: fold-{missing[0]} of {kfold} folds is missing; train it first")
+    return [os.path.join(folder, BEST) for folder in folders]
+
+
+def read_head(path: str) -> dict:
+    """A classifier's meta, args and progress, every checksum of its file verified."""
+    if path.endswith(".safetensors"):
+        raise UserError(
+            f"--checkpoints {path}: holds weights only; give a checkpoint of main_finetune.py, which has classes"
+        )
+    content = read_checkpoint(path)
+    head = {"meta": content["meta"], "args": content.get("args") or {}, "progress": content.get("progress") or {}}
+    if head["meta"].get("kind") != "classifier":
+        raise UserError(
+            f"{path}: a {head['meta'].get('kind')} checkpoint without a classifier; fine-tune it with main_finetune.py"
+        )
+    return head
+
+
+def load_nets(members: list[Member], classes: list[str], device: torch.device, amp: str | None) -> list[Net]:
+    """Every network, in eval mode, EMA weights where there are any, each in `amp` or the precision of its own kind."""
+    nets = []
+    for m, member in enumerate(members):
+        for path in member.paths:
+            module, meta = load_classifier(path)
+            if meta["in_chans"] not in (1, 3):
+                raise UserError(f"--checkpoints {path}: takes {meta['in_chans']} channels; image files have 1 or 3")
+            # cuDNN and oneDNN run convolutions faster on channels_last; a ViT's patch embedding does not gain.
+            conv = is_convolutional(module)
+            module.to(device, memory_format=torch.channels_last) if conv else module.to(device)
+            precision = Precision(amp, device, module)
+            prepare_net(module, precision)
+            order = torch.tensor([meta["classes"].index(c) for c in classes], device=device)
+            statistics = tuple(meta["mean"]), tuple(meta["std"])
+            nets.append(
+                Net(
+                    module,
+                    m,
+                    tuple(meta["img_size"]),
+                    meta["in_chans"],
+                    *statistics,
+                    order,
+                    conv,
+                    precision,
+                    crop_pct_of(meta),
+                )
+            )
+    return nets
+
+
+def crop_pct_of(meta: dict) -> float:
+    """The share of a resized file that evaluation sees; checkpoints of before it was in their meta went by their size."""
+    return float(meta.get("crop_pct") or default_crop_pct(meta["img_size"]))
+
+
+def short_names(members: list[Member]) -> list[str]:
+    """Names for tables: the run's folder, with as much of the path as tells the members apart."""
+    paths = [os.path.normpath(m.name).removesuffix(os.sep + BEST) for m in members]
+    ends = [os.path.basename(p) for p in paths]
+    return [printable(name) for name in (ends if len(set(ends)) == len(ends) else paths)]

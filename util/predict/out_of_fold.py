@@ -1,0 +1,50 @@
+"""k-fold members on their own training images: each image is predicted by the networks that had not seen it.
+
+What the views, the weights and the ensemble are worth on new images, without a test set.
+"""
+
+import os
+import re
+
+import numpy as np
+
+from util.data.datasets import FileDataset
+from util.data.views import ViewReader
+from util.errors import UserError
+from util.predict.ensemble import read_oof
+from util.predict.members import Member
+
+
+def fold_of_nets(members: list[Member]) -> list[int]:
+    """The fold that each network was validated on, in the order of load_nets."""
+    folds = []
+    for member in members:
+        for path in member.paths:
+            match = re.fullmatch(r"fold-(\d+)", os.path.basename(os.path.dirname(path)))
+            if match is None:
+                raise UserError(
+                    f"--out_of_fold: {member.name} is a single network; give the --output_dir of main_finetune.py --kfold"
+                )
+            folds.append(int(match[1]))
+    return folds
+
+
+def fold_of_images(members: list[Member], classes: list[str], data: FileDataset, ids: list[str]) -> np.ndarray:
+    """Per image the fold it was held out in, int64 [N]; -1 for one that cannot be read, which the run had left out.
+
+    UserError if the members were split differently, or an image that can be read is in none of their folds.
+    """
+    oof = read_oof(members, classes, "--out_of_fold")
+    if not oof.same_folds:
+        raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
+    fold_of = dict(zip(oof.ids, oof.folds))
+    folds = np.array([fold_of.get(i, -1) for i in ids])
+    reader = ViewReader(data, [(8, 8, 3)], [0])
+    for i in np.flatnonzero(folds < 0).tolist():
+        if reader[i][2] is None:
+            raise UserError(
+                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was trained on"
+            )
+    if folds.max() < 0:
+        raise UserError(f"--data_path: none of its {len(ids)} images can be read")
+    return folds

@@ -1,0 +1,95 @@
+"""Frozen features, computed once, and two readings of what they know: a weighted k-NN and a linear probe."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from util.data.loader import Loader
+from util.dist import Precision, World, all_reduce, gather_objects
+from util.errors import UserError
+from util.progress import Progress
+
+POOLS = ("mean", "cls", "head")
+ELEMENTS = 2**26  # of the largest temporary matrix: 256 MiB of float32
+
+
+def pooled_features(model: nn.Module, images: torch.Tensor, pool: str) -> torch.Tensor:
+    """One vector per image, [B, D], from a timm model.
+
+    `mean`: average of the final patch tokens; `cls`: the final class token; `head`: what the model's own classifier
+    reads. UserError where a model has no such tokens.
+    """
+    z = model.forward_features(images)
+    if pool == "head":
+        return model.forward_head(z, pre_logits=True)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if not isinstance(z, torch.Tensor) or z.ndim != 3 or (pool == "cls" and prefix == 0):
+        flag, what = ("--cls_token", "class token") if pool == "cls" else ("--global_pool", "patch tokens")
+        raise UserError(f"{flag}: {type(model).__name__} has no {what}; leave the flag out for its own pooling")
+    return z[:, 0] if pool == "cls" else z[:, prefix:].mean(dim=1)
+
+
+@torch.no_grad()
+def extract(
+    model: nn.Module, loader: Loader, precision: Precision, world: World, pool: str, name: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features float32 [N, D], targets int64 [N]) of all images of an evaluation loader, on rank 0's CPU.
+
+    Each rank computes its share, keeps only that and returns it. Unreadable images (--on_bad_image skip) are left out.
+    UserError on NaN or inf.
+    """
+    model.eval()
+    features, index, done = torch.empty(0, 0), torch.empty(0, dtype=torch.long), 0
+    progress = Progress(f"features {name}".strip(), len(loader), every=100, enabled=world.is_main)
+    for step, batch in enumerate(loader.epoch()):
+        with precision.autocast():
+            z = pooled_features(model, batch.images, pool).float().cpu()
+        if done == 0:
+            n = len(range(world.rank, len(loader.data), world.size))  # at most
+            features, index = torch.empty(n, z.shape[1]), torch.empty(n, dtype=torch.long)
+        features[done : done + len(z)], index[done : done + len(z)] = z, batch.index
+        done += len(z)
+        progress.step = step + 1
+        progress.update({"images": done} if progress.due else None)
+    progress.close()
+    features, index = features[:done], index[:done]
+    if not all_reduce(torch.tensor(done)):
+        raise UserError(f"--data_path: none of the {len(loader.data)} images {name} can be read".replace("  ", " "))
+    finite = all_reduce(torch.tensor(int(torch.isfinite(features).all())), "min")  # all ranks stop, or none
+    if not finite:
+        raise UserError("the encoder's features hold NaN or infinite values; are its weights sound?")
+    features, index = gather_rows(features, index)
+    return features, loader.data.targets[index]
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On rank 0 the rows [n, D] of all ranks with their index [n], in its order; on the others, what they gave.
+
+    index ascends. One rank after the other, in pieces, so that rank 0 holds the result and one piece more.
+    """
+    shapes = gather_objects(tuple(rows.shape))
+    if len(shapes) == 1:
+        return rows, index
+    rank, D = dist.get_rank(), max(d for _, d in shapes)  # a rank of a tiny set may have seen no image, and so no D
+    step = max(1, ELEMENTS // max(1, D))
+    pieces = [(r, at, min(at + step, n)) for r, (n, _) in enumerate(shapes) for at in range(0, n, step)]
+    if rank:
+        for r, start, stop in pieces:
+            if r == rank:
+                dist.send(index[start:stop].contiguous(), 0)
+        for r, start, stop in pieces:
+            if r == rank:
+                dist.send(rows[start:stop].contiguous(), 0)
+        return rows, index
+    indices = [index] + [torch.empty(n, dtype=torch.long) for n, _ in shapes[1:]]
+    for r, start, stop in pieces:
+        if r:
+            dist.recv(indices[r][start:stop], r)
+    order = torch.cat(indices).sort().values
+    out = torch.empty(len(order), D)
+    for r, start, stop in pieces:
+        piece = rows[start:stop] if r == 0 else torch.empty(stop - start, D)
+        if r:
+            dist.recv(piece, r)
+        out[torch.searchsorted(order, indices[r][start:stop])] = piece
+    return out, order

@@ -1,0 +1,163 @@
+"""Pictures of pretraining: grids of images with titles and captions, drawn pixel by pixel, and PSNR.
+
+Images come normalised, float [B, C, H, W] with C 1 or 3, as the model sees them; mean and std are the data set's own.
+"""
+
+import os
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from util.files import survive, write_atomic
+
+CELL = 96  # pixels; smaller images are enlarged by a whole factor until they reach it, and titles fit
+GAP, MARGIN = 6, 10
+TITLE_SIZE, CAPTION_SIZE = 14, 11
+INK, FAINT = (20, 20, 20), (90, 90, 90)
+
+
+def denormalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalised [B, C, H, W] -> float32 in [0, 1], what lies outside clipped. mean, std: per channel."""
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    if x.shape[1] != len(mean):
+        raise ValueError(f"images have {x.shape[1]} channels, mean has {len(mean)}")
+    return (x.float() * std + mean).clamp(0.0, 1.0)
+
+
+def to_pixels(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised [B, C, H, W] -> uint8 [B, H, W, 3]; grey images get three equal channels."""
+    x = denormalize(x.detach(), mean, std).mul(255.0).round().to(torch.uint8)
+    return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Patch mask [B, N], 1 = removed, patches square and row by row -> bool [B, 1, H, W]."""
+    side = round((height * width / mask.shape[1]) ** 0.5)
+    rows, cols = height // side, width // side
+    if (rows * side, cols * side, rows * cols) != (height, width, mask.shape[1]):
+        raise ValueError(f"mask: {mask.shape[1]} square patches do not tile {height} x {width} pixels")
+    mask = mask.bool().view(-1, 1, rows, cols)
+    return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """10 log10(data_range^2 / mean squared difference) in dB of each image: [B, C, H, W] twice -> float64 [B].
+
+    mask: bool [B, 1, H, W]; only its True pixels count. Equal images give inf, an image without such pixels NaN.
+    """
+    error = (a.double() - b.double()).square()
+    weight = torch.ones_like(error) if mask is None else mask.expand_as(error).double()
+    mse = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+    return 10.0 * torch.log10(data_range**2 / mse)
+
+
+def reconstruction_grid(
+    originals: torch.Tensor,
+    masked: torch.Tensor,
+    steps: Sequence[torch.Tensor],
+    final: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: str | None,
+    step_labels: Sequence[float | str],
+    mask: torch.Tensor | None = None,
+) -> np.ndarray:
+    """A row per image: original | masked | the estimate of each step | final -> uint8 [H, W, 3], also saved as PNG.
+
+    originals, masked, final, and each of `steps`: [B, C, H, W], as NoPropMAE.reconstruct returns them.
+    step_labels: each step's sigma, or a title of your own. path: None saves nothing.
+    mask: [B, N], 1 = removed; with it, the PSNR on masked patches stands below each step and the final image.
+    """
+    columns = [originals, masked, *steps, final]
+    if len(step_labels) != len(steps):
+        raise ValueError(f"step_labels: {len(step_labels)} for {len(steps)} steps")
+    pixels = [to_pixels(c, mean, std) for c in columns]
+    captions = None
+    if mask is not None:
+        hidden, target = pixel_mask(mask, *originals.shape[-2:]), denormalize(originals, mean, std)
+        scores = [psnr(denormalize(c, mean, std), target, 1.0, hidden).tolist() for c in columns[2:]]
+        captions = [["", "", *(f"{s[row]:.1f} dB" for s in scores)] for row in range(len(originals))]
+    titles = [label if isinstance(label, str) else f"σ = {label:.3g}" for label in step_labels]
+    rows = [[column[row] for column in pixels] for row in range(len(originals))]
+    return draw_grid(rows, path, titles=["original", "masked", *titles, "final"], captions=captions)
+
+
+def image_grid(
+    images: torch.Tensor, mean: Sequence[float], std: Sequence[float], path: str | None, columns: int = 8
+) -> np.ndarray:
+    """Normalised [B, C, H, W] in rows of `columns`, without text -> uint8 [H, W, 3], also saved as PNG."""
+    pixels = list(to_pixels(images, mean, std))
+    return draw_grid([pixels[i : i + columns] for i in range(0, len(pixels), columns)], path)
+
+
+def heat_overlay(pixels: np.ndarray, maps: torch.Tensor, strength: float = 0.65) -> np.ndarray:
+    """Maps [B, rows, cols] as heat, each stretched to its own range, over the grey of uint8 [B, H, W, 3] -> the same."""
+    import matplotlib
+
+    maps = maps.float().cpu()
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    maps = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()
+    height, width = pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2]
+    maps = maps.repeat(height, axis=1).repeat(width, axis=2)  # a patch is one colour
+    heat = matplotlib.colormaps["inferno"](maps)[..., :3]
+    grey = pixels.mean(axis=3, keepdims=True) / 255.0
+    return (255.0 * (strength * heat + (1.0 - strength) * grey)).round().astype(np.uint8)
+
+
+def draw_grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | None,
+    *,
+    titles: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+) -> np.ndarray:
+    """Images uint8 [h, w, 3], all of one size, on white: uint8 [H, W, 3], also saved as PNG unless path is None.
+
+    Small images are enlarged by a whole factor, every pixel a square. titles: above the columns; captions: below images.
+    """
+    height, width = rows[0][0].shape[:2]
+    scale = max(1, -(-CELL // max(height, width)))
+    height, width = height * scale, width * scale
+    title_font, caption_font = _font(TITLE_SIZE), _font(CAPTION_SIZE)
+    texts = [(t, title_font) for t in titles or []] + [(c, caption_font) for row in captions or [] for c in row]
+    cell_width = max([width] + [int(font.getlength(text)) + 1 for text, font in texts])
+    cell_height = height + (CAPTION_SIZE + 6 if captions else 0)
+    top = MARGIN + (TITLE_SIZE + 10 if titles else 0)
+    columns = max(len(row) for row in rows)
+    size = (
+        2 * MARGIN + columns * (cell_width + GAP) - GAP,
+        top + len(rows) * (cell_height + GAP) - GAP + MARGIN,
+    )
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    middle = [MARGIN + c * (cell_width + GAP) + cell_width // 2 for c in range(columns)]
+    for x, title in zip(middle, titles or []):
+        draw.text((x, MARGIN), title, INK, title_font, anchor="ma")
+    for r, row in enumerate(rows):
+        y = top + r * (cell_height + GAP)
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (middle[c] - width // 2, y))
+            if captions:
+                draw.text((middle[c], y + height + 2), captions[r][c], FAINT, caption_font, anchor="ma")
+    if path is not None:
+        save_png(canvas, path)
+    return np.array(canvas)
+
+
+def save_png(image: Image.Image, path: str) -> None:
+    """Written whole or not at all; a full disk costs the picture, not the run."""
+    with survive(path):
+        buffer = BytesIO()
+        image.save(buffer, format="png", optimize=True)
+        write_atomic(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which Matplotlib carries with it: it has the Greek that Pillow's own font lacks."""
+    import matplotlib
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

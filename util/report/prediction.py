@@ -1,0 +1,289 @@
+"""What main_predict.py leaves behind: predictions.csv, the tables, the pictures, report.md."""
+
+import json
+import os
+import shlex
+import sys
+
+import numpy as np
+from PIL import Image
+
+from augment.image import open_image
+from util.choices import VIEW_NAMES
+from util.data.datasets import ArrayDataset
+from util.data.labels import spreadsheet_safe
+from util.files import must_write, survive, write_csv, write_text
+from util.predict.calibration import accuracy_interval, confusion_counts, scores
+from util.predict.ensemble import Combiners, Stacked
+from util.predict.members import Member, crop_pct_of, short_names
+from util.predict.result import Prediction
+from util.report.contact_sheet import Entry, draw_sheet
+from util.report.plots import plot_class_distribution, plot_confusion, plot_reliability
+from util.train.folds import probability
+
+PICTURES = (
+    "class_distribution.png",
+    "confusion.png",
+    "reliability.png",
+    "least_certain.png",
+    "most_confidently_wrong.png",
+)
+SHEET = 24  # images on a contact sheet
+LONGEST = 50  # rows of a table in report.md; results.json has all
+COLUMNS = {"accuracy": "accuracy %", "balanced_accuracy": "balanced %", "macro_f1": "macro F1 %", "log_loss": "log loss", "ece": "ECE %",
+           "confidence": "mean confidence %", "agreement": "same class as the chosen %"}  # fmt: skip
+ENSEMBLES = {"equal": "equal weights", "val": "weights by validation", "stacked": "stacked"}
+
+
+def write_predictions(
+    path: str, ids: list[str], prediction: Prediction, final: np.ndarray, classes: list[str], *, safe: bool = False
+) -> None:
+    """ID, Predict, a probability per class, sorted by ID. An unreadable image has its row, with nothing predicted.
+
+    safe: names that a spreadsheet would take for formulas get an apostrophe.
+    """
+    names, ids = ([spreadsheet_safe(t) if safe else t for t in texts] for texts in (classes, ids))
+    rows = [[name, *[""] * (1 + len(classes))] for name in ids]
+    for i, p in zip(prediction.index, final):
+        rows[i][1:] = [names[p.argmax()], *map(probability, p)]
+    with must_write("--output_dir", path):
+        write_csv(path, ["ID", "Predict", *names], rows)
+
+
+def compare(members: list[Member], combiners: Combiners, prediction: Prediction, views: int, chosen: str) -> list[dict]:
+    """The rows of the results table: name, views, probabilities [n, C], chosen. Every member and every ensemble, each
+    with view 1 and with all of them."""
+    one, many, rows = prediction.one_view, prediction.all_views, []
+    sets = [(1, one)] + ([(views, many)] if views > 1 or not np.array_equal(one, many) else [])
+    for name, m in zip(short_names(members), range(len(members))):
+        rows += [{"name": name, "views": v, "probabilities": p[m]} for v, p in sets]
+    for key, way in combiners.ways.items():
+        if len(members) == 1 and not isinstance(way, Stacked):
+            continue  # any weights of one member are that member
+        if isinstance(way, Stacked):
+            kept = [(views, prediction.geometric)]
+        else:
+            kept = sets if key == "equal" else sets[-1:]
+        rows += [{"name": ENSEMBLES[key], "views": v, "probabilities": way(p), "way": key} for v, p in kept]
+    wanted = None if len(members) == 1 and chosen != "stacked" else chosen
+    last = max(i for i, row in enumerate(rows) if row.get("way") == wanted)
+    for i, row in enumerate(rows):
+        row["chosen"] = i == last
+    return rows
+
+
+def score_rows(rows: list[dict], targets: np.ndarray, final: np.ndarray) -> list[dict]:
+    """Rows with numbers in place of probabilities: scores on the labelled images, or what can be said without labels."""
+    labelled = targets >= 0
+    scored = []
+    for row in rows:
+        p = row["probabilities"]
+        if labelled.any():
+            numbers = scores(p[labelled], targets[labelled])
+        else:
+            same = (p.argmax(1) == final.argmax(1)).mean()
+            numbers = {"confidence": 100.0 * float(p.max(1).mean()), "agreement": 100.0 * float(same)}
+        scored.append({"name": row["name"], "views": row["views"], "chosen": row["chosen"], **numbers})
+    return scored
+
+
+def out_of_fold_rows(members: list[Member], combiners: Combiners) -> list[dict]:
+    """The same scores on the training images, each predicted by networks that had not seen it."""
+    oof = combiners.oof
+    if oof is None:
+        return []
+    named = list(zip(short_names(members), oof.probabilities))
+    for key, way in combiners.ways.items():
+        if isinstance(way, Stacked):
+            p = combiners.cross_stacked
+            named += [] if p is None else [(f"{ENSEMBLES[key]}, fitted on the other folds", p)]
+        elif len(members) > 1:
+            named.append((ENSEMBLES[key], way(oof.probabilities)))
+    return [{"name": name, "views": 1, "chosen": False, **scores(p, oof.targets)} for name, p in named]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Markdown lines; the chosen row in bold."""
+    keys = [k for k in COLUMNS if k in rows[0]]
+    lines = ["| | views | " + " | ".join(COLUMNS[k] for k in keys) + " |", "|---" * (2 + len(keys)) + "|"]
+    for row in rows:
+        cells = [
+            cell(row["name"]),
+            str(row["views"]),
+            *(f"{row[k]:.4f}" if k == "log_loss" else f"{row[k]:.2f}" for k in keys),
+        ]
+        lines.append("| " + " | ".join(f"**{c}**" if row["chosen"] else c for c in cells) + " |")
+    return lines
+
+
+def class_rows(classes: list[str], final: np.ndarray, targets: np.ndarray) -> list[dict]:
+    """Per class: images predicted as it, and where there are labels, images of it and the share of them found."""
+    predicted = np.bincount(final.argmax(1), minlength=len(classes))
+    rows = [{"class": c, "predicted": int(n)} for c, n in zip(classes, predicted)]
+    labelled = targets >= 0
+    if labelled.any():
+        confusion = confusion_counts(final[labelled], targets[labelled])
+        for row, counts, right in zip(rows, confusion, np.diag(confusion)):
+            row |= {"true": int(counts.sum()), "recall": 100.0 * right / counts.sum() if counts.sum() else None}
+    return rows
+
+
+def class_table(rows: list[dict]) -> list[str]:
+    shown = rows if len(rows) <= LONGEST else sorted(rows, key=lambda r: -r["predicted"])[:LONGEST]
+    total = max(1, sum(r["predicted"] for r in rows))
+    labelled = "true" in rows[0]
+    lines = [
+        "| class | predicted | share % |" + (" true | recall % |" if labelled else ""),
+        "|---" * (5 if labelled else 3) + "|",
+    ]
+    for r in shown:
+        line = f"| {cell(r['class'])} | {r['predicted']} | {100 * r['predicted'] / total:.1f} |"
+        if labelled:
+            line += f" {r['true']} | " + ("" if r["recall"] is None else f"{r['recall']:.1f}") + " |"
+        lines.append(line)
+    return lines + ([f"\nThe {LONGEST} most frequent of {len(rows)} classes."] if len(rows) > LONGEST else [])
+
+
+def cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def draw_pictures(
+    output_dir: str, data, ids: list[str], classes: list[str], prediction: Prediction, final, targets
+) -> list[str]:
+    """Writes those of PICTURES that there is something to show on; returns their names. Older ones go."""
+    path = {name: os.path.join(output_dir, name) for name in PICTURES}
+    for stale in filter(os.path.exists, path.values()):
+        with survive(stale, "not removed"):
+            os.unlink(stale)
+    labelled = targets >= 0
+    true = np.bincount(targets[labelled], minlength=len(classes)) if labelled.all() else None
+    predicted = np.bincount(final.argmax(1), minlength=len(classes))
+    plot_class_distribution(classes, predicted, true, path["class_distribution.png"])
+    if labelled.any():
+        plot_confusion(confusion_counts(final[labelled], targets[labelled]), classes, path["confusion.png"])
+        plot_reliability(final[labelled], targets[labelled], path["reliability.png"])
+
+    def open_rgb(i: int) -> Image.Image:
+        if isinstance(data, ArrayDataset):
+            return Image.fromarray(data.images[i].permute(1, 2, 0).numpy().squeeze()).convert("RGB")
+        return open_image(data.paths[i], 3)
+
+    def entry(row: int) -> Entry:
+        i = int(prediction.index[row])
+        ranking = [(classes[c], float(final[row, c])) for c in np.argsort(-final[row], kind="stable")[:2]]
+        return Entry(i, ids[i], ranking, classes[targets[row]] if labelled[row] else None)
+
+    confidence = final.max(1)
+    unsure = np.argsort(confidence, kind="stable")[:SHEET]
+    draw_sheet(
+        [entry(r) for r in unsure],
+        open_rgb,
+        f"Least certain: {len(unsure)} of {len(final)} images",
+        path["least_certain.png"],
+    )
+    wrong = np.flatnonzero(labelled & (final.argmax(1) != targets))
+    if len(wrong):
+        worst = wrong[np.argsort(-confidence[wrong], kind="stable")[:SHEET]]
+        title = f"Most confidently wrong: {len(worst)} of {len(wrong)} wrong images"
+        draw_sheet([entry(r) for r in worst], open_rgb, title, path["most_confidently_wrong.png"])
+    return [name for name in PICTURES if os.path.exists(path[name])]
+
+
+def write_all(
+    output_dir: str, *, args, members: list[Member], combiners: Combiners, data, ids: list[str], classes: list[str],
+    prediction: Prediction, views: list[int], notes: list[str], seconds: float,
+) -> str:  # fmt: skip
+    """Every file of the run; returns the results table as text."""
+    rows = compare(members, combiners, prediction, len(views), args.weights)
+    final = next(row["probabilities"] for row in rows if row["chosen"])
+    targets = data.targets.numpy()[prediction.index]  # of the readable images
+    n_labelled = int((targets >= 0).sum())
+    path = os.path.join(output_dir, "predictions.csv")
+    write_predictions(path, ids, prediction, final, classes, safe=args.spreadsheet_safe)
+    scored, oof, per_class = (
+        score_rows(rows, targets, final),
+        out_of_fold_rows(members, combiners),
+        class_rows(classes, final, targets),
+    )
+    unreadable = {ids[i]: reason for i, reason in prediction.bad.items()}
+
+    results, interval = table(scored), None
+    if n_labelled:
+        right = int((final.argmax(1) == targets)[targets >= 0].sum())
+        low, high = interval = accuracy_interval(right, n_labelled)
+        results += ["", f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval {low:.1f} to {high:.1f} % (Wilson)."]  # fmt: skip
+    else:
+        results += [
+            "",
+            "No labels, no scores: --labels FILE.csv (ID,label) or class folders give them. In bold: predictions.csv.",
+        ]
+    if oof:
+        results += ["", f"Out of fold, on {len(combiners.oof.ids)} training images (one view: what to expect of new images):", "", *table(oof)]  # fmt: skip
+    write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
+    content = {"images": len(ids), "labelled": n_labelled, "accuracy_interval": interval, "unreadable": unreadable, "views": [VIEW_NAMES[v] for v in views],
+               "results": scored, "out_of_fold": oof, "classes": per_class, "members": member_facts(members, combiners)}  # fmt: skip
+    write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
+    pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
+
+    text = [
+        f"# Predictions for {len(ids)} images",
+        "",
+        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
+        "",
+        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(VIEW_NAMES[v] for v in views)}; {seconds:.0f} s.",
+        "",
+        *[f"- {cell(note)}" for note in notes],
+        *([""] if notes else []),
+        "## Results",
+        "",
+        *results,
+        "",
+        "## Members",
+        "",
+        *member_table(members, combiners),
+        "",
+        "## Classes",
+        "",
+        *class_table(per_class),
+        "",
+    ]
+    if unreadable:
+        text += [f"## Not readable: {len(unreadable)}", "", *[f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()], ""]  # fmt: skip
+    text += ["## Pictures", "", *[f"![{name[:-4].replace('_', ' ')}]({name})\n" for name in pictures]]
+    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+    return "\n".join(results)
+
+
+def member_facts(members: list[Member], combiners: Combiners) -> list[dict]:
+    facts = []
+    for i, (name, m) in enumerate(zip(short_names(members), members)):
+        facts.append({"name": name, "model": m.model, "checkpoints": m.paths, "img_size": m.metas[0]["img_size"], "in_chans": m.metas[0]["in_chans"], "crop_pct": crop_pct_of(m.metas[0])})  # fmt: skip
+        if combiners.val_scores:
+            facts[-1] |= {
+                combiners.val_score: combiners.val_scores[i],
+                "weight": float(combiners.ways["val"].weights[i]),
+            }
+    return facts
+
+
+def member_table(members: list[Member], combiners: Combiners) -> list[str]:
+    score = combiners.val_score
+    lines = ["| member | model | networks | input |" + (f" best val {score} % | weight by it |" if score else "")]
+    lines.append("|---" * (6 if score else 4) + "|")
+    for f in member_facts(members, combiners):
+        size = f"{f['in_chans']} x {f['img_size'][0]} x {f['img_size'][1]}, crop {f['crop_pct']:g}"
+        line = f"| {cell(f['name'])} | {f['model']} | {len(f['checkpoints'])} | {size} |"
+        lines.append(line + (f" {f[score]:.2f} | {f['weight']:.4f} |" if score else ""))
+    if "stacked" in combiners.ways:
+        how = (
+            "classes weighted alike, as the members were trained"
+            if combiners.balanced
+            else "classes weighted by their frequency"
+        )
+        lines += [
+            "",
+            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, {how}.",
+        ]
+    return lines

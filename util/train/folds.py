@@ -1,0 +1,151 @@
+"""k-fold runs: one folder per fold, out-of-fold probabilities, mean and standard deviation over the folds."""
+
+import copy
+import csv
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from util.data.labels import image_id
+from util.dist import World, barrier, broadcast_object
+from util.errors import UserError
+from util.files import must_write, survive, write_atomic, write_csv
+from util.flags import Flag, differences, refusal
+from util.folder import clear_run
+from util.log import claim
+
+RESULT = "result.json"
+
+
+def folder(output_dir: str, fold: int) -> str:
+    return os.path.join(output_dir, f"fold-{fold}")
+
+
+def of_fold(args, fold: int) -> tuple:
+    """(options, output folder) of one fold. TensorBoard's files of folds are runs of their own as well."""
+    one = copy.copy(args)
+    one.fold = str(fold)
+    if args.log_dir:
+        one.log_dir = folder(args.log_dir, fold)
+    return one, folder(args.output_dir, fold) if args.output_dir else args.output_dir
+
+
+def is_finished(output_dir: str, flags: dict[str, Flag], options: dict) -> bool:
+    """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse."""
+    path = os.path.join(output_dir, RESULT)
+    if not os.path.isfile(path):
+        return False
+    try:
+        stored = dict(json.loads(Path(path).read_text("utf-8"))["options"])
+    except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
+        return False
+    if found := differences(flags, stored, options):
+        raise UserError(
+            refusal(found, f"{output_dir} was finished with", "choose another --output_dir, or --overwrite")
+        )
+    return True
+
+
+def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
+    """Every fold that is not finished, then the summary. train_one(args, world, output_dir, fold) -> exit code."""
+    if not args.output_dir:
+        raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
+    trains = not (args.dry_run or args.eval)
+    log = claim(args.output_dir if trains else None, "kfold", world, overwrite=args.overwrite)
+    if log.output_dir:
+        if args.overwrite:
+            clear_run(args.output_dir, folds=args.kfold)
+        else:
+            refuse_other_folds(args)
+        log.write_args(vars(args))
+    for fold in range(args.kfold):
+        one, where = of_fold(args, fold)
+        finished = trains and not args.overwrite and world.is_main and is_finished(where, flags, vars(args))
+        if broadcast_object(finished):
+            log.say(f"fold {fold}: finished before, in {where}")
+            continue
+        log.say(f"fold {fold} of {args.kfold}: {where}")
+        code = train_one(one, world, where, fold)
+        if code or args.dry_run:
+            return code
+        barrier()
+    if world.is_main:
+        summarise(args.output_dir, args.kfold)
+    return 0
+
+
+def refuse_other_folds(args) -> None:
+    """UserError where a run with more folds has left some, which would be taken for this one's."""
+    for name in sorted(os.listdir(args.output_dir)):
+        number = re.fullmatch(r"fold-(\d+)", name)
+        if number and int(number.group(1)) >= args.kfold:
+            raise UserError(
+                f"--kfold {args.kfold}: {args.output_dir} holds {name} of another run; choose another --output_dir, or --overwrite"
+            )
+
+
+def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
+    """oof.csv: ID, fold, true class, one probability per class of the data, for the fold's validation images."""
+    C = len(data.classes)
+    p = evaluated.probabilities.astype(np.float64)
+    if p.shape[1] > C:  # --nb_classes above the data's: as main_predict.py has it, among the classes that there are
+        p = p[:, :C] / p[:, :C].sum(1, keepdims=True)
+    rows = []
+    for i, values in zip(evaluated.index.tolist(), p):
+        rows.append([image_id(data, i), fold, data.classes[int(data.targets[i])], *map(probability, values)])
+    path = os.path.join(output_dir, "oof.csv")
+    with survive(path):
+        write_csv(path, ["ID", "fold", "True", *data.classes], rows)
+
+
+def probability(p: float) -> str:
+    """Nine digits, of small ones too: float32 exactly, and no logarithm of it changes by more than 1e-8."""
+    return f"{p:.9g}"
+
+
+def summarise(output_dir: str, kfold: int) -> None:
+    """oof.csv of all folds, summary.json and report.md with mean and standard deviation."""
+    header, rows, results = None, [], []
+    for fold in range(kfold):
+        where = folder(output_dir, fold)
+        path = os.path.join(where, "oof.csv")
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                header, *more = list(csv.reader(file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run that fold again with --overwrite") from None
+        rows += more
+        results.append(json.loads(Path(where, RESULT).read_text("utf-8")))
+    path = os.path.join(output_dir, "oof.csv")
+    with must_write("--output_dir", path):
+        write_csv(path, header, rows)
+    names = [k for k in results[0]["best"] if k.startswith("val_")]
+    summary = {}
+    for name in names:
+        values = np.array([r["best"][name] for r in results], dtype=float)
+        summary[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1)), "folds": values.tolist()}
+    path = os.path.join(output_dir, "summary.json")
+    with must_write("--output_dir", path):
+        write_atomic(path, lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode()))
+    lines = [
+        f"# {kfold}-fold run",
+        "",
+        "| score | mean | std | " + " | ".join(f"fold {i}" for i in range(kfold)) + " |",
+    ]
+    lines.append("|---" * (3 + kfold) + "|")
+    for name, s in summary.items():
+        cells = " | ".join(f"{v:.2f}" for v in s["folds"])
+        lines.append(f"| {name.removeprefix('val_')} | {s['mean']:.2f} | {s['std']:.2f} | {cells} |")
+    lines += [
+        "",
+        f"Out-of-fold probabilities of {len(rows)} images: oof.csv. Each fold's report: fold-*/report.md.",
+        "",
+        *(f"- {note}" for note in results[0].get("notes", [])),
+    ]
+    path = os.path.join(output_dir, "report.md")
+    with survive(path):
+        write_atomic(path, lambda f: f.write("\n".join(lines).encode()))
+    print("\n".join(lines), flush=True)

@@ -1,0 +1,81 @@
+"""Signals and timers that save or stop a run."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from queue import SimpleQueue
+
+import torch
+import torch.distributed as dist
+
+from util.dist import lost_rank
+from util.train.run import MAIN_THREAD_FIRST
+
+
+class Interrupts:
+    """SIGTERM, SIGUSR1, SIGINT and the save timer, agreed by all ranks at the same step without stalling one.
+
+    Each poll starts a small all-reduce on a group of its own and reads the one before, which ran beside the step. A
+    second SIGINT interrupts at once. A thread waits for the all-reduces as well: see `_watch`.
+    """
+
+    def __init__(self, save_every_minutes: float = 0.0, timeout_minutes: float = 10.0):
+        self.stop = False
+        self.period = 60.0 * save_every_minutes
+        self.next_save = time.monotonic() + self.period
+        timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self.pending = None
+        self.watched, self.closed = SimpleQueue(), threading.Event()
+        if self.group is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+
+    def _receive(self, number: int, frame) -> None:
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def close(self) -> None:
+        """Give the signals back, let the thread end."""
+        self.closed.set()
+        self.watched.put(None)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def poll(self) -> tuple[bool, bool]:
+        """(stop, save), the same on every rank; call it equally often on all of them."""
+        save_due = self.period > 0 and time.monotonic() >= self.next_save
+        if self.group is None:
+            stop, save = self.stop, save_due
+        else:
+            stop = save = False
+            if self.pending is not None:
+                work, flags = self.pending
+                work.wait()
+                stop, save = bool(flags[0]), bool(flags[1])
+            flags = torch.tensor([int(self.stop), int(save_due)])
+            self.pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True), flags
+            self.watched.put(self.pending[0])
+        if save:
+            self.next_save = time.monotonic() + self.period
+        return stop, save
+
+    def _watch(self) -> None:
+        """End the process in one line when another rank hangs or is gone and the main thread cannot tell.
+
+        Behind a kernel of NCCL that never ends, it stands still in its next launch or copy.
+        """
+        for work in iter(self.watched.get, None):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                lost = lost_rank(error)
+                if lost is None or self.closed.wait(MAIN_THREAD_FIRST):
+                    return
+                print(f"{os.path.basename(sys.argv[0])}: error: {lost}", file=sys.stderr, flush=True)
+                os._exit(2)
