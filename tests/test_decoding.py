@@ -325,8 +325,10 @@ def test_training_without_opencv_goes_on_with_a_warning(photo_folder, monkeypatc
 def test_policies_that_draw_0_bits_work_where_pillow_refuses_them(aa, monkeypatch):
     """Pillow 13 refuses what earlier ones made black."""
     image, real = picture(48, 48), ImageOps.posterize
-    black = np.asarray(real(image, 0))
-    assert not black.any()
+
+    def lenient(image, bits):
+        return real(image, bits) if bits else Image.new(image.mode, image.size)
+
     transform, refused = build_train_transform((24, 24), "mae", aa=aa), []
 
     def strict(image, bits):
@@ -335,14 +337,14 @@ def test_policies_that_draw_0_bits_work_where_pillow_refuses_them(aa, monkeypatc
         return real(image, bits)
 
     outputs = {}
-    for name, function in (("now", real), ("13", strict)):
+    for name, function in (("12", lenient), ("13", strict)):
         monkeypatch.setattr(ImageOps, "posterize", function)
         drawn = []
         for k in range(40):
             random.seed(k), np.random.seed(k), torch.manual_seed(k)
             drawn.append(transform(image))
         outputs[name] = torch.stack(drawn)
-    assert torch.equal(outputs["now"], outputs["13"]) and not refused
+    assert torch.equal(outputs["12"], outputs["13"]) and not refused
 
 
 def test_open_file_is_closed_by_its_with(tmp_path):

@@ -96,7 +96,7 @@ def test_pixels_differ_less_than_bilinear_from_bicubic_and_have_no_bias(photos, 
         bias.append((fast - plain).mean())
         contrast.append(fast.std() / plain.std())
     off, yardstick, bias, contrast = (float(np.mean(v)) for v in (off, yardstick, bias, contrast))
-    assert off < (0.02 if preset == "pretrain" else yardstick), f"{off} of {yardstick}"
+    assert off < (0.03 if preset == "pretrain" else yardstick), f"{off} of {yardstick}"
     assert abs(bias) < 0.25 and 0.98 < contrast < 1.02
 
 

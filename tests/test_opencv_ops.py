@@ -13,6 +13,8 @@ from augment import opencv_ops
 from augment.opencv_ops import decode_jpeg, on_arrays
 from bench.photos import make_photos
 
+pytestmark = pytest.mark.usefixtures("posterize_to_no_bits")
+
 POLICY = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)
 SHIFTS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")

@@ -11,6 +11,8 @@ from timm.data import auto_augment as timm_aa
 
 from augment import pixel_ops as ops
 
+pytestmark = pytest.mark.usefixtures("posterize_to_no_bits")
+
 
 def pictures(channels: int, height: int = 24, width: int = 32) -> torch.Tensor:
     """A smooth picture, noise, a dim low-contrast one, a flat one, and one with two levels: uint8 [5, C, H, W]."""

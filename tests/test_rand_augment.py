@@ -30,6 +30,8 @@ from augment.rand_augment import (
 from util.cli.parser import policy_or_none
 from util.seed import counted_uniform, sample_rng
 
+pytestmark = pytest.mark.usefixtures("posterize_to_no_bits")
+
 POLICY = "rand-m9-mstd0.5-inc1"
 
 
