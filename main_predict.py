@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     members, classes = find_members(args.checkpoints)
     log = claim(args.output_dir, "predict", world)
     combiners = build_combiners(members, classes, args.weights)
-    data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels)
+    data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels, trained_on=args.out_of_fold)
     if world.is_main:
         for note in notes_of(data):
             say(f"note: {note}")

@@ -95,6 +95,22 @@ def test_tiny_imagenet_reads_its_own_val_layout(tmp_path):
     assert val.paths[1].endswith("val/images/val_1.JPEG")
 
 
+def test_tiny_imagenet_without_wnids_and_with_another_list(tmp_path):
+    for i, wnid in enumerate(("n01", "n02")):
+        write_image(tmp_path / "train" / wnid / "images" / f"{wnid}_0.JPEG")
+        write_image(tmp_path / "val" / "images" / f"val_{i}.JPEG")
+    listing = tmp_path / "val" / "val_annotations.txt"
+    with pytest.raises(UserError, match=r"val_annotations\.txt, which tells the classes of .*images, is missing"):
+        read_split("tiny-imagenet", str(tmp_path), "val")
+    listing.write_text("val_1.JPEG n02 0 0 9 9\r\n")  # tabs that an editor made spaces of, and an image less
+    val = read_split("tiny-imagenet", str(tmp_path), "val")
+    assert val.targets.tolist() == [1] and val.paths[0].endswith("val_1.JPEG")
+    assert val.notes == [f"{listing}: 1 files of {tmp_path}/val/images are not in it and left out, e.g. val_0.JPEG"]
+    listing.write_text("val_1.JPEG\n")
+    with pytest.raises(UserError, match=r"its line 'val_1\.JPEG' should be a file name and a wnid"):
+        read_split("tiny-imagenet", str(tmp_path), "val")
+
+
 def test_imagenet_100_picks_its_list_out_of_the_whole(tmp_path):
     wnids = [f"n{i:03d}" for i in range(102)]
     for split in ("train", "val"):

@@ -269,12 +269,32 @@ def test_parts_of_a_set_are_not_taken_for_classes(tmp_path, names):
     one_line(caught)
 
 
-@pytest.mark.parametrize("names", [("valid", "invalid"), ("training", "match"), ("tests", "cats")])
+@pytest.mark.parametrize(
+    "names", [("training_set", "test_set"), ("seg_train", "seg_test"), ("Train", "Dev"), ("trainset", "holdout images")]
+)
+def test_parts_of_a_set_are_known_by_a_word_of_their_names(tmp_path, names):
+    for name in names:
+        for kind in ("cat", "dog"):
+            save(tmp_path / "labelled" / name / kind / "0.jpg")
+        save(tmp_path / "flat" / name / "0.jpg")
+    with pytest.raises(UserError, match=r"has no train/ folder, and .*which look like parts of the set") as caught:
+        read_split("folder", str(tmp_path / "labelled"), "train")
+    one_line(caught)
+    for root, images in (("labelled", 2), ("flat", 1)):
+        train = read_split("folder", str(tmp_path / root), "train", labelled=False)
+        assert [train.name(i).split("/")[0] for i in range(len(train))] == [names[0]] * images
+        assert any(f"held out beside it: {names[1]}" in note for note in train.notes)
+
+
+@pytest.mark.parametrize(
+    "names", [("valid", "invalid"), ("training", "match"), ("tests", "cats"), ("toy train", "test tube")]
+)
 def test_classes_that_are_called_like_parts_of_a_set_are_classes(tmp_path, names):
     for name in names:
         save(tmp_path / name / "0.jpg")
     assert read_split("folder", str(tmp_path), "train").classes == sorted(names)
-    assert len(read_split("folder", str(tmp_path), "train", labelled=False)) == 2
+    if "toy train" not in names:  # without classes, that looks the same as parts
+        assert len(read_split("folder", str(tmp_path), "train", labelled=False)) == 2
 
 
 def test_validation_lacks_classes_and_is_scored_on_those_that_it_has(photos, tmp_path, capsys):

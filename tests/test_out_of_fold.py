@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from test_predict import QUICK, predict, read_csv, reference, values
 from tests_common import CONV, VIT, finetune, save_member
 
+from util.data.labels import read_images
 from util.errors import UserError
 
 VIEWS = [0, 1, 6]  # 1,2,7 on the command line
@@ -92,6 +93,19 @@ def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_li
     shutil.copy(images / "blue" / "blue_00.png", images / "blue" / "new.png")  # readable: no run had seen it
     with pytest.raises(UserError, match=r"--out_of_fold: blue/new\.png is in no fold"):
         predict(*line, "--on_bad_image", "skip", "--output_dir", tmp_path / "skip")
+
+
+def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_path):
+    """train/ of a folder that has one, and no image beside the class folders; of other sets the training split."""
+    shutil.copytree(photo_folder / "val", tmp_path / "photos" / "train")
+    shutil.copy(photo_folder / "val" / "blue" / "blue_00.png", tmp_path / "photos" / "train" / "cover.png")
+    line = ["--checkpoints", members[0] / "a", "--out_of_fold", "--views", 1]
+    for where in ("photos", "photos/train"):
+        assert predict(*line, "--data_path", tmp_path / where, "--output_dir", tmp_path / "out") == 0
+        assert sorted(read_csv(tmp_path / "out")[1]) == members[1]
+        assert "left out, 1 images outside of the class folders" in (tmp_path / "out" / "report.md").read_text()
+    data, ids, _ = read_images("digits", ".", [str(c) for c in range(10)], trained_on=True)
+    assert len(ids) == 1437 and (data.targets >= 0).all()
 
 
 @pytest.mark.parametrize(

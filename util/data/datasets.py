@@ -19,6 +19,11 @@ from util.folder import is_output
 
 # Folders that divide a set, and are no classes.
 TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
+# The same as a word of a longer name: seg_train beside seg_test, training_set beside test_set, Train beside Dev.
+TRAIN_LIKE, HELD_OUT_LIKE = (
+    re.compile(rf"(?<![a-z])({names})(set|data|images)?(?![a-z])")
+    for names in ("train|training", "val|valid|validation|test|testing|dev|eval|evaluation|holdout")
+)
 
 
 @dataclass
@@ -135,12 +140,19 @@ def _is_part(folder: str) -> bool:
     return any(find_images(os.path.join(folder, c), is_data=False).paths for c in class_folders(folder))
 
 
-def _splits_in(root: str) -> list[str]:
+def _splits_in(root: str, labelled: bool) -> list[str]:
     """Folders in root, which has no train/, that look like parts of a set: two such names, or an unmistakable one."""
-    found = [f for f in class_folders(root) if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
-    found = [f for f in found if _is_part(os.path.join(root, f))]
+    folders = [f for f in class_folders(root) if _is_part(os.path.join(root, f))]
+    found = [f for f in folders if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
     alone = HELD_OUT_FOLDERS - {"valid"}  # beside `invalid`, a class
-    return found if len(found) > 1 or any(f.casefold() in alone for f in found) else []
+    if len(found) > 1 or any(f.casefold() in alone for f in found):
+        return found
+    training, held_out = ([f for f in folders if like.search(f.casefold())] for like in (TRAIN_LIKE, HELD_OUT_LIKE))
+    held_out = [f for f in held_out if f not in training]
+    # `toy train` beside `test tube` are classes; parts of a labelled set have classes below them.
+    if labelled:
+        training = [f for f in training if len(class_folders(os.path.join(root, f))) > 1]
+    return training + held_out if training and held_out else []
 
 
 def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset | None:
@@ -151,9 +163,9 @@ def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | Non
     folder = os.path.join(root, split) if has_train or split != "train" else root
     if folder != root and not _is_part(folder):
         return None
-    splits = _splits_in(root) if folder == root else []
+    splits = _splits_in(root, labelled) if folder == root else []
     if not labelled:
-        return read_unlabelled(folder, [f for f in splits if f.casefold() in HELD_OUT_FOLDERS])
+        return read_unlabelled(folder, [f for f in splits if not TRAIN_LIKE.search(f.casefold())])
     if splits:
         raise UserError(
             f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not classes; "
@@ -201,8 +213,9 @@ def _read_imagenet100(root: str, split: str, labelled: bool, classes: list[str] 
 
 def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
     """train/<wnid>/images/*.JPEG; val/images/*.JPEG with val_annotations.txt (file, wnid, box), or val/<wnid>/."""
-    base = root if os.path.isfile(os.path.join(root, "wnids.txt")) else os.path.join(root, "tiny-imagenet-200")
-    if not os.path.isfile(os.path.join(base, "wnids.txt")):
+    inner = os.path.join(root, "tiny-imagenet-200")
+    base = next((b for b in (root, inner) if os.path.isdir(os.path.join(b, "train"))), inner)
+    if not os.path.isdir(os.path.join(base, "train")):
         url, md5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
         def fetch():
@@ -220,8 +233,18 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str
     listing, images = os.path.join(val, "val_annotations.txt"), os.path.join(val, "images")
     names = set(os.listdir(images)) if os.path.isfile(listing) and os.path.isdir(images) else set()
     if not names:  # some copies are sorted into class folders, with or without the list
+        if (
+            not os.path.isfile(listing)
+            and os.path.isdir(images)
+            and "images" not in classes
+            and find_images(images).paths
+        ):
+            raise UserError(f"--data_path {root}: {listing}, which tells the classes of {images}, is missing")
         return read_class_folder(val, classes)
-    rows = [line.split("\t")[:2] for line in Path(listing).read_text().splitlines() if line.strip()]
+    # Tabs, or spaces where an editor has replaced them.
+    rows = [line.split()[:2] for line in Path(listing).read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+    if short := [row for row in rows if len(row) < 2]:
+        raise UserError(f"{listing}: its line {short[0][0]!r} should be a file name and a wnid")
     unknown = sorted({wnid for _, wnid in rows} - set(classes))
     if unknown:
         raise UserError(f"{listing}: class {unknown[0]} is not in {base}/train")
@@ -229,7 +252,9 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str
         raise UserError(f"{listing}: names {lacking[0]}, which is not in {images}")
     number = {c: i for i, c in enumerate(classes)}
     paths = [os.path.join(images, name) for name, _ in rows]
-    return FileDataset(paths, torch.tensor([number[wnid] for _, wnid in rows]), classes, val)
+    extra = sorted(name for name in names - {name for name, _ in rows} if not name.startswith("."))
+    notes = [f"{listing}: {len(extra)} files of {images} are not in it and left out, e.g. {extra[0]}"] if extra else []
+    return FileDataset(paths, torch.tensor([number[wnid] for _, wnid in rows]), classes, val, notes)
 
 
 def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:

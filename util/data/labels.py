@@ -49,19 +49,22 @@ def image_id(data: ArrayDataset | FileDataset, i: int) -> str:
 
 
 def read_images(
-    dataset: str, root: str, classes: list[str], labels: str | None = None
+    dataset: str, root: str, classes: list[str], labels: str | None = None, *, trained_on: bool = False
 ) -> tuple[ArrayDataset | FileDataset, list[str], list[str]]:
     """(data sorted by ID, IDs, notes for the report). data.targets: numbers into `classes`, -1 without a label.
 
     A folder is labelled if every image lies in a subfolder named after a class; a CSV file of labels replaces that.
-    Other data sets than `folder` give their labelled test split.
+    Other data sets than `folder` give their labelled test split. trained_on: the images that training reads there, with
+    train/ as the root of a folder that has it.
     """
     notes: list[str] = []
-    if dataset == "folder":
+    if dataset == "folder" and trained_on:
+        data = read_split(dataset, root, "train", classes=classes)
+    elif dataset == "folder":
         data = read_unlabelled(root)
         data.targets = _folder_targets(data, root, classes, notes) if labels is None else data.targets
     else:
-        data = read_split(dataset, root, "val")
+        data = read_split(dataset, root, "train" if trained_on else "val")
         if sorted(data.classes) != sorted(classes):
             odd = sorted(set(data.classes) ^ set(classes))[0]
             raise UserError(f"--dataset {dataset}: its classes differ from those of --checkpoints (e.g. {odd})")
