@@ -33,7 +33,7 @@ class Weights:
     state: State
     raw: State
     source: str  # e.g. "ema", "teacher, backbone."; "" for a plain state dict
-    outside: list[str]  # names in the same dict that do not have the prefix
+    outside: State  # what else is in the same dict, without the prefix
 
 
 def tensor_dicts(content: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], State]]:
@@ -65,7 +65,7 @@ def find_weights(content: dict, path: str, trunk: State, ema: bool = True, conve
     for keys, state in dicts:
         for prefix in _prefixes(state, trunk):
             raw = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            outside = [k for k in state if not k.startswith(prefix)]
+            outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
             source = ", ".join([*keys, prefix] if prefix else keys)
             raw = _spread_shared_table(raw, trunk)
             candidates.append(Weights(raw, raw, source, outside))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from models.containers import TABLE, State, family_filter, find_weights
+from models.containers import TABLE, State, Weights, family_filter, find_weights, plain
 from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
 from models.vit import classifier_prefixes, reason
@@ -66,7 +66,7 @@ def load_pretrained(
     partial: take what fits of the trunk, and leave the rest at its initialisation.
     pos_grid: rows and columns of patches that the file was trained on, where it does not say so itself.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     content = read_file(path)
     meta = own_meta(content, path)
     own, heads = model.state_dict(), classifier_prefixes(model)
@@ -75,6 +75,7 @@ def load_pretrained(
     trunk = {k: v for k, v in own.items() if k in names and k.split(".")[0] not in tops}
     weights = find_weights(content, path, trunk, ema, family_filter(model))
     state, report = dict(weights.state), LoadReport(source=weights.source)
+    _take_head_beside(state, weights, model, path)
     if not set(trunk) & set(state):
         raise UserError(
             f"{path}: shares no parameter with the model ({next(iter(state), 'nothing')} ... against {next(iter(own))} ...)"
@@ -113,12 +114,22 @@ def load_pretrained(
     report.loaded = list(accepted)
     computed = {k for k in own if k not in names and _COMPUTED.search(k)}
     report.missing += [k for k in own if k not in accepted and k not in report.missing and k not in computed]
-    report.unexpected += weights.outside
+    report.unexpected += [k for k, v in weights.outside.items() if not any(v is taken for taken in accepted.values())]
     model.load_state_dict(accepted, strict=False)
     for name, layer in classifier_layers(model).items():
         if f"{name}.weight" in report.missing:
             start_anew(layer.weight, layer.bias)
     return report
+
+
+def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: str) -> None:
+    """Where a file has the classifier beside a `backbone.`, by the model's own names: the classifier, in place."""
+    prefix = weights.source.rpartition(", ")[2]
+    parent = prefix.removesuffix(".").rpartition(".")[0]
+    keys = [f"{name}.{part}" for name in classifier_layers(model) for part in ("weight", "bias")]
+    beside = {k: weights.outside.get(f"{parent}.{k}" if parent else k) for k in keys}
+    if not any(k in state for k in keys):
+        state.update(plain({k: v for k, v in beside.items() if v is not None}, path))
 
 
 def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> None:

@@ -29,6 +29,8 @@ def fit_positions(
     """
     own, target = model.state_dict(), patch_grid(model)
     old, new = raw.get("pos_embed"), own.get("pos_embed")
+    if old is not None and old.ndim == 2:
+        old = old[None]  # saved without the batch's dimension
     if old is None or new is None or target is None or new.ndim != 3 or old.ndim != 3 or old.shape[2] != new.shape[2]:
         return {}, []
     new_kinds = _prefix_kinds(new.shape[1] - target[0] * target[1], own)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 
 import pytest
 import torch
@@ -304,6 +305,7 @@ CONTAINERS = {
     "Lightning, any attribute": lambda s, o: {"state_dict": under("classifier_under_test.", s)},
     "DINO": lambda s, o: {"student": under("module.backbone.", o), "teacher": {**under("backbone.", s), "head.last_layer.weight": torch.ones(2)}},
     "model_state_dict": lambda s, o: {"epoch": 1, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(2)}}}, "model_state_dict": s},
+    "head beside the backbone": lambda s, o: {"state_dict": {"model." + ("" if k.startswith("head.") else "backbone.") + k: v for k, v in s.items()}},
     "deep": lambda s, o: {"checkpoint": {"model": {"state_dict": under("module.encoder.", s)}}},
     "ema of another library": lambda s, o: {"model": s, "ema": {"decay": 0.99, "shadow_params": list(o.values())}},
     "ema of another net": lambda s, o: {"ema": {"head.weight": torch.ones(2, 12), "conv.weight": torch.ones(3)}, "model": s},
@@ -392,6 +394,27 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     ]
     assert finetune(*line, "--output_dir", tmp_path / "out") == 0
     assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
+
+
+def test_positions_without_the_batchs_dimension_are_read_on_the_models_grid(tmp_path):
+    state = {k: torch.rand_like(v) for k, v in vit().state_dict().items()}
+    torch.save({**state, "pos_embed": state["pos_embed"][0]}, tmp_path / "x.pth")
+    model, larger, oracle = vit(), vit((64, 32)), vit((64, 32))
+    load_pretrained(model, tmp_path / "x.pth")
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+    load_pretrained(larger, tmp_path / "x.pth")
+    torch.save(state, tmp_path / "y.pth")
+    load_pretrained(oracle, tmp_path / "y.pth")
+    assert torch.equal(larger.pos_embed, oracle.pos_embed)
+
+
+def test_paths_that_hold_no_weights_are_named_for_what_they_are(tmp_path):
+    pointer = tmp_path / "x.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    for path, words in ((pointer, "git lfs pull"), (tmp_path, "a folder"), (tmp_path / "no.pth", "no such")):
+        for name in (path, str(path), os.fsencode(path)):
+            with pytest.raises(UserError, match=f"{path.name}: .*{words}"):
+                load_pretrained(vit(), name)
 
 
 def test_flags_of_weights_need_a_file(tmp_path):

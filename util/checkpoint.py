@@ -29,9 +29,13 @@ def read_file(path: str | os.PathLike) -> dict:
 
     argparse.Namespace is let through because MAE's own checkpoints hold one; it only carries attributes.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint file")
+        folder = os.path.isdir(path)
+        raise UserError(f"{path}: {'a folder; give the file in it' if folder else 'no such checkpoint file'}")
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
