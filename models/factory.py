@@ -1,5 +1,7 @@
 """`create_model` builds a classifier by name."""
 
+from numbers import Integral
+
 import timm
 from torch import nn
 
@@ -32,9 +34,12 @@ def create_model(
 
     UserError in one line where no such model can be built.
     """
-    img_size = img_size if isinstance(img_size, int) else tuple(int(s) for s in img_size)
-    if not isinstance(img_size, int) and img_size[0] == img_size[1]:
-        img_size = img_size[0]
+    img_size = _checked_size(img_size)
+    for flag, value, least in (("--nb_classes", num_classes, 0), ("--in_chans", in_chans, 1)):
+        if not _is_whole(value, least):
+            raise UserError(f"{flag} {value}: should be a whole number of {least} or more")
+    if not 0 <= drop_path <= 1:
+        raise UserError(f"--drop_path {drop_path}: should be a number in [0, 1]")
     common = dict(
         num_classes=num_classes, in_chans=in_chans, img_size=img_size, global_pool=global_pool, drop_path=drop_path,
         **{k: v for k, v in kwargs.items() if v is not None},
@@ -48,6 +53,18 @@ def create_model(
     if alpha_blend is not None:
         attach_noise(model, alpha_blend)
     return model
+
+
+def _checked_size(img_size) -> int | tuple[int, int]:
+    """One number for a square. timm builds nets that take no image of a side of 0, or of three sides."""
+    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if len(sides) != 2 or not all(_is_whole(s, 1) for s in sides):
+        raise UserError(f"--input_size {img_size}: should be one or two whole numbers of 1 or more")
+    return int(sides[0]) if sides[0] == sides[1] else (int(sides[0]), int(sides[1]))
+
+
+def _is_whole(value, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def list_models(pattern: str = "") -> list[str]:

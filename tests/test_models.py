@@ -1,6 +1,7 @@
 import argparse
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,14 @@ def test_unknown_names_and_impossible_sizes_get_one_line():
         create_model("vit_tiny_patch16", num_classes=2, img_size=30)
     with pytest.raises(UserError, match="drop_path"):
         create_model("vgg11", num_classes=2, drop_path=0.1)
+    for name in ("vit_tiny_patch4", "resnet10t"):
+        for flag, keywords in {"--input_size": [{"img_size": s} for s in (0, -4, (32,), (32, 32, 3), 32.0, "32", (32, 0))],
+                               "--in_chans": [{"in_chans": n} for n in (0, -1, 1.5)], "--nb_classes": [{"num_classes": n} for n in (-1, "a")],
+                               "--drop_path": [{"drop_path": p} for p in (-1, 2.0)]}.items():  # fmt: skip
+            for one in keywords:
+                with pytest.raises(UserError, match=f"{flag} .*should be"):
+                    create_model(name, **{"num_classes": 2, "img_size": 32, **one})
+    assert create_model("resnet10t", num_classes=0, img_size=np.int64(32)).num_classes == 0
 
 
 @pytest.fixture
