@@ -109,6 +109,13 @@ def test_img_size_is_another_name_of_input_size(module):
     assert parser.parse_args(["--img_size", "48", "32"]).input_size == [48, 32]
 
 
+@pytest.mark.parametrize("module,line", [("main_predict", ["--checkpoints", "x"]), ("main_sample", ["x"])])
+def test_a_main_that_reads_its_network_from_a_file_says_so_of_the_networks_flags(module, line):
+    for flag in ("--img_size", "--input_size", "--in_chans", "--model", "--cls_token"):
+        with pytest.raises(UserError, match=f"^{flag}: no such flag; .*checkpoint.* in the file$"):
+            importlib.import_module(module).get_args_parser().parse_args([*line, flag, "32"])
+
+
 @pytest.mark.parametrize(
     "given,flag",
     [

@@ -21,16 +21,23 @@ from util.errors import UserError
 from util.files import printable
 from util.flags import Flag
 
+# What the other mains' flags say of a network and its input.
+OF_THE_NETWORK = ("--input_size", "--img_size", "--in_chans", "--mean", "--std", "--model", "--model_kwargs", "--nb_classes",
+                  "--cls_token", "--global_pool", "--crop_pct")  # fmt: skip
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, no abbreviations, and recipes: @file holds flags, several a line, and comments.
 
     add_argument takes two words more (see util/flags.py): changes_results=False for a flag with which a run comes to the
     same numbers whatever its value, free_at_resume=True for one that a resume may set anew. `flags` has them by dest.
+
+    network_from: the argument whose file says what its network is, for a main without flags of its own for that.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, network_from: str = "", **kwargs):
         self.flags: dict[str, Flag] = {}
+        self.network_from = network_from
         super().__init__(
             fromfile_prefix_chars="@",
             allow_abbrev=False,
@@ -72,6 +79,8 @@ class Parser(argparse.ArgumentParser):
             known = [o for action in self._actions for o in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]}?" if close else f"; {self.prog} --help lists the flags"
+            if self.network_from and unknown[0].split("=")[0] in OF_THE_NETWORK:
+                hint = f"; it is what {self.network_from} was trained with, and is in the file"
             raise UserError(f"{unknown[0]}: no such flag{hint}")
         return options
 

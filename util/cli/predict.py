@@ -30,7 +30,8 @@ def view_list(text: str) -> list[int]:
 def get_args_parser() -> Parser:
     parser = Parser(
         description="Predict images with one or many fine-tuned networks: 12 views of each image, "
-        "probabilities averaged over views and members."
+        "probabilities averaged over views and members.",
+        network_from="each of --checkpoints",
     )
     parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH",
                         help="the members: .pth files, folders of runs, folders of k-fold runs (their folds are one member)")  # fmt: skip

@@ -10,7 +10,8 @@ MODES = ("reconstruct", "generate", "attention", "frechet")
 def get_args_parser() -> Parser:
     parser = Parser(
         description="Pictures and measures from a pretraining checkpoint: reconstructions, generated "
-        "images, attention, Frechet distances."
+        "images, attention, Frechet distances.",
+        network_from="the checkpoint",
     )
     parser.add_argument("checkpoint", help="of main_pretrain_noprop.py")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["reconstruct"], help="one or several")
