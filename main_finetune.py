@@ -48,7 +48,7 @@ from util.train.compiled import compile_net, require_compiler
 from util.train.interrupts import Interrupts
 from util.train.phases import enter_phase, freezing, phase_schedule
 from util.train.profile import StepProfiler
-from util.train.run import Run
+from util.train.run import Run, refuse_other_classes
 from util.train.steps import effective_batch
 
 
@@ -162,10 +162,9 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
             raise UserError(f"--crop_pct {args.crop_pct}: cuts image files; {args.dataset} is evaluated whole")
         meta["crop_pct"] = 1.0
         train, val = to_channels(train, meta["in_chans"]), to_channels(val, meta["in_chans"])
-    if args.eval and source and source.get("classes") and source["classes"] != meta["classes"]:
-        raise UserError(
-            f"--data_path {args.data_path}: its classes differ from those of {args.resume or args.finetune}"
-        )
+    if args.eval and source:
+        given = f"--resume {args.resume}" if args.resume else f"--finetune {args.finetune}"
+        refuse_other_classes(given, source.get("classes"), meta["classes"])
     seed_all(args.seed, 0)  # initial weights are the same on every rank
     noise = build_noise(args) if args.noise_eval or not args.eval else None
     log = claim(

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 from safetensors.torch import save_file
-from tests_common import finetune
+from tests_common import VIT, finetune, save_member
 
 import main_linprobe
 import main_predict
@@ -198,3 +198,12 @@ def test_evaluating_a_fold_needs_its_number():
     args = get_args_parser().parse_args(["--eval", "--resume", __file__, "--kfold", "5", "--dataset", "digits"])
     with pytest.raises(UserError, match=r"--kfold 5: .* --fold"):
         check_finetune_options(args)
+
+
+def test_evaluation_on_other_classes_names_the_first_difference(photo_folder, tmp_path):
+    save_member(tmp_path / "x.pth", VIT, classes=("blue", "green"))
+    for flag in ("--resume", "--finetune"):
+        with pytest.raises(UserError, match=f"{flag} .*x.pth: its class 1 is 'green', in the data it is 'red'"):
+            finetune(
+                "--eval", flag, tmp_path / "x.pth", "--data_path", photo_folder, "--num_workers", 0, "--device", "cpu"
+            )

@@ -182,7 +182,7 @@ class Run:
             raise UserError(
                 f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
             )
-        refuse_other_classes(path, content["meta"].get("classes"), self.meta.get("classes"))
+        refuse_other_classes(f"--resume {path}", content["meta"].get("classes"), self.meta.get("classes"))
         lacking = [k for k in NEEDED if k not in content]
         if lacking:
             raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
@@ -290,14 +290,17 @@ class Run:
         return self.total if step >= self.total else step - step % self.accum_iter
 
 
-def refuse_other_classes(path: str, old: list[str] | None, new: list[str] | None) -> None:
-    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order."""
+def refuse_other_classes(given: str, old: list[str] | None, new: list[str] | None) -> None:
+    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order.
+
+    given: the checkpoint as the command line has it, with its flag.
+    """
     if not old or not new or list(old) == list(new):
         return
     i = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
     was, now = (repr(names[i]) if i < len(names) else "missing" for names in (old, new))
     raise UserError(
-        f"--resume {path}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
+        f"{given}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
         "a new run from it with --finetune, which moves the classifier by name"
     )
 
