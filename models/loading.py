@@ -10,7 +10,7 @@ from torch import nn
 from models.containers import TABLE, State, Weights, family_filter, find_weights, plain
 from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
-from models.vit import classifier_prefixes, reason
+from models.vit import classifier_prefixes, patch_grid, reason
 from util.checkpoint import own_meta, peek_meta, read_file
 from util.errors import UserError
 
@@ -135,7 +135,12 @@ def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: st
 def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> None:
     """Put the file's learned positions on the model's grid, in place."""
     learned = any(k == "pos_embed" or k.endswith(TABLE) for k in raw if k in state)
-    described = _described(meta, path) if meta and learned and not pos_grid else None
+    described = _described(meta, path, pos_grid) if meta and learned else None
+    said = described and patch_grid(described)
+    if pos_grid and said and tuple(pos_grid) != said:
+        raise UserError(
+            f"--pos_grid {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; leave it out"
+        )
     fitted, resized = fit_positions(raw, model, path, described, pos_grid)
     tables, resized_tables, left_out = fit_tables(raw, model, path, described, pos_grid, partial)
     state.update({**fitted, **tables})
@@ -144,8 +149,11 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
         del state[key]
 
 
-def _described(meta: dict, path: str) -> nn.Module:
-    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights."""
+def _described(meta: dict, path: str, pos_grid: Grid | None) -> nn.Module | None:
+    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights.
+
+    None if it describes none and pos_grid tells the grid.
+    """
 
     def build() -> nn.Module:
         return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
@@ -158,6 +166,8 @@ def _described(meta: dict, path: str) -> nn.Module:
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version
+        if pos_grid:
+            return None
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path}: its meta describes no model ({reason}), so its grid is unknown; give it with --pos_grid ROWS COLUMNS"

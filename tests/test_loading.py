@@ -396,6 +396,15 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
 
 
+def test_a_grid_other_than_the_one_that_the_file_states_is_refused(tmp_path):
+    path = as_file(tmp_path / "x.pth", with_ramp((32, 64), (0.0,)), (32, 64))
+    with pytest.raises(UserError, match=r"--pos_grid 16 8: .* 8 x 16 patches"):
+        load_pretrained(vit((32, 64)), path, pos_grid=(16, 8))
+    model = vit((32, 64))
+    load_pretrained(model, path, pos_grid=(8, 16))
+    assert torch.equal(model.pos_embed[:, 1:], ramp((8, 16)))
+
+
 def test_positions_without_the_batchs_dimension_are_read_on_the_models_grid(tmp_path):
     state = {k: torch.rand_like(v) for k, v in vit().state_dict().items()}
     torch.save({**state, "pos_embed": state["pos_embed"][0]}, tmp_path / "x.pth")
