@@ -50,6 +50,7 @@ def create_model(
         model = mae_vit(name, **common)
     else:
         model = timm_classifier(name, pretrained=pretrained, **common)
+    model.built_for = (img_size, img_size) if isinstance(img_size, int) else img_size  # few of timm's say it
     if alpha_blend is not None:
         attach_noise(model, alpha_blend)
     return model

@@ -82,7 +82,9 @@ def load_pretrained(
         )
     if not partial:
         _refuse_part(path, trunk, set(own), set(state), tops)
-    _take_positions(state, weights.raw, model, meta, path, pos_grid, partial, report)
+    placed = _take_positions(state, weights.raw, model, meta, path, pos_grid, partial, report)
+    if meta and "img_size" in meta:
+        _refuse_turned(set(state) & set(trunk) - placed, meta, getattr(model, "built_for", None), path)
     for name in classifier_layers(model):
         if f"{name}.weight" not in state:
             state.pop(f"{name}.bias", None)  # starts anew with its weight
@@ -132,8 +134,8 @@ def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: st
         state.update(plain({k: v for k, v in beside.items() if v is not None}, path))
 
 
-def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> None:
-    """Put the file's learned positions on the model's grid, in place."""
+def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> set[str]:
+    """Put the file's learned positions on the model's grid, in place; the names of those that are on it."""
     learned = any(k == "pos_embed" or k.endswith(TABLE) for k in raw if k in state)
     described = _described(meta, path, pos_grid) if meta and learned else None
     said = described and patch_grid(described)
@@ -147,6 +149,29 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
     report.resized += resized + resized_tables
     for key in left_out:
         del state[key]
+    return {*fitted, *tables}
+
+
+def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) -> None:
+    """UserError if one of these belongs to places of the image, and the image is another of as many pixels.
+
+    Their shapes are equal then (LeViT, Hiera, CrossViT, MLP-Mixer), so nothing else would tell.
+    """
+    old = tuple(meta["img_size"])
+    if size is None or old == size or old[0] * old[1] != size[0] * size[1]:
+        return
+    try:
+        here, wider = (
+            _described({**meta, "img_size": s}, path, None).state_dict() for s in (old, (old[0], 2 * old[1]))
+        )
+    except UserError:
+        return  # a family for squares
+    turned = sorted(k for k in names if k in here and k in wider and here[k].shape != wider[k].shape)
+    if turned:
+        raise UserError(
+            f"{path}: {turned[0]} belongs to the places of an image of {old[0]} x {old[1]} pixels, not of {size[0]} x {size[1]}; "
+            f"give --input_size {old[0]} {old[1]}"
+        )
 
 
 def _described(meta: dict, path: str, pos_grid: Grid | None) -> nn.Module | None:

@@ -396,6 +396,23 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name,sizes", [
+    ("levit_128s", {"embed_dim": [8] * 3, "num_heads": [2] * 3, "key_dim": 4, "depth": [1] * 3}),
+    ("hiera_tiny_224", {"stages": [1] * 4, "embed_dim": 8, "num_heads": 1}),
+])  # fmt: skip
+def test_positions_that_cannot_be_turned_are_refused_at_the_turned_size(tmp_path, name, sizes):
+    """Their tensors have equal shapes at 64 x 128 and 128 x 64."""
+    wide, high = (create_model(name, num_classes=2, img_size=s, in_chans=1, **sizes) for s in ((64, 128), (128, 64)))
+    assert all(v.shape == high.state_dict()[k].shape for k, v in wide.named_parameters())
+    path = as_file(tmp_path / "x.pth", wide.state_dict(), (64, 128))
+    content = torch.load(path, weights_only=True)
+    content["meta"].update(model=name, model_kwargs=sizes)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"64 x 128 pixels.*--input_size 64 128"):
+        load_pretrained(high, path)
+    assert not load_pretrained(wide, path).missing
+
+
 def test_a_grid_other_than_the_one_that_the_file_states_is_refused(tmp_path):
     path = as_file(tmp_path / "x.pth", with_ramp((32, 64), (0.0,)), (32, 64))
     with pytest.raises(UserError, match=r"--pos_grid 16 8: .* 8 x 16 patches"):
