@@ -303,7 +303,8 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         profiler.close()
     if log.output_dir and not (was_finished and os.path.exists(log.path("report.md"))):
         with survive(log.path("report.md")):
-            write_finetune_report(log.output_dir, args, meta, position, notes_of(train, val))
+            validated = len(val) - len(val_loader.bad_images)
+            write_finetune_report(log.output_dir, args, meta, position, notes_of(train, val), validated)
     return 0
 
 

@@ -31,6 +31,7 @@ from util.data_specs import IN_MEMORY
 from util.dist import Precision, World, init_world, prepare_net
 from util.files import write_text
 from util.log import claim
+from util.predict.calibration import interval_sentence
 from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
 from util.probe.features import extract
 from util.probe.frozen import load_encoder, read_content, resolve_data
@@ -120,6 +121,8 @@ def write_report(output_dir: str, line: dict, notes: list[str]) -> None:
         "|---|---|",
         f"| weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g} | {line['knn_acc1']:.2f}% |",
         f"| linear probe | {line['linear_acc1']:.2f}% |",
+        "",
+        f"Of the linear probe, {interval_sentence(line['linear_acc1'], line['n_val'])}",
         "",
         "The probe is a BatchNorm without affine and a linear layer, fitted by L-BFGS to its optimum on the cached features; "
         f"the penalty {line['linear_l2']:g} was chosen on a tenth of the training images.",

@@ -19,6 +19,7 @@ import torch
 from augment.decoding import limit_pixels
 from engine_predict import predict, predict_out_of_fold
 from util.data.datasets import notes_of
+from util.data.image_files import refuse_output_among_images
 from util.data.labels import read_images
 from util.dist import init_world
 from util.errors import UserError
@@ -41,11 +42,8 @@ def check_options(args) -> None:
         raise UserError(f"--labels {args.labels}: no such file")
     if not args.output_dir:
         raise UserError("--output_dir: give a folder for predictions.csv")
-    out, inside = os.path.realpath(args.output_dir), os.path.realpath(args.data_path)
-    if args.dataset == "folder" and os.path.commonpath([out, inside]) == inside:
-        raise UserError(
-            f"--output_dir {args.output_dir}: lies in --data_path; its pictures would be predicted the next time"
-        )
+    if args.dataset == "folder":
+        refuse_output_among_images("--output_dir", args.output_dir, args.data_path)
 
 
 def main(argv: list[str] | None = None) -> int:

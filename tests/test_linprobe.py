@@ -200,7 +200,16 @@ def test_two_ranks_score_as_one(tmp_path, capsys):
     other = json.loads((two / "log.txt").read_text())
     for key in ("knn_acc1", "linear_acc1", "linear_l2"):
         assert other[key] == pytest.approx(result[key], abs=0.3)
-    assert "| linear probe |" in (two / "report.md").read_text()
+    report, right = (two / "report.md").read_text(), round(3.6 * other["linear_acc1"])
+    low, high = (100 * p for p in wilson(right, 360))
+    assert "| linear probe |" in report
+    assert f"{right} of 360 images are right: 95 % interval {low:.1f} to {high:.1f} % (Wilson)" in report
+
+
+def wilson(right: int, n: int) -> np.ndarray:
+    """Where |p - right / n| is 1.96 standard errors of p: the roots of a quadratic (Wilson 1927)."""
+    z2, p = 1.959963984540054**2, right / n
+    return np.sort(np.roots([1 + z2 / n, -2 * p - z2 / n, p * p]))
 
 
 def test_rank_0_alone_gets_the_rows_of_all_ranks_in_order(monkeypatch):

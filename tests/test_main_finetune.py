@@ -33,6 +33,10 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
     lines = read_log(str(uninterrupted / "log.txt"))
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert {"train_loss", "train_lr", "val_acc1", "val_loss", "n_parameters", "seconds"} <= set(lines[0])
+    p, z2 = max(line["val_acc1"] for line in lines) / 100, 1.959963984540054**2
+    low, high = sorted(np.roots([1 + z2 / 360, -(2 * p + z2 / 360), p * p]))  # Wilson 1927
+    wanted = f"{round(360 * p)} of 360 images are right: 95 % interval {100 * low:.1f} to {100 * high:.1f} % (Wilson)"
+    assert wanted in (uninterrupted / "report.md").read_text()
     args = json.loads((uninterrupted / "args.json").read_text())
     assert args["options"]["lr"] == 2e-3 and args["versions"]["torch"] == torch.__version__
     meta = read_checkpoint(str(uninterrupted / "checkpoint-best.pth"))["meta"]

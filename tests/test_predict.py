@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import os
 
 import numpy as np
@@ -268,6 +269,15 @@ def test_labels_file_scores_the_images_that_it_names(ensemble, photo_folder, tmp
     assert [r["accuracy"] for r in results["results"] if r["chosen"]] == [50.0 * right]
 
 
+def test_an_output_folder_among_the_images_is_not_predicted(ensemble, photo_folder, tmp_path):
+    shutil.copytree(photo_folder / "val", tmp_path / "photos")
+    names = sorted(f"{p.parent.name}/{p.name}" for p in (photo_folder / "val").glob("*/*.png"))
+    for _ in range(2):  # contact sheets lie there the second time
+        line = ["--checkpoints", ensemble[0][1], "--data_path", tmp_path / "photos", "--views", 1]
+        assert predict(*line, "--output_dir", tmp_path / "photos" / "predictions") == 0
+        assert sorted(read_csv(tmp_path / "photos" / "predictions")[1]) == names
+
+
 def test_stacked_and_validation_weights_change_the_file(ensemble, photo_folder, tmp_path):
     """The first run's out-of-fold file is right, the second's always wrong: stacking turns the second's voice around."""
     targets = [i % 2 for i in range(20)]
@@ -311,7 +321,7 @@ def test_digits_are_predicted_by_name_of_the_data_set(tmp_path):
         (["--weights", "stacked"], ["--weights stacked", "vit", "--kfold"]),
         (["--data_path", "/nowhere"], ["--data_path /nowhere", "no such folder"]),
         (["--labels", "/nowhere.csv"], ["--labels /nowhere.csv", "no such file"]),
-        (["--output_dir", "EMPTY/out"], ["--output_dir", "lies in --data_path"]),
+        (["--output_dir", "EMPTY"], ["--output_dir", "holds the images of --data_path"]),
         (["--data_path", "EMPTY"], ["no images in it"]),
         (["--output_dir", "RUN"], ["--output_dir", "holds a training run"]),
         (["--checkpoints", "A", "A"], ["given twice"]),

@@ -29,6 +29,13 @@ def accuracy_interval(right: int, images: int) -> tuple[float, float]:
     return 100.0 * interval.low, 100.0 * interval.high
 
 
+def interval_sentence(accuracy: float, images: int) -> str:
+    """For a report: the interval of an accuracy in percent on so many images."""
+    right = round(accuracy / 100.0 * images)
+    low, high = accuracy_interval(right, images)
+    return f"{right} of {images} images are right: 95 % interval {low:.1f} to {high:.1f} % (Wilson)."
+
+
 def confusion_counts(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """[C, C] counts, rows the true class."""
     C = probabilities.shape[1]

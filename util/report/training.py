@@ -9,6 +9,7 @@ from util.checkpoint import BEST, LAST
 from util.cli.finetune import get_args_parser
 from util.files import write_text
 from util.log import read_log
+from util.predict.calibration import interval_sentence
 from util.report.plots import plot_curves
 from util.train.folds import RESULT
 
@@ -18,7 +19,8 @@ def note_lines(notes: list[str]) -> list[str]:
     return [*(f"- {note}" for note in notes), *([""] if notes else [])]
 
 
-def write_finetune_report(output_dir: str, args, meta: dict, position, notes: list[str]) -> None:
+def write_finetune_report(output_dir: str, args, meta: dict, position, notes: list[str], images: int) -> None:
+    """images: those that each epoch was validated on."""
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines, has_best = read_log(log_path), position.best is not None
@@ -48,6 +50,7 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
         "|---|---|",
         *table(best),
         "",
+        *([interval_sentence(best["val_acc1"], images), ""] if images and best.get("val_acc1") is not None else []),
         "![curves](curves.png)",
         "",
     ]
