@@ -7,12 +7,14 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tests_common import NET, finetune, one_line, save_member
 from timm.layers import resize_rel_pos_bias_table
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from models import create_model, load_pretrained
 from models.loading import require_complete
+from util.checkpoint import peek_meta
 from util.errors import UserError
 
 SIZES = {"embed_dim": 12, "depth": 1, "num_heads": 2}
@@ -441,6 +443,21 @@ def test_paths_that_hold_no_weights_are_named_for_what_they_are(tmp_path):
         for name in (path, str(path), os.fsencode(path)):
             with pytest.raises(UserError, match=f"{path.name}: .*{words}"):
                 load_pretrained(vit(), name)
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    state = {k: torch.rand_like(v) for k, v in vit().state_dict().items()}
+    for name in ("x.SAFETENSORS", "x.pth"):
+        save_file(state, tmp_path / name)
+        model = vit()
+        load_pretrained(model, tmp_path / name)
+        assert (
+            all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+            and peek_meta(str(tmp_path / name)) is None
+        )
+    (tmp_path / "x.pth").write_text("version 2 of a page in place of the file")
+    with pytest.raises(UserError, match=r"no file of torch.save or safetensors"):
+        load_pretrained(vit(), tmp_path / "x.pth")
 
 
 def test_flags_of_weights_need_a_file(tmp_path):

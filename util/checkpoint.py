@@ -34,10 +34,11 @@ def read_file(path: str | os.PathLike) -> dict:
         folder = os.path.isdir(path)
         raise UserError(f"{path}: {'a folder; give the file in it' if folder else 'no such checkpoint file'}")
     with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
     try:
-        if path.endswith(".safetensors"):
+        if path.endswith(".safetensors") or start[8:9] == b"{":  # its header; files of torch.save have none there
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -51,6 +52,8 @@ def read_file(path: str | os.PathLike) -> dict:
             raise UserError(
                 f"{path}: holds pickled Python objects, which are never executed; save tensors only"
             ) from None
+        if "weights only load failed" in str(error).lower():  # torch's text goes on about how to execute the file
+            raise UserError(f"{path}: not a readable checkpoint (no file of torch.save or safetensors)") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
