@@ -29,6 +29,7 @@ from util.data.loader import Loader
 from util.data.splits import load_data
 from util.data_specs import IN_MEMORY
 from util.dist import Precision, World, init_world, prepare_net
+from util.errors import UserError
 from util.files import write_text
 from util.log import claim
 from util.predict.calibration import interval_sentence
@@ -84,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     features, targets, val_features, val_targets = (
         t.to(world.device) for t in (features, targets, val_features, val_targets)
     )
+    if len(targets.unique()) < 2:  # the others were left out as unreadable
+        raise UserError(
+            f"--data_path {args.data_path}: its {len(targets)} readable training images are of one class; a probe needs two"
+        )
     C, k = len(train.classes), min(args.knn_k, len(features))
     extracted = time.time()
     knn = accuracy(knn_predict(features, targets, val_features, C, k, args.knn_t), val_targets)

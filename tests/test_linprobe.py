@@ -7,6 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -204,6 +205,21 @@ def test_two_ranks_score_as_one(tmp_path, capsys):
     low, high = (100 * p for p in wilson(right, 360))
     assert "| linear probe |" in report
     assert f"{right} of 360 images are right: 95 % interval {low:.1f} to {high:.1f} % (Wilson)" in report
+
+
+def test_training_images_of_which_one_class_is_readable_are_one_line(tmp_path):
+    for i, name in enumerate(("red", "blue")):
+        for split, n in (("train", 3), ("val", 1)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for j in range(n):
+                Image.new("RGB", (9, 9), name).save(folder / f"{j}.png")
+                if split == "train" and i:
+                    (folder / f"{j}.png").write_bytes(b"")
+    line = ["--model", "vit_custom_patch2", "--random_init", "--model_kwargs", *[f"{k}={v}" for k, v in KEYWORDS.items()],
+            "--data_path", str(tmp_path), "--input_size", "8", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+    with pytest.raises(UserError, match="its 3 readable training images are of one class"):
+        main_linprobe.main([*line, "--on_bad_image", "skip"])
 
 
 def wilson(right: int, n: int) -> np.ndarray:

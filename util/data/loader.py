@@ -266,7 +266,7 @@ def _start(max_pixels: float, worker: int) -> None:
 def reason_of(error: ImageError, path: str) -> str:
     """Why a file cannot be decoded, in a line without its name."""
     lines = str(error).replace(repr(path), "").splitlines()
-    return lines[0].strip()[:160] if lines else type(error).__name__
+    return lines[0].strip(": ")[:160] if lines else type(error).__name__
 
 
 class Reading:
