@@ -6,10 +6,10 @@ python main_predict.py --checkpoints out/swin out/convnext --data_path photos/tr
 """
 
 from util.cli import parser as options
-from util.cli.predict import get_args_parser
+from util.cli.predict import check_predict_options, get_args_parser
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
-    options.check_command_line(get_args_parser)
+    options.check_command_line(get_args_parser, check_predict_options)
 
 import os
 import time
@@ -19,10 +19,8 @@ import torch
 from augment.decoding import limit_pixels
 from engine_predict import predict, predict_out_of_fold
 from util.data.datasets import notes_of
-from util.data.image_files import refuse_output_among_images
 from util.data.labels import read_images
 from util.dist import init_world
-from util.errors import UserError
 from util.log import claim
 from util.predict.ensemble import build_combiners
 from util.predict.members import find_members, load_nets, short_names
@@ -30,25 +28,9 @@ from util.predict.out_of_fold import fold_of_images, fold_of_nets
 from util.report.prediction import write_all
 
 
-def check_options(args) -> None:
-    """What one flag's type cannot see."""
-    if args.data_path is None:
-        if args.dataset == "folder":
-            raise UserError("--data_path: give the folder of images to predict")
-        args.data_path = "." if args.dataset == "digits" else "data"
-    if args.labels is not None and args.dataset != "folder":
-        raise UserError(f"--labels {args.labels}: --dataset {args.dataset} has its own labels")
-    if args.labels is not None and not os.path.isfile(args.labels):
-        raise UserError(f"--labels {args.labels}: no such file")
-    if not args.output_dir:
-        raise UserError("--output_dir: give a folder for predictions.csv")
-    if args.dataset == "folder":
-        refuse_output_among_images("--output_dir", args.output_dir, args.data_path)
-
-
 def main(argv: list[str] | None = None) -> int:
     args, started = get_args_parser().parse_args(argv), time.time()
-    check_options(args)
+    check_predict_options(args)
     limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url)
     # The fastest algorithm is chosen by timing, and so may differ between ranks and runs, and with it the last digits.

@@ -40,8 +40,6 @@ def read_images(args, in_chans: int):
     if args.images:
         paths, notes = [], []
         for path in args.images:
-            if not os.path.exists(path):
-                raise UserError(f"--images {path}: no such file or folder")
             found = find_images(path) if os.path.isdir(path) else Found([path])
             if not found.paths:
                 raise UserError(f"--images {path}: no images in it")

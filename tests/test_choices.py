@@ -49,14 +49,23 @@ def test_help_and_wrong_flags_are_answered_without_importing_torch(run, main):
 @pytest.mark.parametrize(
     "line,words",
     [
-        ("--model vit_base_patch16_22", ["--model", "'vit_base_patch16_22'", "vit_base_patch16_224"]),
-        ("--dataset cifar", ["--dataset", "'cifar'", "cifar10"]),
-        ("--noise_space colour", ["--noise_space", "'colour'", "pixel"]),
-        ("--resume nowhere.pth", ["--resume nowhere.pth", "no such file"]),
+        ("main_finetune.py --model vit_base_patch16_22", ["--model", "'vit_base_patch16_22'", "vit_base_patch16_224"]),
+        ("main_finetune.py --dataset cifar", ["--dataset", "'cifar'", "cifar10"]),
+        ("main_finetune.py --noise_space colour", ["--noise_space", "'colour'", "pixel"]),
+        ("main_finetune.py --resume nowhere.pth", ["--resume nowhere.pth", "no such file"]),
+        ("main_finetune.py --data_path nowhere", ["--data_path nowhere", "no such folder"]),
+        ("main_finetune.py --dataset digits --kfold 2 --output_dir=", ["--output_dir", "k-fold"]),
+        ("main_pretrain_noprop.py --dataset digits --input_size 8 8 8", ["--input_size 8 8 8", "H W"]),
+        ("main_linprobe.py --checkpoint nowhere.pth", ["--checkpoint nowhere.pth", "no such checkpoint file"]),
+        ("main_sample.py nowhere.pth", ["nowhere.pth", "no such checkpoint file"]),
+        ("main_sample.py README.md --output_dir=", ["--output_dir", "give a folder"]),
+        ("main_predict.py --checkpoints nowhere", ["--checkpoints nowhere", "no such file or folder"]),
+        ("main_predict.py --checkpoints tests", ["--data_path", "give the folder"]),
+        ("main_predict.py --checkpoints tests --dataset digits --device gpu", ["--device", "'gpu'", "cuda:N"]),
     ],
 )
-def test_wrong_names_are_answered_without_importing_torch(run, line, words):
-    wrong = run("-c", PROBE, "main_finetune.py", *line.split(), check=2)
+def test_wrong_values_are_answered_without_importing_torch(run, line, words):
+    wrong = run("-c", PROBE, *line.split(), check=2)
     assert "heavy: []" in wrong.stdout and wrong.stderr.count("\n") == 1
     for word in words:
         assert word in wrong.stderr

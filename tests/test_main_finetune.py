@@ -138,7 +138,7 @@ def test_dry_run_prints_groups_and_memory_and_writes_nothing(tmp_path, capsys):
         (["--nb_classes", "3"], ["--nb_classes 3", "10 classes"]),
         (["--dataset", "folder", "--data_path", "/nowhere"], ["--data_path /nowhere", "no such folder"]),
         (["--mean", "1", "2"], ["--mean 1.0 2.0"]),
-        (["--device", "tpu9"], ["--device tpu9"]),
+        (["--device", "tpu9"], ["--device", "'tpu9'"]),
         (["--aug", "light", "--color_jitter", "0.1"], ["--color_jitter 0.1", "--aug light"]),
         (["--scale", "0.9", "0.5"], ["--scale 0.9 0.5", "MIN MAX"]),
         (["--aug", "none", "--vflip", "0.5"], ["--aug none", "--vflip"]),

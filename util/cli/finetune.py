@@ -162,6 +162,8 @@ def check_finetune_options(args) -> None:
         raise UserError(f"--fold {args.fold}: should be 0 to {max(0, args.kfold - 1)}, or all")
     if args.kfold and args.val_split:
         raise UserError(f"--val_split {args.val_split}: not together with --kfold {args.kfold}")
+    if args.kfold and args.fold == "all" and not args.output_dir:
+        raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
     if not args.kfold:
         args.fold = "0"
     if args.eval and args.kfold and args.fold == "all":

@@ -1,10 +1,13 @@
 """Command-line options of main_linprobe.py."""
 
+import os
+
 from util.cli.parser import (
     Parser,
     add_data_options,
     add_deterministic_option,
     add_pos_grid_option,
+    device_name,
     keyword,
     model_name,
     number,
@@ -36,7 +39,7 @@ def get_args_parser() -> Parser:
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=positive_int, default=256, help="images per process")
     group.add_argument("--output_dir", default="", help="where to put log.txt and report.md; '' saves nothing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     group.add_argument("--amp", "--use_amp", nargs="?", choices=("off", "mixed", "bf16", "fp16"), const="mixed", default=None,
                        help="precision of the encoder; mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
@@ -52,6 +55,9 @@ def get_args_parser() -> Parser:
 
 
 def check_linprobe_options(args) -> None:
+    """What one flag's type cannot see."""
+    if args.finetune and not os.path.isfile(args.finetune):
+        raise UserError(f"--checkpoint {args.finetune}: no such checkpoint file")
     check_model_kwargs(args.model_kwargs)
     if not args.finetune and not args.model:
         raise UserError("--checkpoint: give one, or --model NAME with --pretrained or --random_init")

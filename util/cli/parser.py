@@ -115,7 +115,10 @@ def check_command_line(get_args_parser, check=lambda args: None) -> None:
     interrupt end the script in one line as well.
     """
     try:
-        check(get_args_parser().parse_args())
+        args = get_args_parser().parse_args()
+        check(args)
+        if args.dataset == "folder" and args.data_path and not os.path.isdir(args.data_path):
+            raise UserError(f"--data_path {args.data_path}: no such folder")
     except UserError as error:
         print_error(error)
         sys.exit(2)
@@ -253,6 +256,15 @@ def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_hig
 
 positive_int = number(int, 1, MAX_COUNT)
 count = number(int, 0, MAX_COUNT)
+
+
+def device_name(text: str) -> str:
+    """--device, as far as it can be judged without torch."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
 fraction = number(float, 0.0, 1.0)
 non_negative = number(float, 0.0)
 positive = number(float, 0.0, open_low=True)
@@ -359,7 +371,9 @@ def add_run_options(
         default=None,
         help="where to put TensorBoard's files, of each fold in a folder of its own (default: --output_dir)",
     )
-    group.add_argument("--device", changes_results=False, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument(
+        "--device", changes_results=False, type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps"
+    )
     group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "mixed", "bf16", "fp16"), const="mixed", default=None,
                        help="mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one for this device and kind of network)")  # fmt: skip
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
@@ -474,6 +488,7 @@ def parse_and_check_paths(args) -> None:
     """The checks that need no data: paths a flag names must be there."""
     if args.data_path is None:
         args.data_path = "." if args.dataset == "digits" else "data"
+    image_size(args.input_size)
     if args.resume and args.resume != "auto" and not os.path.isfile(args.resume):
         raise UserError(f"--resume {args.resume}: no such file; give a checkpoint or `auto`")
     if args.profile and not args.output_dir:

@@ -1,10 +1,13 @@
 """Command-line options of main_predict.py."""
 
 import argparse
+import os
 
 from util.choices import VIEW_NAMES
-from util.cli.parser import Parser, add_max_pixels_option, count, positive_int
+from util.cli.parser import Parser, add_max_pixels_option, count, device_name, positive_int
+from util.data.image_files import refuse_output_among_images
 from util.data_specs import DATASETS
+from util.errors import UserError
 
 
 def view_list(text: str) -> list[int]:
@@ -62,8 +65,27 @@ def get_args_parser() -> Parser:
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error",
                         help="an unreadable image ends the run, or has an empty row in predictions.csv")  # fmt: skip
     add_max_pixels_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--amp", choices=("off", "mixed", "bf16", "fp16"), default=None,
                         help="mixed: bf16, on GPUs without it fp16 (default: the faster one for this device and each network)")  # fmt: skip
     parser.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
     return parser
+
+
+def check_predict_options(args) -> None:
+    """What one flag's type cannot see."""
+    for path in args.checkpoints:
+        if not os.path.exists(path):
+            raise UserError(f"--checkpoints {path}: no such file or folder")
+    if args.data_path is None:
+        if args.dataset == "folder":
+            raise UserError("--data_path: give the folder of images to predict")
+        args.data_path = "." if args.dataset == "digits" else "data"
+    if args.labels is not None and args.dataset != "folder":
+        raise UserError(f"--labels {args.labels}: --dataset {args.dataset} has its own labels")
+    if args.labels is not None and not os.path.isfile(args.labels):
+        raise UserError(f"--labels {args.labels}: no such file")
+    if not args.output_dir:
+        raise UserError("--output_dir: give a folder for predictions.csv")
+    if args.dataset == "folder":
+        refuse_output_among_images("--output_dir", args.output_dir, args.data_path)

@@ -1,8 +1,11 @@
 """Command-line options of main_sample.py."""
 
+import os
+
 from util.choices import SAMPLERS
-from util.cli.parser import Parser, add_max_pixels_option, count, number, positive_int, require_package
+from util.cli.parser import Parser, add_max_pixels_option, count, device_name, number, positive_int, require_package
 from util.data_specs import DATASETS
+from util.errors import UserError
 
 MODES = ("reconstruct", "generate", "attention", "frechet")
 
@@ -33,7 +36,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable images")
     add_max_pixels_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     return parser
 
@@ -42,3 +45,10 @@ def check_sample_options(args) -> None:
     """What one flag's type cannot see."""
     if "frechet" in args.mode:
         require_package("torchmetrics", "--mode frechet")
+    if not os.path.isfile(args.checkpoint):
+        raise UserError(f"{args.checkpoint}: no such checkpoint file")
+    for path in args.images or ():
+        if not os.path.exists(path):
+            raise UserError(f"--images {path}: no such file or folder")
+    if args.output_dir == "":
+        raise UserError("--output_dir: give a folder for the pictures and report.md, or leave the flag out")
