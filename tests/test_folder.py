@@ -12,7 +12,7 @@ from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
 from util.folder import OUTPUT_MARK
-from util.log import claim
+from util.log import claim, read_log
 
 MEASURE = ("linprobe", "sample", "predict")
 
@@ -133,11 +133,19 @@ def test_folds_are_finished_by_results_overwritten_on_demand_and_apart_in_tensor
         finetune(*line, "--smoothing", 0.2)
     with pytest.raises(UserError, match=r"--kfold 2: .*fold-2"):
         finetune(*line, "--kfold", 2)
-    assert finetune(*line, "--kfold", 2, "--smoothing", 0.2, "--overwrite") == 0
+    again = [*line, "--kfold", 2, "--smoothing", 0.2]
+    assert finetune(*again, "--overwrite") == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("fold-*")) == ["fold-0", "fold-1"]
     for fold in range(2):
         options = json.loads((tmp_path / "out" / f"fold-{fold}" / "result.json").read_text())["options"]
         assert (options["smoothing"], options["kfold"]) == (0.2, 2)
+    with pytest.raises(UserError, match=r"--epochs 2: .*fold-0 was finished with 1; --resume auto goes on"):
+        finetune(*again, "--epochs", 2)
+    with pytest.raises(UserError, match=r"--seed 9: .*fold-0 was finished with 0"):
+        finetune(*again, "--epochs", 2, "--seed", 9, "--resume", "auto")
+    assert finetune(*again, "--epochs", 2, "--resume", "auto") == 0
+    for fold in range(2):
+        assert [x["epoch"] for x in read_log(str(tmp_path / "out" / f"fold-{fold}" / "log.txt"))] == [0, 1]
     single = [*NET, "--epochs", 1, "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match=r"holds a k-fold run of main_finetune\.py"):
         finetune(*single)

@@ -34,7 +34,10 @@ def of_fold(args, fold: int) -> tuple:
 
 
 def is_finished(output_dir: str, flags: dict[str, Flag], options: dict) -> bool:
-    """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse."""
+    """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse.
+
+    Under --resume auto, those that a resume may set anew (--epochs) are not: the fold goes on from its checkpoint.
+    """
     path = os.path.join(output_dir, RESULT)
     if not os.path.isfile(path):
         return False
@@ -42,17 +45,16 @@ def is_finished(output_dir: str, flags: dict[str, Flag], options: dict) -> bool:
         stored = dict(json.loads(Path(path).read_text("utf-8"))["options"])
     except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
         return False
-    if found := differences(flags, stored, options):
-        raise UserError(
-            refusal(found, f"{output_dir} was finished with", "choose another --output_dir, or --overwrite")
-        )
-    return True
+    found = differences(flags, stored, options)
+    for_good = [d for d in found if not d.flag.free_at_resume]
+    if refused := for_good if options["resume"] else found:
+        advice = ("" if for_good else "--resume auto goes on with it, ") + "choose another --output_dir, or --overwrite"
+        raise UserError(refusal(refused, f"{output_dir} was finished with", advice))
+    return not found
 
 
 def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
     """Every fold that is not finished, then the summary. train_one(args, world, output_dir, fold) -> exit code."""
-    if not args.output_dir:
-        raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
     trains = not (args.dry_run or args.eval)
     log = claim(args.output_dir if trains else None, "kfold", world, overwrite=args.overwrite)
     if log.output_dir:
