@@ -108,6 +108,20 @@ def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_pat
     assert len(ids) == 1437 and (data.targets >= 0).all()
 
 
+def test_images_are_found_whatever_unicode_form_a_copy_gave_their_names(members, photo_folder, tmp_path):
+    shutil.copytree(photo_folder / "val", tmp_path / "photos")
+    shutil.copytree(members[0] / "a", tmp_path / "run")
+    (tmp_path / "photos" / "blue" / "blue_00.png").rename(tmp_path / "photos" / "blue" / "bl\u00fce_00.png")
+    table = tmp_path / "run" / "fold-0" / "oof.csv"
+    table.write_text(table.read_text().replace("blue/blue_00.png", "blue/blu\u0308e_00.png"), "utf-8")
+    line = ["--checkpoints", tmp_path / "run", "--data_path", tmp_path / "photos", "--out_of_fold", "--views", 1]
+    assert predict(*line, "--weights", "stacked", "--output_dir", tmp_path / "out") == 0
+    assert len(read_csv(tmp_path / "out")[1]) == 12
+    (tmp_path / "run" / "fold-0" / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"fold-0/result\.json is damaged"):
+        predict(*line, "--output_dir", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "checkpoints,data,words",
     [

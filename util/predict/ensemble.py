@@ -14,6 +14,7 @@ from scipy.special import log_softmax, softmax
 
 from util.data.labels import without_apostrophe
 from util.errors import UserError
+from util.files import composed
 from util.log import read_log
 from util.predict.members import Member
 
@@ -102,8 +103,7 @@ class Combiners:
         """
         if "stacked" not in self.ways:
             return
-        target_of = dict(zip(self.oof.ids, self.oof.targets))
-        same_views = OutOfFold(ids, folds, np.array([target_of[i] for i in ids]), probabilities, self.oof.classes)
+        same_views = OutOfFold(ids, folds, self.oof.targets[self.oof.rows(ids)], probabilities, self.oof.classes)
         try:
             self.ways["stacked"] = CrossStacked(same_views, balanced=self.balanced)
         except UserError as error:
@@ -184,6 +184,14 @@ class OutOfFold:
     probabilities: np.ndarray
     classes: list[str]
     same_folds: bool = True  # every member held the same images out together
+
+    def rows(self, ids: list[str]) -> np.ndarray:
+        """Where each image stands here, int64 [n]; -1 for one that does not. Copies may have changed Unicode's form."""
+        exact, same = (
+            {name: i for i, name in enumerate(self.ids)},
+            {composed(name): i for i, name in enumerate(self.ids)},
+        )
+        return np.array([exact.get(name, same.get(composed(name), -1)) for name in ids])
 
     def stack(self, *, balanced: bool, without: int | None = None) -> Stacked:
         """Fitted on all images, or on those of the other folds than `without`. UserError where these lack a class."""

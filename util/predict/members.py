@@ -104,7 +104,13 @@ def checkpoints_in(argument: str) -> list[str]:
         if folds and not os.path.isfile(os.path.join(folder, RESULT)):
             raise UserError(f"--checkpoints {argument}: {folder} is not finished; run its main_finetune.py line again")
     if folds:
-        kfold = json.loads(Path(folders[0], RESULT).read_text("utf-8"))["options"]["kfold"]
+        path = os.path.join(folders[0], RESULT)
+        try:
+            kfold = int(json.loads(Path(path).read_text("utf-8"))["options"]["kfold"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"--checkpoints {argument}: {path} is damaged ({error}); run that fold again with --overwrite"
+            ) from None
         missing = sorted(set(range(kfold)) - {int(n[5:]) for n in folds})
         if missing:
             raise UserError(f"--checkpoints {argument}: fold-{missing[0]} of {kfold} folds is missing; train it first")

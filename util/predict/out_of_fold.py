@@ -37,8 +37,8 @@ def fold_of_images(members: list[Member], classes: list[str], data: FileDataset,
     oof = read_oof(members, classes, "--out_of_fold")
     if not oof.same_folds:
         raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
-    fold_of = dict(zip(oof.ids, oof.folds))
-    folds = np.array([fold_of.get(i, -1) for i in ids])
+    rows = oof.rows(ids)
+    folds = np.where(rows < 0, -1, oof.folds[rows])
     reader = ViewReader(data, [(8, 8, 3)], [0])
     for i in np.flatnonzero(folds < 0).tolist():
         if reader[i][2] is None:
