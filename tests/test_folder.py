@@ -11,7 +11,7 @@ from bench.chaos import tensorboard_scalars
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
-from util.folder import OUTPUT_MARK
+from util.folder import KINDS, OUTPUT_MARK
 from util.log import claim, read_log
 
 MEASURE = ("linprobe", "sample", "predict")
@@ -151,3 +151,13 @@ def test_folds_are_finished_by_results_overwritten_on_demand_and_apart_in_tensor
         finetune(*single)
     assert finetune(*single, "--overwrite") == 0
     assert not list((tmp_path / "out").glob("fold-*")) and not (tmp_path / "out" / "oof.csv").exists()
+
+
+@pytest.mark.parametrize("held", [*KINDS, "folds"])
+def test_tensorboards_files_do_not_go_among_those_of_another_run(tmp_path, held):
+    fill(tmp_path / "other", held)
+    for out in (str(tmp_path / "out"), None):
+        with pytest.raises(UserError, match=r"--log_dir .*other: holds .*choose another folder"):
+            claim(out, "pretrain", World(), log_dir=str(tmp_path / "other"), overwrite=True)
+    assert not (tmp_path / "out").exists()
+    claim(str(tmp_path / "other"), "pretrain", World(), log_dir=f"{tmp_path}/x/../other/", overwrite=True)

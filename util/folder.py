@@ -78,6 +78,16 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
     raise UserError(f"--output_dir {folder}: holds {what}, which would be lost; choose another folder{or_else}")
 
 
+def refuse_log_of_other_run(log_dir: str, output_dir: str | None) -> None:
+    """UserError if TensorBoard's files would go among those of another run: it reads them as one, and purges by step."""
+    if not os.path.isdir(log_dir) or (output_dir and os.path.realpath(log_dir) == os.path.realpath(output_dir)):
+        return
+    if (held := kind_of_run(log_dir)) in KINDS:
+        raise UserError(
+            f"--log_dir {log_dir}: holds {KINDS[held][0]}; TensorBoard would mix the two; choose another folder"
+        )
+
+
 def clear_run(folder: str, folds: int = 0) -> None:
     """--overwrite: what another training run left goes, so that nothing of it is resumed, predicted with or shown.
 

@@ -16,7 +16,15 @@ from tqdm import tqdm
 from util.dist import World, broadcast_object
 from util.errors import UserError
 from util.files import must_write, survive, write_atomic
-from util.folder import clear_run, goes_on_in, lock_folder, make_folder, mark_output, refuse_other_run
+from util.folder import (
+    clear_run,
+    goes_on_in,
+    lock_folder,
+    make_folder,
+    mark_output,
+    refuse_log_of_other_run,
+    refuse_other_run,
+)
 
 TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
 
@@ -151,10 +159,13 @@ def claim(
     The one door to a folder for all scripts: kind is a key of util/folder.py's KINDS; '' or None writes nothing.
     """
     fault = None
-    if output_dir and world.is_main:
+    if world.is_main:
         try:
-            make_folder(output_dir, "--output_dir")
-            refuse_other_run(output_dir, kind, resume, overwrite)
+            if log_dir:
+                refuse_log_of_other_run(log_dir, output_dir)
+            if output_dir:
+                make_folder(output_dir, "--output_dir")
+                refuse_other_run(output_dir, kind, resume, overwrite)
         except UserError as error:
             fault = str(error)
         except OSError as error:
