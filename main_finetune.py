@@ -180,9 +180,9 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     loaders = build_loaders(args, meta, train, val, world)
     global_batch, batch_text = effective_batch(loaders[0], args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
+    training = "" if args.eval else f", {batch_text}, lr {lr:.3g}"
     log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-            f"{describe_input(args, meta, source)}; "
-            f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+            f"{describe_input(args, meta, source)}; {world.size} x {world.device}, {precision}{training}")  # fmt: skip
     for note in notes_of(train, val):
         log.say(f"note: {note}")
     if args.eval:
