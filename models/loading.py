@@ -187,7 +187,7 @@ def _described(meta: dict, path: str, pos_grid: Grid | None) -> nn.Module | None
         try:
             with torch.device("meta"):
                 return build()
-        except Exception:  # timm before 1.0.20 reads values of tensors while it builds
+        except Exception:  # timm 1.0.15 reads values of tensors while it builds
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version

@@ -1,6 +1,7 @@
 """Families of timm that differ from a plain ViT: two heads, no stochastic depth, BatchNorm, no gradient checkpointing."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from tests_common import finetune
@@ -35,8 +36,9 @@ DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--input_size", 8, "-
 )
 def test_the_head_phase_trains_every_classifier_and_nothing_else(name, heads):
     """heads: the modules that end in `num_classes` numbers, by timm's source."""
-    with torch.device("meta"):
-        model = create_model(name, num_classes=7)
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    model = create_model(name, num_classes=7)
     trained = {id(p) for module in classifiers(model) for p in module.parameters()}
     assert {n for n, p in model.named_parameters() if id(p) in trained} == {
         n for n, _ in model.named_parameters() if n.startswith(tuple(f"{h}." for h in heads))

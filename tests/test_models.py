@@ -56,7 +56,7 @@ def test_logits_equal_maes_formulas(global_pool):
 
 
 def test_mae_names_have_the_papers_sizes(monkeypatch):
-    # No memory for the 632 M weights of ViT-H; timm before 1.0.20 asks a tensor for its value, which meta has not.
+    # No memory for the 632 M weights of ViT-H; timm 1.0.15 asks a tensor for its value, which meta has not.
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, **kw: linspace(*args, **{**kw, "device": "cpu"}))
     sizes = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768, "vit_large_patch16": 1024}

@@ -61,8 +61,7 @@ def test_a_cpu_computes_bf16_where_its_products_gain_from_it(avx512_bf16, amx, v
     ],
 )  # fmt: skip
 def test_the_default_follows_the_kind_of_network(name, convolutional, monkeypatch):
-    with torch.device("meta"):
-        net = create_model(name, num_classes=3, img_size=256 if "256" in name else 224)
+    net = create_model(name, num_classes=3, img_size=256 if "256" in name else 224)
     for forced, expected in (("1", "off" if convolutional else "bf16"), ("0", "off")):
         monkeypatch.setenv("NOISEVIT_BF16", forced)
         precision = Precision(None, CPU, net)

@@ -44,7 +44,7 @@ def timm_name(name: str, increasing: bool) -> str:
 
 @pytest.mark.parametrize("config", [POLICY, "rand-m5-n3-p0.7-mstd101-mmax8", "rand", "rand-n1-inc0", "rand-m12-mmax15"])
 def test_config_string_means_what_it_means_in_timm(config):
-    # timm before 1.0.16 took any `inc`, 0 as well, for True.
+    # timm 1.0.15 took any `inc`, 0 as well, for True.
     ours, theirs = parse_rand_augment(config), timm_aa.rand_augment_transform(config.removesuffix("-inc0"), {})
     op = theirs.ops[0]
     assert (ours.layers, ours.prob, ours.magnitude) == (theirs.num_layers, op.prob, op.magnitude)
@@ -206,6 +206,11 @@ def test_other_policies_are_timms_image_by_image(aa, channels):
     x = torch.randint(0, 256, (6, channels, 24, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     transform = BatchTransform(mean, (1.0,) * channels, aa=aa, seed=7)
     index = torch.tensor([5, 3, 9, 11, 2, 40])
+    if aa.startswith("augmix"):
+        try:
+            policy(Image.new("RGB", (30, 24)))
+        except ValueError:
+            pytest.skip("AugMix of timm 1.0.15 takes square images only")
     before = torch.get_rng_state()
     ours = transform(x, index, 4, True)
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
 
-# Exempt in every model: MAE exempts the first two, DeiT and timm the rest; Swin-V2's logit_scale, which timm before 1.0.16
+# Exempt in every model: MAE exempts the first two, DeiT and timm the rest; Swin-V2's logit_scale, which timm 1.0.15
 # meant to name and did not.
 NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token", "logit_scale"}
 
