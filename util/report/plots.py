@@ -3,15 +3,14 @@
 from contextlib import contextmanager
 
 import matplotlib
-import numpy as np
-
-from util.predict.calibration import BINS, expected_calibration_error, reliability
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from util.files import survive, write_atomic
 from util.log import read_log
+from util.predict.calibration import BINS, expected_calibration_error, reliability
 
 NAMES = dict(parse_math=False)  # of tick labels: a class named $a$ is no formula
 
