@@ -41,8 +41,9 @@ class Criterion(nn.Module):
         return (sample_weight * F.cross_entropy(logits, targets, reduction="none")).mean()
 
 
-def train_one_epoch(model, loader, optimizer, criterion, precision, run, interrupts, *, mixup=None, freeze=None,
-                    ema=None, **settings):  # fmt: skip
+def train_one_epoch(
+    model, loader, optimizer, criterion, precision, run, interrupts, *, mixup=None, freeze=None, ema=None, **settings
+):
     """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
 
     mixup(images, targets) -> mixed. freeze(model) runs after model.train(). settings: lr_at_epoch, accum_iter,
@@ -52,9 +53,7 @@ def train_one_epoch(model, loader, optimizer, criterion, precision, run, interru
     model.train()
     if freeze is not None:
         freeze(net)
-    steps = Steps(
-        model, net, ["loss"], loader, optimizer, precision.scaler, run, interrupts, ema=ema, **settings
-    )  # fmt: skip
+    steps = Steps(model, net, ["loss"], loader, optimizer, precision.scaler, run, interrupts, ema=ema, **settings)
     for batch in steps:
         images, targets = batch.images, batch.targets
         if mixup is not None:

@@ -44,9 +44,13 @@ def predict(
     mine = batches[world.rank :: world.size]
     workers = loader_processes(num_workers)
     loader = DataLoader(
-        ViewReader(data, inputs, computed, margin, workers), batch_sampler=mine, collate_fn=collate, num_workers=workers,
-        pin_memory=world.device.type == "cuda", worker_init_fn=worker_init(),
-    )  # fmt: skip
+        ViewReader(data, inputs, computed, margin, workers),
+        batch_sampler=mine,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=worker_init(),
+    )
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
     done, bad = [], {}
     for index, images, unreadable in loader:

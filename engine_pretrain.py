@@ -64,8 +64,9 @@ def local_backward(
     return torch.stack(losses)
 
 
-def train_one_epoch(model, loader, optimizer, precision, run, interrupts, *, mask_ratio, mask_ratio_max=None, seed=0,
-                    **settings):  # fmt: skip
+def train_one_epoch(
+    model, loader, optimizer, precision, run, interrupts, *, mask_ratio, mask_ratio_max=None, seed=0, **settings
+):
     """Train from run.position to the end of its epoch; returns metrics, or None if a signal stopped it.
 
     model: EncoderFirst, or DDP around it. mask_ratio_max: the ratio is drawn from [mask_ratio, mask_ratio_max] for each
@@ -77,18 +78,32 @@ def train_one_epoch(model, loader, optimizer, precision, run, interrupts, *, mas
     model.train()
     names = [f"loss_{i}" for i in range(net.T)] + ["loss_encoder"] * (net.encoder_head is not None)
     steps = Steps(
-        model, net, names, loader, optimizer, precision.scaler, run, interrupts, seed=seed,
+        model,
+        net,
+        names,
+        loader,
+        optimizer,
+        precision.scaler,
+        run,
+        interrupts,
+        seed=seed,
         # On a CPU's heap; CUDA's allocator and DDP's buckets keep gradients together by themselves.
-        keep_gradients=run.world.device.type == "cpu" and run.world.size == 1, **settings,
-    )  # fmt: skip
+        keep_gradients=run.world.device.type == "cpu" and run.world.size == 1,
+        **settings,
+    )
     for batch in steps:
         ratio = draw_mask_ratio(mask_ratio, mask_ratio_max, seed, run.position.epoch, run.position.step)
         ids_keep, ids_mask = net.random_masking(len(batch.images), ratio)
         with steps.sync():
             losses = local_backward(
-                net, model, batch.images, ids_keep, ids_mask, autocast=precision.autocast,
+                net,
+                model,
+                batch.images,
+                ids_keep,
+                ids_mask,
+                autocast=precision.autocast,
                 scale=lambda loss: precision.scaler.scale(loss / steps.group),
-            )  # fmt: skip
+            )
         steps.done(losses, batch.index)
     return steps.metrics()
 

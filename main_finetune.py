@@ -78,22 +78,42 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
         seed=args.seed,
     )
     common = dict(
-        batch_transform=batch_transform, seed=args.seed, in_chans=meta["in_chans"],
-        num_workers=args.num_workers, pin_memory=args.pin_mem, on_bad_image=args.on_bad_image,
-    )  # fmt: skip
+        batch_transform=batch_transform,
+        seed=args.seed,
+        in_chans=meta["in_chans"],
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        on_bad_image=args.on_bad_image,
+    )
     train_transform = build_train_transform(
-        size, aug, aa=args.aa, color_jitter=args.color_jitter, hflip=hflip, vflip=args.vflip, scale=args.scale,
+        size,
+        aug,
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        hflip=hflip,
+        vflip=args.vflip,
+        scale=args.scale,
         mean=meta["mean"],
-    )  # fmt: skip
+    )
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     train_loader = Loader(
-        train, transform=train_transform, batch_size=args.batch_size, train=True, even=mixing, world=world,
-        fast=args.loader == "fast", **common,
-    )  # fmt: skip
+        train,
+        transform=train_transform,
+        batch_size=args.batch_size,
+        train=True,
+        even=mixing,
+        world=world,
+        fast=args.loader == "fast",
+        **common,
+    )
     val_loader = Loader(
-        val, transform=build_eval_transform(size, meta["crop_pct"]), batch_size=args.batch_size, train=False,
-        world=world if args.dist_eval else World(device=world.device), **common,
-    )  # fmt: skip
+        val,
+        transform=build_eval_transform(size, meta["crop_pct"]),
+        batch_size=args.batch_size,
+        train=False,
+        world=world if args.dist_eval else World(device=world.device),
+        **common,
+    )
     return train_loader, val_loader
 
 
@@ -101,9 +121,15 @@ def build_mixup(args, num_classes: int) -> Mixup | None:
     if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
         return None
     return Mixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes,
-    )  # fmt: skip
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def build_noise(args) -> AlphaBlend | None:
@@ -153,9 +179,8 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     """One run: data, model, loop or evaluation, report. Returns the exit code."""
     source = peek_meta((args.resume if args.eval else "") or args.finetune)
     train, val = load_data(
-        args.dataset, args.data_path, world, val_split=args.val_split, kfold=args.kfold, fold=fold,
-        seed=args.split_seed,
-    )  # fmt: skip
+        args.dataset, args.data_path, world, val_split=args.val_split, kfold=args.kfold, fold=fold, seed=args.split_seed
+    )
     meta = resolve_meta(args, train.classes, source)
     if isinstance(train, ArrayDataset):
         if args.crop_pct is not None:
@@ -181,8 +206,10 @@ def run_fold(args, world: World, output_dir: str, fold: int) -> int:
     global_batch, batch_text = effective_batch(loaders[0], args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     training = "" if args.eval else f", {batch_text}, lr {lr:.3g}"
-    log.say(f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-            f"{describe_input(args, meta, source)}; {world.size} x {world.device}, {precision}{training}")  # fmt: skip
+    log.say(
+        f"{meta['model']} on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
+        f"{describe_input(args, meta, source)}; {world.size} x {world.device}, {precision}{training}"
+    )
     for note in notes_of(train, val):
         log.say(f"note: {note}")
     if args.eval:
@@ -259,17 +286,36 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
         if noise is not None:
             noise.set_progress(max(0, epoch - args.head_epochs) / max(1, args.epochs))
         stats = train_one_epoch(
-            model, train_loader, optimizer, criterion, precision, run, interrupts,
-            lr_at_epoch=phase_schedule(args, lr, in_head_phase), accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-            mixup=None if in_head_phase else mixup, ema=ema, freeze=freezing(args, in_head_phase),
-            seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps, profiler=profiler,
-        )  # fmt: skip
+            model,
+            train_loader,
+            optimizer,
+            criterion,
+            precision,
+            run,
+            interrupts,
+            lr_at_epoch=phase_schedule(args, lr, in_head_phase),
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            mixup=None if in_head_phase else mixup,
+            ema=ema,
+            freeze=freezing(args, in_head_phase),
+            seed=args.seed,
+            print_freq=args.print_freq,
+            max_bad_steps=args.max_bad_steps,
+            profiler=profiler,
+        )
         if stats is None:
             return run.stopped()
         seconds = time.time() - tic
         broadcast_buffers(best_net)
-        result = evaluate(best_net, val_loader, precision, meta["num_classes"], collect=args.kfold > 0,
-                          poll=lambda: interrupts.poll()[0])  # fmt: skip
+        result = evaluate(
+            best_net,
+            val_loader,
+            precision,
+            meta["num_classes"],
+            collect=args.kfold > 0,
+            poll=lambda: interrupts.poll()[0],
+        )
         if result is None:
             run.save(run.state(net, optimizer, precision.scaler, ema))
             return run.stopped()
@@ -281,15 +327,24 @@ def fit(args, world: World, fold: int, run: Run, net, noise, loaders, precision,
             position.best, position.best_epoch, position.best_by = value, epoch, args.eval_metric
             if log.output_dir and args.kfold:
                 folds.write_oof(log.output_dir, fold, val, result)
-        line = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()},
-                "epoch": epoch, "n_parameters": sum(p.numel() for p in net.parameters()),
-                "bad_steps": position.bad_total, "seconds": round(seconds, 2), **run.speed}  # fmt: skip
+        line = {
+            **{f"train_{k}": v for k, v in stats.items()},
+            **{f"val_{k}": v for k, v in scores.items()},
+            "epoch": epoch,
+            "n_parameters": sum(p.numel() for p in net.parameters()),
+            "bad_steps": position.bad_total,
+            "seconds": round(seconds, 2),
+            **run.speed,
+        }
         if not math.isfinite(scores["loss"]):
             log.say(f"warning: epoch {epoch}: the validation loss is {scores['loss']}, so it is not the best epoch")
         log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
         log.epoch(line)
-        log.say(f"epoch {epoch}: train loss {stats['loss']:.4f}  " + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
-                + f"  ({seconds:.1f} s, {run.describe_speed()}){'  *' if is_best else ''}")  # fmt: skip
+        log.say(
+            f"epoch {epoch}: train loss {stats['loss']:.4f}  "
+            + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
+            + f"  ({seconds:.1f} s, {run.describe_speed()}){'  *' if is_best else ''}"
+        )
         position.next_epoch()
         waited = 0 if in_head_phase else epoch - max(position.best_epoch, args.head_epochs)
         stop_early = bool(args.patience) and waited >= args.patience

@@ -47,11 +47,17 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
     if isinstance(data, ArrayDataset):
         data = to_channels(data, meta["in_chans"])
     return Loader(
-        data, transform=build_eval_transform(size, meta["crop_pct"]),
-        batch_transform=BatchTransform(meta["mean"], meta["std"], size=size), batch_size=args.batch_size, train=False,
-        world=world, in_chans=meta["in_chans"], num_workers=args.num_workers, pin_memory=args.pin_mem,
+        data,
+        transform=build_eval_transform(size, meta["crop_pct"]),
+        batch_transform=BatchTransform(meta["mean"], meta["std"], size=size),
+        batch_size=args.batch_size,
+        train=False,
+        world=world,
+        in_chans=meta["in_chans"],
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
         on_bad_image=args.on_bad_image,
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,8 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     precision = Precision(args.amp, world.device, model)
     prepare_net(model, precision)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
-    log.say(f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
-            f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}")  # fmt: skip
+    log.say(
+        f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
+        f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}"
+    )
     notes = notes_of(train, val)
     for note in notes:
         log.say(f"note: {note}")
@@ -98,11 +106,23 @@ def main(argv: list[str] | None = None) -> int:
         accuracy(probe(x).argmax(1), y) for x, y in ((val_features, val_targets), (features, targets))
     )
     line = {
-        "epoch": content.get("epoch", 0), "knn_acc1": knn, "linear_acc1": linear, "linear_train_acc1": linear_train,
-        "linear_l2": l2, "knn_k": k, "knn_t": args.knn_t, "pool": pool, "feature_dim": features.shape[1],
-        "n_train": len(features), "n_val": len(val_features), "dataset": args.dataset, "model": meta["model"],
-        "weights": weights, "seconds": round(extracted - started, 2), "scoring_seconds": round(time.time() - extracted, 2),
-    }  # fmt: skip
+        "epoch": content.get("epoch", 0),
+        "knn_acc1": knn,
+        "linear_acc1": linear,
+        "linear_train_acc1": linear_train,
+        "linear_l2": l2,
+        "knn_k": k,
+        "knn_t": args.knn_t,
+        "pool": pool,
+        "feature_dim": features.shape[1],
+        "n_train": len(features),
+        "n_val": len(val_features),
+        "dataset": args.dataset,
+        "model": meta["model"],
+        "weights": weights,
+        "seconds": round(extracted - started, 2),
+        "scoring_seconds": round(time.time() - extracted, 2),
+    }
     log.say(f"k-NN accuracy (k {k}, temperature {args.knn_t:g}): {knn:.2f}%")
     log.say(f"linear probe accuracy: {linear:.2f}% (on its training images {linear_train:.2f}%, l2 {l2:g})")
     if log.output_dir:

@@ -55,11 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     for m, (name, member) in enumerate(zip(short_names(members), members)):
         precision = next(net.precision for net in nets if net.member == m)
         say(f"member {name}: {len(member.paths)} x {member.model}, input {member.metas[0]['img_size']}, {precision}")
-    say(f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, {len(args.views)} view(s); "
-        f"{world.size} x {world.device}", flush=True)  # fmt: skip
+    say(
+        f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, {len(args.views)} view(s); "
+        f"{world.size} x {world.device}",
+        flush=True,
+    )
 
-    how = dict(world=world, batch_size=args.batch_size, num_workers=args.num_workers,
-               on_bad_image=args.on_bad_image, margin=args.margin)  # fmt: skip
+    how = dict(
+        world=world,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        on_bad_image=args.on_bad_image,
+        margin=args.margin,
+    )
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
         read = prediction.index
@@ -72,9 +80,18 @@ def main(argv: list[str] | None = None) -> int:
     for i, reason in prediction.bad.items():
         notes.append(f"not readable, its row is empty: {ids[i]} ({reason})")
     text = write_all(
-        args.output_dir, args=args, members=members, combiners=combiners, data=data, ids=ids, classes=classes,
-        prediction=prediction, views=args.views, notes=notes, seconds=time.time() - started,
-    )  # fmt: skip
+        args.output_dir,
+        args=args,
+        members=members,
+        combiners=combiners,
+        data=data,
+        ids=ids,
+        classes=classes,
+        prediction=prediction,
+        views=args.views,
+        notes=notes,
+        seconds=time.time() - started,
+    )
     say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(data))]))
     say(
         f"predictions: {os.path.join(args.output_dir, 'predictions.csv')}, report: {os.path.join(args.output_dir, 'report.md')}"

@@ -60,14 +60,23 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
     batch_transform = BatchTransform(mean, std, size=size, hflip=hflip if in_memory else 0.0, seed=args.seed)
     common = dict(
-        batch_transform=batch_transform, seed=args.seed, in_chans=in_chans, pin_memory=args.pin_mem,
+        batch_transform=batch_transform,
+        seed=args.seed,
+        in_chans=in_chans,
+        pin_memory=args.pin_mem,
         on_bad_image=args.on_bad_image,
-    )  # fmt: skip
+    )
     transform, alone = build_train_transform(size, "pretrain", hflip=hflip), World(device=world.device)
     train_loader = Loader(
-        train, transform=transform, batch_size=args.batch_size, train=True,
-        world=world, num_workers=args.num_workers, fast=args.loader == "fast", **common,
-    )  # fmt: skip
+        train,
+        transform=transform,
+        batch_size=args.batch_size,
+        train=True,
+        world=world,
+        num_workers=args.num_workers,
+        fast=args.loader == "fast",
+        **common,
+    )
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(args.seed)))[:NUM_MEASURED]
     measured_loader = Loader(
         train.subset(some),
@@ -81,8 +90,8 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
     measured_loader.bad_images = train_loader.bad_images  # each is named once
     few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
     picture_loader = Loader(
-        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False, world=alone, **common,
-    )  # fmt: skip
+        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False, world=alone, **common
+    )
     return train_loader, picture_loader, measured_loader
 
 
@@ -119,9 +128,16 @@ def save_pictures(
         net.eval()
         out = net.reconstruct(images, args.mask_ratio, sampler=args.vis_type, generator=generator)
         picture = reconstruction_grid(
-            images, out["masked"], out["steps"], out["final"], meta["mean"], meta["std"], path, net.sigmas[:-1],
+            images,
+            out["masked"],
+            out["steps"],
+            out["final"],
+            meta["mean"],
+            meta["std"],
+            path,
+            net.sigmas[:-1],
             mask=out["mask"],
-        )  # fmt: skip
+        )
         # As the epoch's other values: dropped if it is done again.
         log.image("reconstruction", picture, (epoch + 1) * 1000)
         log.flush()  # the picture's file says that both are there
@@ -143,12 +159,22 @@ def main(argv: list[str] | None = None) -> int:
         args.patch_size = 2 if min(size) < 16 else 4 if min(size) <= 64 else 16
     sizes = {k: getattr(args, k) for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     keywords = dict(
-        img_size=size, patch_size=args.patch_size, in_chans=in_chans, **sizes,
-        decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_num_heads, T=args.T, sigma_min=args.sigma_min, sigma_max=args.sigma_max,
-        rho=args.rho, target=args.target, propagate=args.propagate, loss_weighting=args.loss_weighting,
+        img_size=size,
+        patch_size=args.patch_size,
+        in_chans=in_chans,
+        **sizes,
+        decoder_embed_dim=args.decoder_embed_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_num_heads,
+        T=args.T,
+        sigma_min=args.sigma_min,
+        sigma_max=args.sigma_max,
+        rho=args.rho,
+        target=args.target,
+        propagate=args.propagate,
+        loss_weighting=args.loss_weighting,
         use_checkpoint=args.use_checkpoint,
-    )  # fmt: skip
+    )
     log = claim(
         None if args.dry_run else args.output_dir,
         "pretrain",
@@ -186,16 +212,27 @@ def main(argv: list[str] | None = None) -> int:
     prepare_net(net, precision)
     # What fine-tuning, probing and sampling need to rebuild this encoder, or all of it, without a flag.
     run.meta = meta = {
-        "kind": "pretrain", "model": f"vit_custom_patch{args.patch_size}", "model_kwargs": sizes, "global_pool": True,
-        "img_size": list(size), "in_chans": in_chans, "num_classes": 0, "mean": list(mean), "std": list(std),
-        "dataset": args.dataset, "noprop": net.config(), "sigmas": net.sigmas,
-    }  # fmt: skip
+        "kind": "pretrain",
+        "model": f"vit_custom_patch{args.patch_size}",
+        "model_kwargs": sizes,
+        "global_pool": True,
+        "img_size": list(size),
+        "in_chans": in_chans,
+        "num_classes": 0,
+        "mean": list(mean),
+        "std": list(std),
+        "dataset": args.dataset,
+        "noprop": net.config(),
+        "sigmas": net.sigmas,
+    }
     global_batch, batch_text = effective_batch(loader, args.accum_iter)
     lr = args.blr * global_batch / 256 if args.lr is None else args.lr
     groups = param_groups(net, weight_decay=args.weight_decay)
-    log.say(f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
-            f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
-            f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}")  # fmt: skip
+    log.say(
+        f"NoProp-MAE on {args.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {args.sigma_data:.3f}; "
+        f"{world.size} x {world.device}, {precision}, {batch_text}, lr {lr:.3g}"
+    )
     for note in notes_of(train, held_out):
         log.say(f"note: {note}")
     if args.dry_run:
@@ -257,18 +294,35 @@ def fit(
     while position.epoch < args.epochs:
         epoch, tic = position.epoch, time.time()
         stats = train_one_epoch(
-            model, loader, optimizer, precision, run, interrupts,
-            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs),
-            mask_ratio=args.mask_ratio, mask_ratio_max=args.mask_ratio_max, accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad, seed=args.seed, print_freq=args.print_freq, max_bad_steps=args.max_bad_steps,
+            model,
+            loader,
+            optimizer,
+            precision,
+            run,
+            interrupts,
+            lr_at_epoch=lambda e: lr_at(
+                e, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
+            ),
+            mask_ratio=args.mask_ratio,
+            mask_ratio_max=args.mask_ratio_max,
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            seed=args.seed,
+            print_freq=args.print_freq,
+            max_bad_steps=args.max_bad_steps,
             profiler=profiler,
-        )  # fmt: skip
+        )
         if stats is None:
             return run.stopped()
         seconds = time.time() - tic
-        line = {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch,
-                "n_parameters": sum(p.numel() for p in net.parameters()), "bad_steps": position.bad_total,
-                "seconds": round(seconds, 2), **run.speed}  # fmt: skip
+        line = {
+            **{f"train_{k}": v for k, v in stats.items()},
+            "epoch": epoch,
+            "n_parameters": sum(p.numel() for p in net.parameters()),
+            "bad_steps": position.bad_total,
+            "seconds": round(seconds, 2),
+            **run.speed,
+        }
         log.epoch(line)
         log.scalars({f"epoch/{k}": v for k, v in stats.items()}, (epoch + 1) * 1000)
         levels = " ".join(f"{v:.2e}" for k, v in stats.items() if k.startswith("loss_"))

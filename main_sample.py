@@ -61,10 +61,16 @@ def read_images(args, in_chans: int):
 def build_loader(args, data, meta: dict, world: World) -> Loader:
     size = tuple(meta["img_size"])
     return Loader(
-        data, transform=build_eval_transform(size, crop_pct=1.0), in_chans=meta["in_chans"], train=False, world=world,
-        batch_transform=BatchTransform(meta["mean"], meta["std"], size=size), batch_size=max(args.batch_size, args.num),
-        num_workers=args.num_workers, on_bad_image=args.on_bad_image,
-    )  # fmt: skip
+        data,
+        transform=build_eval_transform(size, crop_pct=1.0),
+        in_chans=meta["in_chans"],
+        train=False,
+        world=world,
+        batch_transform=BatchTransform(meta["mean"], meta["std"], size=size),
+        batch_size=max(args.batch_size, args.num),
+        num_workers=args.num_workers,
+        on_bad_image=args.on_bad_image,
+    )
 
 
 def frechet_features(args, net, meta: dict, log: RunLog) -> torch.nn.Module:
@@ -74,8 +80,10 @@ def frechet_features(args, net, meta: dict, log: RunLog) -> torch.nn.Module:
         features = load_inception(path)
         log.say(f"Frechet distance on Inception-v3 features ({path or 'downloaded'})")
         return features
-    log.say("Frechet distance on this encoder's own features (Inception's weights are not at hand; see "
-            "--inception_weights): not comparable to published FIDs, nor from one checkpoint to another")  # fmt: skip
+    log.say(
+        "Frechet distance on this encoder's own features (Inception's weights are not at hand; see "
+        "--inception_weights): not comparable to published FIDs, nor from one checkpoint to another"
+    )
     return EncoderFeatures(net, meta["mean"], meta["std"])
 
 
@@ -105,8 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     for folder in args.images or ([] if args.dataset in IN_MEMORY else [args.data_path]):
         refuse_output_among_images("--output_dir", args.output_dir, folder)
     log = claim(args.output_dir, "sample", world)
-    log.say(f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
-            f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is not rounded)")  # fmt: skip
+    log.say(
+        f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
+        f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is not rounded)"
+    )
     if {"generate", "frechet"} & set(args.mode) and ratios and max(ratios) < 1.0:
         log.say(f"note: trained with mask ratios up to {max(ratios):g}; generating (ratio 1) is new to it")
 
@@ -136,8 +146,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--mode frechet: needs several images, got {len(data)}")
         features = frechet_features(args, net, meta, log)
         if len(data) <= features.num_features:
-            log.say(f"note: {len(data)} images for {features.num_features} features, so the distances are too large; "
-                    "raise --num_samples")  # fmt: skip
+            log.say(
+                f"note: {len(data)} images for {features.num_features} features, so the distances are too large; "
+                "raise --num_samples"
+            )
         distances = study.frechet(features, loader, build_loader(args, others, meta, world) if others else None)
         kind = "encoder's own features" if isinstance(features, EncoderFeatures) else "Inception features"
         tables.append(table(f"{title} against, on {kind}", "Frechet", distances))

@@ -63,9 +63,18 @@ def build_train_transform(
     ratio = tuple(r * size[1] / size[0] for r in ratio)
     if preset != "photo":
         transform = create_transform(
-            tuple(size), is_training=True, scale=scale, ratio=ratio, hflip=hflip, vflip=vflip,
-            color_jitter=color_jitter, auto_augment=aa, interpolation=interpolation, mean=mean, normalize=False,
-        )  # fmt: skip
+            tuple(size),
+            is_training=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            vflip=vflip,
+            color_jitter=color_jitter,
+            auto_augment=aa,
+            interpolation=interpolation,
+            mean=mean,
+            normalize=False,
+        )
         return transforms.Compose([allow_zero_bits(step) for step in transform.transforms])
     strength = PHOTO_JITTER if color_jitter is None else color_jitter
     fill = [round(255 * m) for m in mean]

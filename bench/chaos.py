@@ -35,14 +35,80 @@ from util.checkpoint import BEST, LAST, read_checkpoint
 from util.cli.parser import run_main
 from util.log import TIMES, read_log
 
-COMMON = ["--dataset", "folder", "--input_size", "8", "--in_chans", "1", "--epochs", "4", "--warmup_epochs", "1", "--lr", "2e-3", "--save_freq", "2",
-          "--device", "cpu", "--accum_iter", "2", "--save_every_minutes", "0.003", "--print_freq", "3", "--timeout_minutes", "1"]  # fmt: skip
+COMMON = [
+    "--dataset",
+    "folder",
+    "--input_size",
+    "8",
+    "--in_chans",
+    "1",
+    "--epochs",
+    "4",
+    "--warmup_epochs",
+    "1",
+    "--lr",
+    "2e-3",
+    "--save_freq",
+    "2",
+    "--device",
+    "cpu",
+    "--accum_iter",
+    "2",
+    "--save_every_minutes",
+    "0.003",
+    "--print_freq",
+    "3",
+    "--timeout_minutes",
+    "1",
+]
 LINES = {
-    "finetune": (main_finetune.main, [*COMMON, "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3",
-                 "--aug", "light", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--drop_path", "0.1"]),
-    "pretrain": (main_pretrain_noprop.main, [*COMMON, "--patch_size", "2", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--T", "3",
-                 "--decoder_embed_dim", "24", "--decoder_depth", "1", "--mask_ratio_max", "1", "--vis_freq", "2"]),
-}  # fmt: skip
+    "finetune": (
+        main_finetune.main,
+        [
+            *COMMON,
+            "--model",
+            "vit_custom_patch2",
+            "--model_kwargs",
+            "embed_dim=24",
+            "depth=2",
+            "num_heads=3",
+            "--aug",
+            "light",
+            "--mixup",
+            "0.8",
+            "--cutmix",
+            "1.0",
+            "--ema_decay",
+            "0.99",
+            "--drop_path",
+            "0.1",
+        ],
+    ),
+    "pretrain": (
+        main_pretrain_noprop.main,
+        [
+            *COMMON,
+            "--patch_size",
+            "2",
+            "--embed_dim",
+            "24",
+            "--depth",
+            "2",
+            "--num_heads",
+            "3",
+            "--T",
+            "3",
+            "--decoder_embed_dim",
+            "24",
+            "--decoder_depth",
+            "1",
+            "--mask_ratio_max",
+            "1",
+            "--vis_freq",
+            "2",
+        ],
+    ),
+}
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 # 75: saved and stopped. 130 and -N: the signal came before the run had its handlers. 2: another rank died.
 EXPECTED = {75, 130, 2, *(-s for s in SIGNALS)}
@@ -60,8 +126,19 @@ def write_photos(folder: str) -> None:
 
 def start(args, photos: str, output_dir: str) -> Ranks:
     main, line = LINES[args.main]
-    line = [*line, "--data_path", photos, "--num_workers", str(args.num_workers), "--batch_size", str(32 // args.ranks),
-            "--resume", "auto", "--output_dir", output_dir]  # fmt: skip
+    line = [
+        *line,
+        "--data_path",
+        photos,
+        "--num_workers",
+        str(args.num_workers),
+        "--batch_size",
+        str(32 // args.ranks),
+        "--resume",
+        "auto",
+        "--output_dir",
+        output_dir,
+    ]
     os.makedirs(output_dir, exist_ok=True)
     return Ranks(args.ranks, lambda: run_main(lambda: main(line)), os.path.join(output_dir, "output.txt"))
 
@@ -82,7 +159,11 @@ def differences(a, b, path: str = "") -> list[str]:
         return missing + [d for k in a if k in b for d in differences(a[k], b[k], f"{path}.{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b or (a != a and b != b)  # fmt: skip
+    same = (
+        torch.equal(a, b)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+        else a == b or (a != a and b != b)
+    )
     return [] if same else [path]
 
 
@@ -103,8 +184,10 @@ def compare(killed: str, whole: str) -> dict[str, list[str]]:
                 content.pop("args")  # names the folder
             for key in contents[1]:
                 result[f"{name} {key}"] = differences(contents[0].get(key), contents[1][key])
-    logs = [[{k: v for k, v in line.items() if k not in TIMES} for line in read_log(os.path.join(folder, "log.txt"))]
-            for folder in (killed, whole)]  # fmt: skip
+    logs = [
+        [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(os.path.join(folder, "log.txt"))]
+        for folder in (killed, whole)
+    ]
     result["log.txt"] = [] if json.dumps(logs[0]) == json.dumps(logs[1]) else ["lines differ"]
     result["TensorBoard"] = differences(*(tensorboard_scalars(folder) for folder in (killed, whole)))
     return result
@@ -142,11 +225,16 @@ def main(argv: list[str] | None = None) -> int:
             for name, where in compared.items():
                 if where:
                     wrong[f"{name}: {', '.join(where[:3])}"] += 1
-            print(f"run {runs}: {kills} of {args.kills} disturbances, {starts} starts, {len(compared)} comparisons, "
-                  f"{sum(map(bool, compared.values()))} differ", flush=True)  # fmt: skip
+            print(
+                f"run {runs}: {kills} of {args.kills} disturbances, {starts} starts, {len(compared)} comparisons, "
+                f"{sum(map(bool, compared.values()))} differ",
+                flush=True,
+            )
             shutil.rmtree(folder)
-    print(f"{args.main}, {args.ranks} rank(s), {args.num_workers} workers, {seconds:.1f} s undisturbed: "
-          + ", ".join(f"{v} {k}" for k, v in sorted(tally.items())))  # fmt: skip
+    print(
+        f"{args.main}, {args.ranks} rank(s), {args.num_workers} workers, {seconds:.1f} s undisturbed: "
+        + ", ".join(f"{v} {k}" for k, v in sorted(tally.items()))
+    )
     print("DIFFERENT:\n" + "\n".join(f"  {k} ({v})" for k, v in wrong.items()) if wrong else "all equal, bit for bit")
     return 1 if wrong else 0
 

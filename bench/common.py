@@ -150,8 +150,12 @@ class Worker:
     def __init__(self, module: str, argv: list[str], variant: str, env: dict[str, str] | None = None):
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *argv, "--worker", variant],
-            cwd=ROOT, env={**os.environ, **(env or {})}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.variant, self.rows = variant, []
 
     def read(self) -> dict:
@@ -191,10 +195,13 @@ def measure(module: str, argv: list[str], variants: list[str], repeats: int, war
 def medians(rows: list[dict]) -> dict:
     seconds = [row["s"] for row in rows]
     return {
-        "s": statistics.median(seconds), "low": min(seconds), "high": max(seconds),
+        "s": statistics.median(seconds),
+        "low": min(seconds),
+        "high": max(seconds),
         "cpu_s": statistics.median(row["cpu_s"] for row in rows),
-        "images": rows[0]["images"], "peak_gb": rows[-1]["peak_gb"],
-    }  # fmt: skip
+        "images": rows[0]["images"],
+        "peak_gb": rows[-1]["peak_gb"],
+    }
 
 
 def machine() -> str:
@@ -220,8 +227,10 @@ def print_table(name: str, results: dict) -> None:
     base = results.get("baseline")
     for variant, r in results.items():
         ratios = [f"{base[k] / r[k]:.2f}" if base and r[k] else "" for k in ("s", "cpu_s")]
-        print(f"| {variant} | {r['s']:.3f} | {r['low']:.3f} to {r['high']:.3f} | {r['cpu_s']:.2f} | "
-              f"{r['images'] / r['s']:.1f} | {ratios[0]} | {ratios[1]} | {r['peak_gb']:.2f} | {r['start_gb']:.2f} |")  # fmt: skip
+        print(
+            f"| {variant} | {r['s']:.3f} | {r['low']:.3f} to {r['high']:.3f} | {r['cpu_s']:.2f} | "
+            f"{r['images'] / r['s']:.1f} | {ratios[0]} | {ratios[1]} | {r['peak_gb']:.2f} | {r['start_gb']:.2f} |"
+        )
 
 
 def summary(name: str, results: dict, torch_version: str) -> dict:

@@ -77,8 +77,9 @@ def build_product(variant: str, args):
     mixup, interrupts = mixing(args), Interrupts()
 
     def steps() -> int:
-        train_one_epoch(net, loader, optimizer, Criterion(), precision, run, interrupts,
-                        lr_at_epoch=lambda epoch: 1e-5, mixup=mixup)  # fmt: skip
+        train_one_epoch(
+            net, loader, optimizer, Criterion(), precision, run, interrupts, lr_at_epoch=lambda epoch: 1e-5, mixup=mixup
+        )
         run.position.next_epoch()
         return n
 

@@ -31,25 +31,55 @@ SECONDS, TEST_SECONDS, ROW_SECONDS = 460.0, 150.0, 110.0  # at most: in all, the
 STEP = "--steps 10"
 # id: (what, module and flags, flags that make it a miniature, is it compiled as well)
 ROWS = {
-    "vit_base": ("fine-tuning ViT-B/16, 224 px, batch 128", f"finetune_step --batch_size 128 {STEP}",
-                 "--model vit_tiny_patch16 --img_size 32 --batch_size 2 --steps 1", True),
-    "vit_large": ("fine-tuning ViT-L/16, 224 px, batch 64", f"finetune_step --model vit_large_patch16 --batch_size 64 {STEP}",
-                  "--model vit_tiny_patch16 --img_size 32 --batch_size 4 --steps 1", True),
-    "lite0": ("fine-tuning EfficientNet-Lite0, 224 px, batch 256", f"finetune_step --model tf_efficientnet_lite0 --batch_size 256 {STEP}",
-              "--model test_efficientnet --img_size 64 --batch_size 2 --steps 1", True),
-    "noprop_T4": ("NoProp pretraining, CIFAR defaults, T = 4, batch 128", f"noprop_step --T 4 --batch_size 128 {STEP}",
-                  "--T 2 --img_size 8 --batch_size 2 --steps 1", True),
-    "noprop_T10": ("NoProp pretraining, CIFAR defaults, T = 10, batch 128", f"noprop_step --T 10 --batch_size 128 {STEP}",
-                   "--T 3 --img_size 8 --batch_size 2 --steps 1", True),
-    "loader_jpeg": ("loader: JPEG 500 x 375 to 224 px, RandAugment, erasing, one process per core",
-                    f"loader_jpeg --aug mae --images 128 --repeat 64 --batch_size 128 --workers {os.cpu_count()}",
-                    "--photo 60 40 --images 2 --repeat 2 --batch_size 2 --img_size 16 --workers 1", False),
-    "loader_small": ("loader: 50,000 images of 32 px in memory, padded crop and flip", "loader_small --images 50000 --crop",
-                     "--images 256", False),
-    "tta": ("12 views of 500 x 375 photos, ViT-B/16 and ConvNeXt-B, 224 px",
-            f"tta --models vit_base_patch16 convnext_base --img_size 224 --images 256 --batch_size 192 --workers {os.cpu_count()}",
-            "--models test_vit test_convnext --img_size 160 --photo 60 40 --images 1 --workers 0", False),
-}  # fmt: skip
+    "vit_base": (
+        "fine-tuning ViT-B/16, 224 px, batch 128",
+        f"finetune_step --batch_size 128 {STEP}",
+        "--model vit_tiny_patch16 --img_size 32 --batch_size 2 --steps 1",
+        True,
+    ),
+    "vit_large": (
+        "fine-tuning ViT-L/16, 224 px, batch 64",
+        f"finetune_step --model vit_large_patch16 --batch_size 64 {STEP}",
+        "--model vit_tiny_patch16 --img_size 32 --batch_size 4 --steps 1",
+        True,
+    ),
+    "lite0": (
+        "fine-tuning EfficientNet-Lite0, 224 px, batch 256",
+        f"finetune_step --model tf_efficientnet_lite0 --batch_size 256 {STEP}",
+        "--model test_efficientnet --img_size 64 --batch_size 2 --steps 1",
+        True,
+    ),
+    "noprop_T4": (
+        "NoProp pretraining, CIFAR defaults, T = 4, batch 128",
+        f"noprop_step --T 4 --batch_size 128 {STEP}",
+        "--T 2 --img_size 8 --batch_size 2 --steps 1",
+        True,
+    ),
+    "noprop_T10": (
+        "NoProp pretraining, CIFAR defaults, T = 10, batch 128",
+        f"noprop_step --T 10 --batch_size 128 {STEP}",
+        "--T 3 --img_size 8 --batch_size 2 --steps 1",
+        True,
+    ),
+    "loader_jpeg": (
+        "loader: JPEG 500 x 375 to 224 px, RandAugment, erasing, one process per core",
+        f"loader_jpeg --aug mae --images 128 --repeat 64 --batch_size 128 --workers {os.cpu_count()}",
+        "--photo 60 40 --images 2 --repeat 2 --batch_size 2 --img_size 16 --workers 1",
+        False,
+    ),
+    "loader_small": (
+        "loader: 50,000 images of 32 px in memory, padded crop and flip",
+        "loader_small --images 50000 --crop",
+        "--images 256",
+        False,
+    ),
+    "tta": (
+        "12 views of 500 x 375 photos, ViT-B/16 and ConvNeXt-B, 224 px",
+        f"tta --models vit_base_patch16 convnext_base --img_size 224 --images 256 --batch_size 192 --workers {os.cpu_count()}",
+        "--models test_vit test_convnext --img_size 160 --photo 60 40 --images 1 --workers 0",
+        False,
+    ),
+}
 
 
 def in_a_fork(seconds: float, log: Path, call: Callable[[], dict]) -> dict:
@@ -95,12 +125,18 @@ def describe_device(name: str) -> dict:
     from util.train.profile import matmul_rate
 
     device = pick_device(name)
-    rates = {str(d).removeprefix("torch."): matmul_rate(device, d) for d in (torch.bfloat16, torch.float16, torch.float32)}  # fmt: skip
+    rates = {
+        str(d).removeprefix("torch."): matmul_rate(device, d) for d in (torch.bfloat16, torch.float16, torch.float32)
+    }
     about = {"device": common.machine(), "torch": torch.__version__, "python": sys.version.split()[0], "rates": rates}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        about |= {"device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}."
-                  f"{properties.minor}, {torch.cuda.device_count()} visible", "host": common.machine(), "cuda": torch.version.cuda}  # fmt: skip
+        about |= {
+            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}."
+            f"{properties.minor}, {torch.cuda.device_count()} visible",
+            "host": common.machine(),
+            "cuda": torch.version.cuda,
+        }
     return about
 
 
@@ -127,8 +163,13 @@ def run_tests(device: str, choice: str, limit: float) -> dict:
         for wrong in (*case.findall("failure"), *case.findall("error")):
             bad[case.get("name")] = " ".join((wrong.get("message") or wrong.text or "").split())[:300]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
-    return {"passed": len(cases) - len(bad) - len(skipped), "skipped": skipped, "wrong": bad, "cut_off": cut_off,
-            "seconds": round(sum(float(case.get("time")) for case in cases), 1)}  # fmt: skip
+    return {
+        "passed": len(cases) - len(bad) - len(skipped),
+        "skipped": skipped,
+        "wrong": bad,
+        "cut_off": cut_off,
+        "seconds": round(sum(float(case.get("time")) for case in cases), 1),
+    }
 
 
 def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: int) -> dict:
@@ -173,8 +214,16 @@ def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: in
         wait()
         seconds.append(time.perf_counter() - tic)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else common.peak_gb()
-    return {"s": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "images": images, "peak_gb": peak,
-            "steps": getattr(args, "steps", None), "ready_s": ready, "flops": flops}  # fmt: skip
+    return {
+        "s": statistics.median(seconds),
+        "low": min(seconds),
+        "high": max(seconds),
+        "images": images,
+        "peak_gb": peak,
+        "steps": getattr(args, "steps", None),
+        "ready_s": ready,
+        "flops": flops,
+    }
 
 
 def write(results: dict, path: Path) -> None:
@@ -182,14 +231,21 @@ def write(results: dict, path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     about, tests, rate = results["about"], results["tests"], results["about"]["rates"]["bfloat16"]
     lines = [
-        "# On a GPU" if not results["miniature"] else "# In miniature, on a CPU: whether it works, not how fast it is", "",
-        f"Written by `{results['command']}` (bench/gpu.py) on {results['date']}, commit {results['commit']}, in {results['seconds']:.0f} s.", "",
+        "# On a GPU" if not results["miniature"] else "# In miniature, on a CPU: whether it works, not how fast it is",
+        "",
+        f"Written by `{results['command']}` (bench/gpu.py) on {results['date']}, commit {results['commit']}, in {results['seconds']:.0f} s.",
+        "",
         f"{about['device']}{'; ' + about['host'] if 'host' in about else ''}; Python {about['python']}, torch {about['torch']}"
-        + (f", CUDA {about['cuda']}" if "cuda" in about else "") + ".", "",
-        "A square matrix product reaches " + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {d}" for d, r in about["rates"].items())
-        + " (util/train/profile.py).", "",
-        "## Tests", "",
-    ]  # fmt: skip
+        + (f", CUDA {about['cuda']}" if "cuda" in about else "")
+        + ".",
+        "",
+        "A square matrix product reaches "
+        + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {d}" for d, r in about["rates"].items())
+        + " (util/train/profile.py).",
+        "",
+        "## Tests",
+        "",
+    ]
     if "failed" in tests:
         lines += [f"tests/test_gpu.py: {tests['failed']}."]
     else:
@@ -198,13 +254,16 @@ def write(results: dict, path: Path) -> None:
         lines += ["", *(f"- failed: {name}: {why}" for name, why in tests["wrong"].items())]
         lines += [f"- skipped: {name}" for name in tests["skipped"]]
     lines += [
-        "", "## Speed", "",
+        "",
+        "## Speed",
+        "",
         "The product at its defaults, from uint8 images or files to the update; medians, and the range of the rounds. Share: the "
         "model's FLOP/s by torch's counter, of the bfloat16 product's above. Ready: until the first call is done, compilation "
-        "included. Memory is what torch allocated at most.", "",
+        "included. Memory is what torch allocated at most.",
+        "",
         "| work | | images/s | ms per step | range | peak GiB | TFLOP/s | share of bf16 | ready |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row, modes in results["rows"].items():
         flops = modes.get("eager", {}).get("flops")
         for mode, r in modes.items():
@@ -214,8 +273,10 @@ def write(results: dict, path: Path) -> None:
             step = f"{1e3 * r['s'] / r['steps']:.1f}" if r["steps"] else ""
             span = f"{r['images'] / r['high']:,.4g} to {r['images'] / r['low']:,.4g} images/s"
             speed = [f"{flops / r['s'] / 1e12:.3g}", f"{100 * flops / r['s'] / rate:.1f} %"] if flops else ["", ""]
-            lines.append(f"| {ROWS[row][0]} | {mode} | {r['images'] / r['s']:,.4g} | {step} | {span} | {r['peak_gb']:.2f} | "
-                         f"{speed[0]} | {speed[1]} | {r['ready_s']:.0f} s |")  # fmt: skip
+            lines.append(
+                f"| {ROWS[row][0]} | {mode} | {r['images'] / r['s']:,.4g} | {step} | {span} | {r['peak_gb']:.2f} | "
+                f"{speed[0]} | {speed[1]} | {r['ready_s']:.0f} s |"
+            )
     lines += ["", "The benchmarks behind the rows, with `--device` (and `--compile`):", ""]
     lines += [f"    {row}: bench.{results['flags'][row]}" for row in results["rows"]]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
@@ -256,9 +317,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = f"make gpu{f' DEVICE={args.device}' if args.device != 'cuda' else ''}"
     results = {
-        "about": about, "miniature": miniature, "command": command, "commit": git_commit(), "seconds": 0.0,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "tests": {"failed": "not run"}, "rows": {}, "flags": {},
-    }  # fmt: skip
+        "about": about,
+        "miniature": miniature,
+        "command": command,
+        "commit": git_commit(),
+        "seconds": 0.0,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "tests": {"failed": "not run"},
+        "rows": {},
+        "flags": {},
+    }
 
     def note(what: str, found: dict) -> None:
         results["seconds"] = time.monotonic() - began

@@ -55,8 +55,11 @@ def product(variant: str, paths: list[str], args):
         transform=build_train_transform((args.img_size, args.img_size), args.aug, aa=AA if mae else None),
         batch_transform=BatchTransform(IMAGENET_MEAN, IMAGENET_STD, size=args.img_size, reprob=0.25 if mae else 0.0),
         fast=True,
-        batch_size=args.batch_size, train=True, world=world, num_workers=args.workers,
-    )  # fmt: skip
+        batch_size=args.batch_size,
+        train=True,
+        world=world,
+        num_workers=args.workers,
+    )
     return lambda: (batch.images for batch in loader.epoch())
 
 
@@ -71,9 +74,15 @@ def baseline(paths: list[str], args):
 
     if args.aug == "mae":
         pipeline = create_transform(
-            args.img_size, is_training=True, auto_augment=AA, interpolation="bicubic", re_prob=0.25, re_mode="pixel",
-            mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        )  # fmt: skip
+            args.img_size,
+            is_training=True,
+            auto_augment=AA,
+            interpolation="bicubic",
+            re_prob=0.25,
+            re_mode="pixel",
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
     else:
         bicubic = transforms.InterpolationMode.BICUBIC
         pipeline = transforms.Compose(
@@ -94,9 +103,13 @@ def baseline(paths: list[str], args):
                 return pipeline(image.convert("RGB")), 0
 
     loader = DataLoader(
-        Photos(), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
+        Photos(),
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
         persistent_workers=args.workers > 0,
-    )  # fmt: skip
+    )
     return lambda: (batch for batch, _ in loader)
 
 

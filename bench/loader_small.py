@@ -67,9 +67,13 @@ def baseline(images, mean, std, args):
             return pipeline(Image.fromarray(pixels[i])), 0
 
     loader = DataLoader(
-        Images(), args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers,
+        Images(),
+        args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
         persistent_workers=args.workers > 0,
-    )  # fmt: skip
+    )
     return lambda: (batch for batch, _ in loader)
 
 

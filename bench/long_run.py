@@ -65,12 +65,35 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             write_photos(scratch)
             train, line = LINES[name]
-            line = [*line, "--data_path", scratch, "--num_workers", str(args.num_workers), "--batch_size", "120", "--epochs", str(args.epochs),
-                    "--save_freq", "50", "--keep", "2", *(["--vis_freq", "20"] if name == "pretrain" else []), "--save_every_minutes", "0", "--output_dir", scratch]  # fmt: skip
+            line = [
+                *line,
+                "--data_path",
+                scratch,
+                "--num_workers",
+                str(args.num_workers),
+                "--batch_size",
+                "120",
+                "--epochs",
+                str(args.epochs),
+                "--save_freq",
+                "50",
+                "--keep",
+                "2",
+                *(["--vis_freq", "20"] if name == "pretrain" else []),
+                "--save_every_minutes",
+                "0",
+                "--output_dir",
+                scratch,
+            ]
             usage = np.array(watch(train, line, scratch))[args.epochs // 2 :]
         slopes = [float(np.polyfit(np.arange(len(usage)), column, 1)[0]) for column in usage.T]
-        result[name] = {"epochs": args.epochs, "rss_mib": round(int(usage[-1, 0]) / 1024, 1), "rss_kib_per_epoch": round(slopes[0], 3),
-                        "open_files": int(usage[-1, 1]), "open_files_per_epoch": round(slopes[1], 5)}  # fmt: skip
+        result[name] = {
+            "epochs": args.epochs,
+            "rss_mib": round(int(usage[-1, 0]) / 1024, 1),
+            "rss_kib_per_epoch": round(slopes[0], 3),
+            "open_files": int(usage[-1, 1]),
+            "open_files_per_epoch": round(slopes[1], 5),
+        }
         grows |= slopes[0] > args.limit_kb or slopes[1] * len(usage) >= 1
         print(f"{name}: {result[name]}", flush=True)
     print(json.dumps(result))

@@ -66,8 +66,16 @@ def build_product(variant: str, args):
     interrupts = Interrupts()
 
     def steps() -> int:
-        train_one_epoch(model, loader, optimizer, precision, run, interrupts,
-                        lr_at_epoch=lambda epoch: 1.5e-4, mask_ratio=args.mask_ratio)  # fmt: skip
+        train_one_epoch(
+            model,
+            loader,
+            optimizer,
+            precision,
+            run,
+            interrupts,
+            lr_at_epoch=lambda epoch: 1.5e-4,
+            mask_ratio=args.mask_ratio,
+        )
         run.position.next_epoch()
         return n
 

@@ -36,8 +36,13 @@ ROWS = {
     "EfficientNet": ["tf_efficientnet_lite0:224:8"],
     "MobileNet": ["mobilenetv3_large_100:224:8"],
     "ResNet": ["resnet10t:224:8", "resnet50:224:4"],
-    "hybrid": ["maxvit_rmlp_pico_rw_256:256:2", "coatnet_pico_rw_224:224:2", "levit_128s:224:8", "efficientformer_l1:224:4"],
-}  # fmt: skip
+    "hybrid": [
+        "maxvit_rmlp_pico_rw_256:256:2",
+        "coatnet_pico_rw_224:224:2",
+        "levit_128s:224:8",
+        "efficientformer_l1:224:4",
+    ],
+}
 CPU = torch.device("cpu")
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
 READING = "## What follows"  # from here on the table's file is written by hand
@@ -101,13 +106,17 @@ def measure(row: str, repeats: int, product: float) -> dict:
     in_products = product_share(lambda: step(precisions[1]))
     x = statistics.median(b / a for (a, _), (b, _) in turns)
     return {
-        "network": model, "input": f"{size} px, batch {batch}", "fp32": statistics.median(a for (a, _), _ in turns),
-        "bf16": statistics.median(b for _, (b, _) in turns), "x": x,
+        "network": model,
+        "input": f"{size} px, batch {batch}",
+        "fp32": statistics.median(a for (a, _), _ in turns),
+        "bf16": statistics.median(b for _, (b, _) in turns),
+        "x": x,
         "range": (min(b / a for (a, _), (b, _) in turns), max(b / a for (a, _), (b, _) in turns)),
         "wall": statistics.median(b / a for (_, a), (_, b) in turns),
-        "amd": x * (1 - in_products + in_products * AMD / product), "convolutional": is_convolutional(net),
+        "amd": x * (1 - in_products + in_products * AMD / product),
+        "convolutional": is_convolutional(net),
         "default": Precision(None, CPU, net).name,
-    }  # fmt: skip
+    }
 
 
 def measure_product(repeats: int, n: int = 1024) -> float:
@@ -165,12 +174,17 @@ def main(argv: list[str] | None = None) -> None:
     except OSError:
         words = "\n"
     text = [
-        "# Precision by kind of network", "",
-        "Written by `python -m bench.precision`, whose head says what was measured.", "",
+        "# Precision by kind of network",
+        "",
+        "Written by `python -m bench.precision`, whose head says what was measured.",
+        "",
         f"Machine: {machine()}, torch {torch.__version__}; bf16 products are{'' if computes_bf16(CPU) else ' not'} taken for faster; "
-        f"{date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.", "",
-        *table(rows, product), "", READING + words,
-    ]  # fmt: skip
+        f"{date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.",
+        "",
+        *table(rows, product),
+        "",
+        READING + words,
+    ]
     Path(args.output).write_text("\n".join(text), "utf-8")
 
 

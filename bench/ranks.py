@@ -18,16 +18,23 @@ def empty_store() -> TCPStore:
 class Ranks:
     """call() in n processes, which are a group if n > 1. Their output is added to the file `log`."""
 
-    def __init__(self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull,
-                 store: TCPStore | None = None):  # fmt: skip
+    def __init__(
+        self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull, store: TCPStore | None = None
+    ):
         # The store lives in this process: no port is looked for, nor kept by the dead.
         self.store = store or empty_store()
         open(log, "a").close()  # whoever waits for a line in it may open it at once
 
         def rank_main(rank: int) -> None:
             if n > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(n),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(self.store.port),
+                    TORCHELASTIC_USE_AGENT_STORE="True",
+                )
             sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (until the process ends)
             sys.exit(call())
 

@@ -76,12 +76,15 @@ def plot(series: dict, path) -> None:
 
 def table(series: dict, base: dict, command: str) -> str:
     lines = [
-        "## Growth, measured", "",
+        "## Growth, measured",
+        "",
         f"NoProp step of the product, one thread per process, at {json.dumps(base)} but for the column's quantity; "
         f"`{command}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {machine()}. Exponents are the slopes k of a fit ~ x^k. "
-        "Ranks are on the same cores, with the batch per rank kept.", "",
-        "| quantity | value | CPU s per step and rank | wall s | GiB above start |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "Ranks are on the same cores, with the batch per rank kept.",
+        "",
+        "| quantity | value | CPU s per step and rank | wall s | GiB above start |",
+        "|---|---|---|---|---|",
+    ]
     for name, points in series.items():
         for p in points:
             lines.append(f"| {name} | {p['x']} | {p['cpu_s']:.2f} | {p['s']:.2f} | {p['grown_gb']:.2f} |")
@@ -104,10 +107,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     base = dict(zip(("batch_size", "T", "img_size"), args.base))
-    settings = [("batch", [({**base, "batch_size": v}, 1, v) for v in args.batch]),
-                ("T", [({**base, "T": v}, 1, v) for v in args.T]),
-                ("image size", [({**base, "img_size": v}, 1, v) for v in args.img_size]),
-                ("ranks", [(base, v, v) for v in args.ranks])]  # fmt: skip
+    settings = [
+        ("batch", [({**base, "batch_size": v}, 1, v) for v in args.batch]),
+        ("T", [({**base, "T": v}, 1, v) for v in args.T]),
+        ("image size", [({**base, "img_size": v}, 1, v) for v in args.img_size]),
+        ("ranks", [(base, v, v) for v in args.ranks]),
+    ]
     series, known = {}, {}
     for name, points in settings:
         for point, ranks, x in points:

@@ -61,9 +61,8 @@ def product(variant: str, paths: list[str], modules, args):
         order = torch.arange(CLASSES, device=world.device)
         nets.append(Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, order, conv, precision))
     return lambda: predict(
-        nets, data, list(range(12)), world=world, batch_size=args.batch_size,
-        num_workers=args.workers,
-    )  # fmt: skip
+        nets, data, list(range(12)), world=world, batch_size=args.batch_size, num_workers=args.workers
+    )
 
 
 def view_pipelines(S: int) -> list:
@@ -83,10 +82,16 @@ def view_pipelines(S: int) -> list:
 
     bright = T.Lambda(lambda im: F.adjust_contrast(F.adjust_brightness(im, 1.2), 1.2))
     return [
-        [small, crop], [small, crop, F.hflip], [large, crop], [large, crop, F.hflip], [large, turn(10), crop],
-        [large, turn(-10), crop], [small, crop, bright], *([large, corner(k)] for k in range(4)),
+        [small, crop],
+        [small, crop, F.hflip],
+        [large, crop],
+        [large, crop, F.hflip],
+        [large, turn(10), crop],
+        [large, turn(-10), crop],
+        [small, crop, bright],
+        *([large, corner(k)] for k in range(4)),
         [small, crop, T.GaussianBlur(3, 0.5)],
-    ]  # fmt: skip
+    ]
 
 
 def baseline(paths: list[str], modules, args):

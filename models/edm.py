@@ -17,12 +17,7 @@ Callback = Callable[[int, torch.Tensor, torch.Tensor], None]  # (i, x at sigmas[
 
 
 def karras_sigmas(
-    n: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    *,
-    dtype: torch.dtype = torch.float32,
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """n levels from sigma_max down to sigma_min, then 0: [n + 1] (eq. 5), computed in float64.
 

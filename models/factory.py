@@ -41,9 +41,13 @@ def create_model(
     if not 0 <= drop_path <= 1:
         raise UserError(f"--drop_path {drop_path}: should be a number in [0, 1]")
     common = dict(
-        num_classes=num_classes, in_chans=in_chans, img_size=img_size, global_pool=global_pool, drop_path=drop_path,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        img_size=img_size,
+        global_pool=global_pool,
+        drop_path=drop_path,
         **{k: v for k, v in kwargs.items() if v is not None},
-    )  # fmt: skip
+    )
     if is_mae_name(name):
         if pretrained:
             raise UserError(f"--pretrained with --model {name}: MAE's names have no timm weights; give --finetune FILE")

@@ -53,9 +53,14 @@ class LoadReport:
 
 
 def load_pretrained(
-    model: nn.Module, path: str | os.PathLike, *, ema: bool = True, partial: bool = False,
-    classes: list[str] | None = None, pos_grid: Grid | None = None,
-) -> LoadReport:  # fmt: skip
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    ema: bool = True,
+    partial: bool = False,
+    classes: list[str] | None = None,
+    pos_grid: Grid | None = None,
+) -> LoadReport:
     """Fill `model` from the file and say what happened. Encoder-only files (pretraining) leave the head fresh.
 
     Position embeddings and relative position tables are resized to the model's grid. A classifier of another class
@@ -320,7 +325,9 @@ def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
                 f"--batch_size {batch}: the BatchNorm of {name} has one value per channel to normalise at {size}; "
                 "give 2 or more, a larger --input_size, or --freeze_bn"
             ) from None
-        raise UserError(f"--model {name}: cannot compute images of {size} ({reason(error)}); see --input_size and --model_kwargs") from None  # fmt: skip
+        raise UserError(
+            f"--model {name}: cannot compute images of {size} ({reason(error)}); see --input_size and --model_kwargs"
+        ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch, meta["num_classes"]):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(

@@ -80,9 +80,14 @@ class NoPropMAE(nn.Module):
 
         patch_dim = patch_size**2 * in_chans
         decoder = partial(
-            Decoder, patch_dim, embed_dim, decoder_embed_dim, num_heads=decoder_num_heads, mlp_ratio=mlp_ratio,
+            Decoder,
+            patch_dim,
+            embed_dim,
+            decoder_embed_dim,
+            num_heads=decoder_num_heads,
+            mlp_ratio=mlp_ratio,
             use_checkpoint=use_checkpoint,
-        )  # fmt: skip
+        )
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid_size), requires_grad=False)
         self.decoders = nn.ModuleList([decoder(depth=decoder_depth) for _ in range(T)])
         self.encoder_head = decoder(depth=1, blind=True) if propagate == "none" else None
@@ -286,9 +291,16 @@ class NoPropMAE(nn.Module):
 
 
 SIZES = (
-    "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth",
-    "decoder_num_heads", "T",
-)  # fmt: skip
+    "in_chans",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "decoder_embed_dim",
+    "decoder_depth",
+    "decoder_num_heads",
+    "T",
+)
 
 
 def check_config(config: dict) -> None:

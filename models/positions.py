@@ -111,7 +111,9 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
         if len(readings) > 1
         else "are no square, with or without class and register tokens"
     )
-    raise UserError(f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with --pos_grid ROWS COLUMNS")  # fmt: skip
+    raise UserError(
+        f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with --pos_grid ROWS COLUMNS"
+    )
 
 
 def _readings(n: int, prefixes: set[int], model: nn.Module) -> list[tuple[Grid, int]]:
@@ -155,9 +157,13 @@ def _published_grid(model: nn.Module) -> Grid | None:
 
 
 def fit_tables(
-    raw: State, model: nn.Module, path: str, described: nn.Module | None = None, pos_grid: Grid | None = None,
+    raw: State,
+    model: nn.Module,
+    path: str,
+    described: nn.Module | None = None,
+    pos_grid: Grid | None = None,
     partial: bool = False,
-) -> tuple[State, list[str], list[str]]:  # fmt: skip
+) -> tuple[State, list[str], list[str]]:
     """(replacing tensors, names of the resized ones, names of those left out) for learned relative position tables.
 
     timm's interpolation, from the file's window of attention. partial: a table whose window cannot be told is left out.

@@ -36,9 +36,13 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
     """
     size, patch = parse_mae_name(name)
     kwargs = {
-        "patch_size": patch, **VIT_SIZES.get(size, {}), "qkv_bias": True, "norm_layer": _layer_norm,
-        "drop_path_rate": drop_path, **kwargs,
-    }  # fmt: skip
+        "patch_size": patch,
+        **VIT_SIZES.get(size, {}),
+        "qkv_bias": True,
+        "norm_layer": _layer_norm,
+        "drop_path_rate": drop_path,
+        **kwargs,
+    }
     if size == "custom" and not {"embed_dim", "depth", "num_heads"} <= set(kwargs):
         raise UserError(f"--model {name}: needs --model_kwargs embed_dim=.. depth=.. num_heads=..")
     check_sizes(name, kwargs)

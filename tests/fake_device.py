@@ -15,8 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-SIZE_BY_VALUE = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal", "_local_scalar_dense",
-                 "repeat_interleave", "is_nonzero"}  # fmt: skip
+SIZE_BY_VALUE = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+    "equal",
+    "_local_scalar_dense",
+    "repeat_interleave",
+    "is_nonzero",
+}
 FROM_HOST_DATA = {"tensor", "as_tensor", "from_numpy"}
 
 

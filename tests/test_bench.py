@@ -36,7 +36,12 @@ class LocalWorker:
     def run(self) -> dict:
         cpu, tic = common.cpu_seconds(), time.perf_counter()
         images = self.call()
-        return {"s": time.perf_counter() - tic, "cpu_s": common.cpu_seconds() - cpu, "images": images, "peak_gb": common.peak_gb()}  # fmt: skip
+        return {
+            "s": time.perf_counter() - tic,
+            "cpu_s": common.cpu_seconds() - cpu,
+            "images": images,
+            "peak_gb": common.peak_gb(),
+        }
 
     def close(self) -> None:
         pass
@@ -162,10 +167,16 @@ def test_share_and_milliseconds_of_the_page_are_those_of_the_numbers(tmp_path):
         "flops": 10**15,
     }
     results = {
-        "about": {"device": "X", "torch": "2", "python": "3", "rates": {"bfloat16": 1e15}}, "miniature": False, "command": "make gpu",
-        "commit": "abc", "seconds": 1.0, "date": "today", "tests": {"failed": "not run"}, "flags": {"vit_base": "finetune_step"},
+        "about": {"device": "X", "torch": "2", "python": "3", "rates": {"bfloat16": 1e15}},
+        "miniature": False,
+        "command": "make gpu",
+        "commit": "abc",
+        "seconds": 1.0,
+        "date": "today",
+        "tests": {"failed": "not run"},
+        "flags": {"vit_base": "finetune_step"},
         "rows": {"vit_base": {"eager": row, "--compile": {**row, "s": 1.0, "flops": None}}},
-    }  # fmt: skip
+    }
     gpu.write(results, tmp_path / "GPU")
     page = (tmp_path / "GPU.md").read_text()
     assert "| eager | 40 | 200.0 | 20 to 80 images/s | 3.00 | 500 | 50.0 % | 9 s |" in page

@@ -18,7 +18,7 @@ from util.checkpoint import (
     read_checkpoint,
     rng_state,
     set_rng_state,
-)  # fmt: skip
+)
 from util.dist import World
 from util.errors import UserError
 from util.log import RunLog
@@ -28,9 +28,16 @@ from util.train.run import Run
 
 def state(epoch: int, step: int = 0) -> dict:
     return {
-        "format": 1, "kind": "finetune", "epoch": epoch, "step": step, "meta": {"model": "x", "classes": ["a"]},
-        "model": {"w": torch.full((1000,), float(epoch))}, "optimizer": {"state": {}}, "scaler": {}, "rng": [rng_state(torch.device("cpu"))],
-    }  # fmt: skip
+        "format": 1,
+        "kind": "finetune",
+        "epoch": epoch,
+        "step": step,
+        "meta": {"model": "x", "classes": ["a"]},
+        "model": {"w": torch.full((1000,), float(epoch))},
+        "optimizer": {"state": {}},
+        "scaler": {},
+        "rng": [rng_state(torch.device("cpu"))],
+    }
 
 
 def flip_byte(path, where: float) -> None:
@@ -70,7 +77,10 @@ def test_failed_write_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatc
     assert writer.save_last(state(2)) and read_checkpoint(str(tmp_path / LAST))["epoch"] == 2
 
 
-@pytest.mark.parametrize("folder,disk_is_full,word", [("out", False, "; saved;"), ("out", True, "not saved;"), (None, False, "nothing is saved")])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder,disk_is_full,word",
+    [("out", False, "; saved;"), ("out", True, "not saved;"), (None, False, "nothing is saved")],
+)
 def test_a_stopped_run_says_what_is_on_disk(tmp_path, capsys, monkeypatch, folder, disk_is_full, word):
     log = RunLog(folder and str(tmp_path / folder))
     run = Run(World(), log, kind="finetune", options={}, meta={}, save_freq=0, keep=0)

@@ -278,10 +278,16 @@ def test_small_sets_fill_one_batch_and_mixing_keeps_it_even():
 
 def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
     return Loader(
-        read_split("folder", str(root), split), transform=build_train_transform((16, 16), "mae", aa="rand-m9") if train else build_eval_transform((16, 16)),
-        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, reprob=0.5, seed=5), batch_size=4, train=train, world=World(),
-        seed=5, num_workers=workers, on_bad_image=on_bad,
-    )  # fmt: skip
+        read_split("folder", str(root), split),
+        transform=build_train_transform((16, 16), "mae", aa="rand-m9") if train else build_eval_transform((16, 16)),
+        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, reprob=0.5, seed=5),
+        batch_size=4,
+        train=train,
+        world=World(),
+        seed=5,
+        num_workers=workers,
+        on_bad_image=on_bad,
+    )
 
 
 def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
@@ -349,10 +355,14 @@ def test_broken_image_ends_the_run_or_is_skipped_by_path(photo_folder, tmp_path,
 
 def test_every_image_mode_loads(tmp_path):
     arrays = {
-        "grey.png": Image.new("L", (9, 9), 128), "alpha.png": Image.new("RGBA", (9, 9), (128, 128, 128, 255)),
-        "palette.png": Image.new("RGB", (9, 9), (128,) * 3).convert("P"), "cmyk.jpg": Image.new("RGB", (9, 9), (128,) * 3).convert("CMYK"),
-        "deep.png": Image.fromarray(np.full((9, 9), 128 * 257, np.uint16)), "bit.png": Image.new("1", (9, 9), 1), "one.png": Image.new("RGB", (1, 1), (128,) * 3),
-    }  # fmt: skip
+        "grey.png": Image.new("L", (9, 9), 128),
+        "alpha.png": Image.new("RGBA", (9, 9), (128, 128, 128, 255)),
+        "palette.png": Image.new("RGB", (9, 9), (128,) * 3).convert("P"),
+        "cmyk.jpg": Image.new("RGB", (9, 9), (128,) * 3).convert("CMYK"),
+        "deep.png": Image.fromarray(np.full((9, 9), 128 * 257, np.uint16)),
+        "bit.png": Image.new("1", (9, 9), 1),
+        "one.png": Image.new("RGB", (1, 1), (128,) * 3),
+    }
     for name, image in arrays.items():
         path = tmp_path / "train" / "a" / name
         path.parent.mkdir(parents=True, exist_ok=True)

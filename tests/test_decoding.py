@@ -27,8 +27,26 @@ from util.dist import World
 from util.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PHOTOS = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16",
-          "--epochs", "1", "--batch_size", "8", "--num_workers", "0", "--device", "cpu", "--output_dir", ""]  # fmt: skip
+PHOTOS = [
+    "--model",
+    "vit_custom_patch8",
+    "--model_kwargs",
+    "embed_dim=12",
+    "depth=1",
+    "num_heads=2",
+    "--input_size",
+    "16",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "8",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--output_dir",
+    "",
+]
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
@@ -36,10 +54,24 @@ def picture(width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(np.stack([6 * x, 8 * y, 3 * (x + y)], -1).astype(np.uint8))
 
 
-@pytest.mark.parametrize("kind,option", [
-    ("JPEG", {}), ("PNG", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {}), ("TGA", {}), ("PCX", {}), ("ICO", {}), ("SGI", {}),
-    ("WEBP", {"lossless": True}), ("JPEG2000", {}), ("AVIF", {"quality": 95}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,option",
+    [
+        ("JPEG", {}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("PPM", {}),
+        ("TGA", {}),
+        ("PCX", {}),
+        ("ICO", {}),
+        ("SGI", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG2000", {}),
+        ("AVIF", {"quality": 95}),
+    ],
+)
 def test_what_pillow_decodes_is_an_image_under_its_names_and_under_none(tmp_path, kind, option):
     if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
         pytest.skip(f"this Pillow has no {kind}")
@@ -56,9 +88,18 @@ def test_what_pillow_decodes_is_an_image_under_its_names_and_under_none(tmp_path
 
 
 def test_what_is_no_image_is_none_by_bytes_and_names(tmp_path, monkeypatch):
-    for name, data in {"a.txt": b"BMW makes cars\n" * 9, "b.csv": b"P5,6\n1,2\n", "c.npy": b"\x93NUMPY\x01\0v\0{", "d": b"", "e.xml": b"<xml>",
-                       "f.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n", "g.pdf": b"%PDF-1.7", "h.h5": b"\x89HDF\r\n\x1a\n", "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" * 99,
-                       "i": bytes(range(256)) * 4}.items():  # fmt: skip
+    for name, data in {
+        "a.txt": b"BMW makes cars\n" * 9,
+        "b.csv": b"P5,6\n1,2\n",
+        "c.npy": b"\x93NUMPY\x01\0v\0{",
+        "d": b"",
+        "e.xml": b"<xml>",
+        "f.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        "g.pdf": b"%PDF-1.7",
+        "h.h5": b"\x89HDF\r\n\x1a\n",
+        "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" * 99,
+        "i": bytes(range(256)) * 4,
+    }.items():
         (tmp_path / name).write_bytes(data)
         assert not is_image(str(tmp_path / name)), name
     os.mkfifo(tmp_path / "pipe")
@@ -112,8 +153,13 @@ ODD = {
     "type 99": (0x10F, 99, b"abcd"),
     "outside the file": (0x10F, 2, b"\xff\xff\xff\x7f"),
 }
-TURNED = {1: lambda a: a, 3: lambda a: a[::-1, ::-1], 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-          8: lambda a: np.rot90(a)}  # fmt: skip
+TURNED = {
+    1: lambda a: a,
+    3: lambda a: a[::-1, ::-1],
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -256,8 +302,13 @@ def test_images_that_only_opencv_cannot_decode_are_counted_once_an_epoch(tmp_pat
         return real(jpeg, *args, **kwargs)
 
     monkeypatch.setattr(fast_image, "decode_jpeg", decode)
-    how = dict(transform=build_train_transform((16, 16), "light"), batch_size=2, train=True, world=World(),
-               batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3))  # fmt: skip
+    how = dict(
+        transform=build_train_transform((16, 16), "light"),
+        batch_size=2,
+        train=True,
+        world=World(),
+        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3),
+    )
     fast, plain = Loader(data, fast=True, **how), Loader(data, **how)
     for epoch in (0, 1):
         for a, b in zip(fast.epoch(epoch), plain.epoch(epoch)):

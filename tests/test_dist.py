@@ -22,9 +22,15 @@ from util.train.run import wrap_ddp
 HANGS, GONE, BROKEN = "waited for another rank longer", "another rank died", "the exchange with another rank failed"
 # As torch 2.6 to 2.14 and NCCL 2.21 to 2.28 word them; numbers and names differ each time.
 TEXTS = [
-    ("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete", HANGS),
+    (
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete",
+        HANGS,
+    ),
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41267", GONE),
-    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:9273: Connection reset by peer", GONE),
+    (
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:9273: Connection reset by peer",
+        GONE,
+    ),
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Application timeout caused pair closure", HANGS),
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:229] writev [10.0.0.2]:5501: Broken pipe", GONE),
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:845] connect [127.0.1.1]:33061: Connection refused", GONE),
@@ -32,32 +38,59 @@ TEXTS = [
     ("The client socket has timed out after 600000ms while trying to connect to (node1, 29500).", HANGS),
     ("wait timeout after 600000ms, keys: /attempt_0/cuda//cuda//0", HANGS),
     ("Socket Timeout", HANGS),
-    ("[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
-     "store->get('0') got error: wait timeout after 600000ms, keys: /default_pg/0//cuda//0", HANGS),
-    ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, "
-     "NumelOut=466119168, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.", HANGS),
-    ("NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught collective operation "
-     "timeout: WorkNCCL(SeqNum=7, OpType=BROADCAST, Timeout(ms)=600000) ran for 600071 milliseconds before timing out.", HANGS),
+    (
+        "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+        "store->get('0') got error: wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
+        HANGS,
+    ),
+    (
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, "
+        "NumelOut=466119168, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.",
+        HANGS,
+    ),
+    (
+        "NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught collective operation "
+        "timeout: WorkNCCL(SeqNum=7, OpType=BROADCAST, Timeout(ms)=600000) ran for 600071 milliseconds before timing out.",
+        HANGS,
+    ),
     ("NCCL communicator was aborted on rank 12. ", GONE),
-    ("NCCL communicator encountered error set by ProcessGroupNCCL: NCCL error: remote process exited or there was a network "
-     "error, NCCL version 2.21.5", GONE),
-    ("NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network error, "
-     "NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
-     "\nLast error:\nsocketProgressOpt: Call to recv from 172.16.0.4<33759> failed : Connection reset by peer", GONE),
-    ("NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
-     "ncclInternalError: Internal check failed.\nLast error:\nNet : Connection closed by remote peer user<50260>", GONE),
-    ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with NCCL_DEBUG=INFO for "
-     "details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
-     "error. \nLast error:\nError while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384)", BROKEN),
-    ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled cuda error (run with NCCL_DEBUG=INFO for details),"
-     " NCCL version 2.21.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'out of memory'", None),
-    ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL "
-     "version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected "
-     ": rank 0 and rank 1 both on CUDA device 1a000", None),
+    (
+        "NCCL communicator encountered error set by ProcessGroupNCCL: NCCL error: remote process exited or there was a network "
+        "error, NCCL version 2.21.5",
+        GONE,
+    ),
+    (
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network error, "
+        "NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+        "\nLast error:\nsocketProgressOpt: Call to recv from 172.16.0.4<33759> failed : Connection reset by peer",
+        GONE,
+    ),
+    (
+        "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
+        "ncclInternalError: Internal check failed.\nLast error:\nNet : Connection closed by remote peer user<50260>",
+        GONE,
+    ),
+    (
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with NCCL_DEBUG=INFO for "
+        "details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+        "error. \nLast error:\nError while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384)",
+        BROKEN,
+    ),
+    (
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled cuda error (run with NCCL_DEBUG=INFO for details),"
+        " NCCL version 2.21.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'out of memory'",
+        None,
+    ),
+    (
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL "
+        "version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected "
+        ": rank 0 and rank 1 both on CUDA device 1a000",
+        None,
+    ),
     ("CUDA error: the launch timed out and was terminated", None),
     ("DataLoader timed out after 5 seconds", None),
     ("CUDA out of memory. Tried to allocate 2.00 GiB", None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text, expected", TEXTS)
@@ -187,8 +220,23 @@ def test_no_update_sends_buffers_and_evaluation_has_those_of_rank_0():
 
 def test_files_of_two_ranks_have_the_bits_of_ddps_own_broadcasts(tmp_path, monkeypatch):
     """A net with BatchNorm, its average, evaluation at the end: DDP as torch sets it up against `wrap_ddp`."""
-    line = [*NET, "--model", "test_resnet", "--model_kwargs", "--input_size", "8", "--batch_size", "64", "--epochs", "1", "--amp",
-            "off", "--mixup", "0.8", "--output_dir"]  # fmt: skip
+    line = [
+        *NET,
+        "--model",
+        "test_resnet",
+        "--model_kwargs",
+        "--input_size",
+        "8",
+        "--batch_size",
+        "64",
+        "--epochs",
+        "1",
+        "--amp",
+        "off",
+        "--mixup",
+        "0.8",
+        "--output_dir",
+    ]
     monkeypatch.setattr("main_finetune.write_finetune_report", lambda *args: None)
     monkeypatch.setattr("main_finetune.plot_confusion", lambda *args: None)
     DDP = nn.parallel.DistributedDataParallel
@@ -221,8 +269,16 @@ def untouchable_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", visible)
     monkeypatch.setattr("torch.accelerator.is_available", visible)
     monkeypatch.setattr(torch._C, "_accelerator_getDeviceIndex", opens_a_context, raising=False)
-    names = ("_lazy_init", "get_rng_state", "set_rng_state", "get_device_name", "get_device_properties", "manual_seed",
-             "set_device", "is_current_stream_capturing")  # fmt: skip
+    names = (
+        "_lazy_init",
+        "get_rng_state",
+        "set_rng_state",
+        "get_device_name",
+        "get_device_properties",
+        "manual_seed",
+        "set_device",
+        "is_current_stream_capturing",
+    )
     for name in names:
         monkeypatch.setattr(torch.cuda, name, opens_a_context)
 

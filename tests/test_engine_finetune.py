@@ -58,10 +58,19 @@ def fit(
     precision = Precision(amp, CPU)
     for _ in range(epochs):
         stats = train_one_epoch(
-            net, loader, optimizer, criterion or Criterion(0.1), precision, run, Interrupts(), print_freq=100,
-            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=lr / 100, warmup_epochs=1, epochs=4), accum_iter=accum_iter,
-            max_bad_steps=max_bad_steps, **kwargs,
-        )  # fmt: skip
+            net,
+            loader,
+            optimizer,
+            criterion or Criterion(0.1),
+            precision,
+            run,
+            Interrupts(),
+            print_freq=100,
+            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=lr / 100, warmup_epochs=1, epochs=4),
+            accum_iter=accum_iter,
+            max_bad_steps=max_bad_steps,
+            **kwargs,
+        )
         run.position.next_epoch()
     return stats, run, optimizer
 
@@ -226,9 +235,15 @@ class Centred(nn.Module):
 def norm_net(bad_calls=()):
     torch.manual_seed(0)
     return nn.Sequential(
-        Poison(bad_calls), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Centred(), nn.Conv2d(4, 4, 1), BatchNormAct2d(4),
-        nn.Flatten(), nn.Linear(16, 3),
-    )  # fmt: skip
+        Poison(bad_calls),
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        Centred(),
+        nn.Conv2d(4, 4, 1),
+        BatchNormAct2d(4),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
 
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
@@ -266,9 +281,15 @@ def test_ranks_agree_on_a_skipped_step_and_keep_their_own_statistics(tmp_path):
         optimizer = build_adamw(groups, lr=1e-2)
         run = Run(world, RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
         train_one_epoch(
-            wrap_ddp(net, world), loader, optimizer, Criterion(), Precision("off", CPU), run, Interrupts(),
+            wrap_ddp(net, world),
+            loader,
+            optimizer,
+            Criterion(),
+            Precision("off", CPU),
+            run,
+            Interrupts(),
             lr_at_epoch=lambda e: 1e-2,
-        )  # fmt: skip
+        )
         assert run.position.bad_total == 1 and run.position.updates == 2
         net[0].bad_calls = ()
         once = norm_net().train()

@@ -19,9 +19,18 @@ from util.seed import seed_all
 from util.train.run import Run
 
 SMALL = dict(
-    img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=2,
-    decoder_num_heads=2, mlp_ratio=2.0, T=3,
-)  # fmt: skip
+    img_size=8,
+    patch_size=2,
+    in_chans=1,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    decoder_embed_dim=8,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    mlp_ratio=2.0,
+    T=3,
+)
 
 
 def build(**kwargs):

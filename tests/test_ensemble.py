@@ -62,8 +62,14 @@ def two_kfold_runs(tmp_path, n: int = 60, **args) -> tuple[list[Member], np.ndar
         save_folds(tmp_path / run, (0, 1), 2, classes, **args)
         for fold in (0, 1):
             rows = np.arange(fold, n, 2)[:: 1 if run == "a" else -1]
-            save_oof(tmp_path / run / f"fold-{fold}", fold, [f"x/{i:02d}.jpg" for i in rows], targets[rows],
-                     p["ab".index(run), rows][:, columns], classes)  # fmt: skip
+            save_oof(
+                tmp_path / run / f"fold-{fold}",
+                fold,
+                [f"x/{i:02d}.jpg" for i in rows],
+                targets[rows],
+                p["ab".index(run), rows][:, columns],
+                classes,
+            )
     return find_members([str(tmp_path / "a"), str(tmp_path / "b")])[0], targets, p
 
 
@@ -208,8 +214,14 @@ def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp
     for run, columns in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         for fold in (0, 1):
             rows = [i for i in range(fold, 60, 2) if fold == 0 or targets[i] != 2]
-            save_oof(tmp_path / run / f"fold-{fold}", fold, [f"x/{i:02d}.jpg" for i in rows], targets[rows],
-                     p["ab".index(run), rows][:, columns], [CLASSES[i] for i in columns])  # fmt: skip
+            save_oof(
+                tmp_path / run / f"fold-{fold}",
+                fold,
+                [f"x/{i:02d}.jpg" for i in rows],
+                targets[rows],
+                p["ab".index(run), rows][:, columns],
+                [CLASSES[i] for i in columns],
+            )
     combiners = build_combiners(members, CLASSES, "stacked")  # all images together have every class
     assert set(combiners.ways) == {"equal", "stacked"} and combiners.cross_stacked is None
     assert "not scored out of fold" in combiners.notes[-1] and "class owl outside of fold 0" in combiners.notes[-1]

@@ -18,8 +18,17 @@ from util.log import read_log
 from util.train.phases import freeze_backbone
 
 DIGITS = ["--dataset", "digits", "--batch_size", 256, "--warmup_epochs", 0, "--device", "cpu", "--amp", "off"]
-DISTILLED = ["--model", "deit_tiny_distilled_patch16_224", "--input_size", 8, "--model_kwargs", "patch_size=4", "embed_dim=12",
-             "depth=1", "num_heads=2"]  # fmt: skip
+DISTILLED = [
+    "--model",
+    "deit_tiny_distilled_patch16_224",
+    "--input_size",
+    8,
+    "--model_kwargs",
+    "patch_size=4",
+    "embed_dim=12",
+    "depth=1",
+    "num_heads=2",
+]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,10 @@ def test_a_net_with_two_heads_trains_both_resumes_scores_and_predicts(tmp_path, 
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         z = net.forward_features(x)
-        expected = (F.linear(z[:, 0], net.head.weight, net.head.bias) + F.linear(z[:, 1], net.head_dist.weight, net.head_dist.bias)) / 2  # fmt: skip
+        expected = (
+            F.linear(z[:, 0], net.head.weight, net.head.bias)
+            + F.linear(z[:, 1], net.head_dist.weight, net.head_dist.bias)
+        ) / 2
         assert torch.allclose(net(x), expected, atol=1e-6)
     out = ["--output_dir", str(tmp_path / "predictions")]
     assert predict(["--checkpoints", str(last), "--dataset", "digits", "--views", "1", "--device", "cpu", *out]) == 0
@@ -88,13 +100,36 @@ def test_a_net_without_stochastic_depth_trains_under_the_default_drop_path(tmp_p
     "argv,words",
     [
         (["--model", "resnet10t", "--input_size", 32, "--batch_size", 1], ["--batch_size 1", "BatchNorm", "resnet10t"]),
-        (["--model", "convit_tiny", "--input_size", 32, "--grad_checkpointing"], ["--grad_checkpointing", "convit_tiny"]),
-        (["--model", "vgg11", "--input_size", 32, "--grad_checkpointing", "--model_kwargs", "mlp_ratio=0.01"], ["--grad_checkpointing", "vgg11"]),
-        (["--model", "resnet10t", "--input_size", 32, "--model_kwargs", "global_pool="], ["resnet10t", "--model_kwargs"]),
-        (["--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "global_pool="], ["vit_custom_patch4", "[2, 5, 10]"]),
-        (["--batch_size", 1, "--mixup", 0.2, "--model", "vit_tiny_patch4"], ["--batch_size 1", "--mixup", "give 2 or more"]),
+        (
+            ["--model", "convit_tiny", "--input_size", 32, "--grad_checkpointing"],
+            ["--grad_checkpointing", "convit_tiny"],
+        ),
+        (
+            ["--model", "vgg11", "--input_size", 32, "--grad_checkpointing", "--model_kwargs", "mlp_ratio=0.01"],
+            ["--grad_checkpointing", "vgg11"],
+        ),
+        (
+            ["--model", "resnet10t", "--input_size", 32, "--model_kwargs", "global_pool="],
+            ["resnet10t", "--model_kwargs"],
+        ),
+        (
+            [
+                "--model",
+                "vit_custom_patch4",
+                "--model_kwargs",
+                "embed_dim=12",
+                "depth=1",
+                "num_heads=2",
+                "global_pool=",
+            ],
+            ["vit_custom_patch4", "[2, 5, 10]"],
+        ),
+        (
+            ["--batch_size", 1, "--mixup", 0.2, "--model", "vit_tiny_patch4"],
+            ["--batch_size 1", "--mixup", "give 2 or more"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_family_cannot_do_is_one_line_before_any_work(argv, words, tmp_path):
     with pytest.raises(UserError) as caught:
         finetune(*DIGITS, "--output_dir", tmp_path, "--dry_run", *argv)

@@ -41,13 +41,16 @@ def both(path, transform, seed: int, in_chans: int = 3):
 
 
 def test_reduction_leaves_at_least_the_outputs_pixels():
-    assert [reduction(h, w, (224, 224)) for h, w in ((223, 900), (447, 447), (448, 448), (895, 2000), (900, 896), (1792, 1792))] == [1, 1, 2, 2, 4, 8]  # fmt: skip
+    assert [
+        reduction(h, w, (224, 224))
+        for h, w in ((223, 900), (447, 447), (448, 448), (895, 2000), (900, 896), (1792, 1792))
+    ] == [1, 1, 2, 2, 4, 8]
     assert reduction(400, 100, (100, 200)) == 1 and reduction(400, 1600, (100, 200)) == 4
 
 
-@pytest.mark.parametrize("preset,size,scales", [
-    ("pretrain", (40, 40), {4, 8}), ("light", (96, 64), {1, 2}), ("pretrain", (224, 224), {1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset,size,scales", [("pretrain", (40, 40), {4, 8}), ("light", (96, 64), {1, 2}), ("pretrain", (224, 224), {1})]
+)
 def test_crops_and_flips_are_those_of_the_pil_pipeline(ramp, preset, size, scales):
     transform = build_train_transform(size, preset, vflip=0.3)
     crop, seen = transform.transforms[0], set()
@@ -80,9 +83,9 @@ def test_the_box_is_drawn_from_the_full_size_image_whatever_the_decoding_scale(r
         assert stats.ks_2samp(pil[:, k], fast[:, k]).pvalue > 0.01
 
 
-@pytest.mark.parametrize("preset,aa,size", [
-    ("pretrain", None, 224), ("light", None, 32), ("photo", None, 64), ("mae", POLICY, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset,aa,size", [("pretrain", None, 224), ("light", None, 32), ("photo", None, 64), ("mae", POLICY, 32)]
+)
 def test_pixels_differ_less_than_bilinear_from_bicubic_and_have_no_bias(photos, preset, aa, size):
     transform = build_train_transform((size, size), preset, aa=aa)
     bilinear = build_train_transform((size, size), preset, aa=aa, interpolation="bilinear")
@@ -114,10 +117,13 @@ def test_what_is_no_plain_upright_jpeg_takes_pillows_way(tmp_path, photos):
     turned = Image.Exif()
     turned[0x0112] = 6
     cases = {
-        "a.png": (photo, {}), "cmyk.jpg": (photo.convert("CMYK"), {}), "grey.jpg": (photo.convert("L"), {}),
-        "turned.jpg": (photo, {"exif": turned}), "strip.jpg": (photo.resize((400, 20)), {}),
+        "a.png": (photo, {}),
+        "cmyk.jpg": (photo.convert("CMYK"), {}),
+        "grey.jpg": (photo.convert("L"), {}),
+        "turned.jpg": (photo, {"exif": turned}),
+        "strip.jpg": (photo.resize((400, 20)), {}),
         "deep.png": (Image.fromarray(np.arange(90000, dtype=np.uint16).reshape(300, 300)), {}),
-    }  # fmt: skip
+    }
     transform = build_train_transform((24, 24), "light")
     for k, (name, (image, options)) in enumerate(cases.items()):
         image.save(tmp_path / name, **options)

@@ -30,7 +30,28 @@ from util.report.contact_sheet import Entry, draw_sheet
 from util.report.plots import plot_class_distribution, plot_confusion
 from util.report.prediction import PICTURES
 
-PRETRAIN = ["--dataset", "digits", "--embed_dim", "12", "--depth", "1", "--num_heads", "2", "--decoder_embed_dim", "12", "--decoder_depth", "1", "--T", "1", "--batch_size", "512", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+PRETRAIN = [
+    "--dataset",
+    "digits",
+    "--embed_dim",
+    "12",
+    "--depth",
+    "1",
+    "--num_heads",
+    "2",
+    "--decoder_embed_dim",
+    "12",
+    "--decoder_depth",
+    "1",
+    "--T",
+    "1",
+    "--batch_size",
+    "512",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+]
 
 
 @contextmanager
@@ -133,8 +154,20 @@ def test_prediction_keeps_its_numbers_without_its_pictures_and_says_in_one_line_
     save_member(
         tmp_path / "a.pth", VIT, classes=("red", "blue")
     )  # it is right otherwise, and no sheet shows wrong ones
-    line = ["--checkpoints", str(tmp_path / "a.pth"), "--data_path", str(photo_folder / "val"), "--views", "1",
-            "--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    line = [
+        "--checkpoints",
+        str(tmp_path / "a.pth"),
+        "--data_path",
+        str(photo_folder / "val"),
+        "--views",
+        "1",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     full_for(tmp_path / "out", *PICTURES)
     assert main_predict.main(line) == 0
     said = capsys.readouterr().err
@@ -210,9 +243,30 @@ def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
 
 def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_at(photo_folder, tmp_path, monkeypatch):
     """torch raises where it notices, in the middle of anything: in the loader or in a step."""
-    line = ["--data_path", str(photo_folder), "--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1",
-            "num_heads=2", "--input_size", "16", "--aug", "none", "--epochs", "3", "--batch_size", "4", "--num_workers", "1",
-            "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    line = [
+        "--data_path",
+        str(photo_folder),
+        "--model",
+        "vit_custom_patch8",
+        "--model_kwargs",
+        "embed_dim=12",
+        "depth=1",
+        "num_heads=2",
+        "--input_size",
+        "16",
+        "--aug",
+        "none",
+        "--epochs",
+        "3",
+        "--batch_size",
+        "4",
+        "--num_workers",
+        "1",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     real, seen = data.open_image, []
 
     def dies_at_its_second_time(path, *args):
@@ -239,8 +293,22 @@ def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, 
         return real(path)
 
     monkeypatch.setattr(views, "open_file", dies)
-    line = ["--checkpoints", str(tmp_path / "a.pth"), "--data_path", str(photo_folder / "train"), "--views", "1",
-            "--num_workers", "1", "--batch_size", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    line = [
+        "--checkpoints",
+        str(tmp_path / "a.pth"),
+        "--data_path",
+        str(photo_folder / "train"),
+        "--views",
+        "1",
+        "--num_workers",
+        "1",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     said = tmp_path / "said.txt"
     assert Ranks(1, lambda: run_main(lambda: main_predict.main(line)), said).exit_codes() == [2]
     errors = [text for text in said.read_text().splitlines() if "error: " in text]
@@ -266,10 +334,26 @@ def rank_process(launcher: int, rank: int) -> int:
 
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(tmp_path):
     line = [*NET, "--batch_size", "32", "--epochs", "4", "--resume", "auto", "--output_dir"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-               "--monitor-interval=0.1", "main_finetune.py", *line, str(tmp_path / "killed")]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--monitor-interval=0.1",
+        "main_finetune.py",
+        *line,
+        str(tmp_path / "killed"),
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     said, killed = [], False
     for text in process.stdout:
         said.append(text)

@@ -8,12 +8,42 @@ from util.flags import differences, refusal
 
 PARSERS = {"finetune": options_finetune.get_args_parser, "pretrain": options_pretrain.get_args_parser}
 # Where files go, how fast, how often something is told: with any of these a run comes to the same numbers.
-HARMLESS = {"num_workers", "pin_mem", "output_dir", "log_dir", "device", "resume", "force_resume", "save_freq", "keep",
-            "print_freq", "max_bad_steps", "compile", "profile", "save_every_minutes", "overwrite", "dry_run", "dist_url",
-            "deterministic", "timeout_minutes"}  # fmt: skip
+HARMLESS = {
+    "num_workers",
+    "pin_mem",
+    "output_dir",
+    "log_dir",
+    "device",
+    "resume",
+    "force_resume",
+    "save_freq",
+    "keep",
+    "print_freq",
+    "max_bad_steps",
+    "compile",
+    "profile",
+    "save_every_minutes",
+    "overwrite",
+    "dry_run",
+    "dist_url",
+    "deterministic",
+    "timeout_minutes",
+}
 # What a stopped run may be told anew: its schedule, and what --max_bad_steps advises to change.
-SCHEDULE = {"epochs", "batch_size", "lr", "blr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "amp",
-            "on_bad_image", "max_pixels", "start_epoch"}  # fmt: skip
+SCHEDULE = {
+    "epochs",
+    "batch_size",
+    "lr",
+    "blr",
+    "min_lr",
+    "warmup_epochs",
+    "weight_decay",
+    "clip_grad",
+    "amp",
+    "on_bad_image",
+    "max_pixels",
+    "start_epoch",
+}
 OWN = {
     "finetune": ({"grad_checkpointing", "dist_eval", "eval", "fold"}, {"layer_decay", "head_lr", "patience"}),
     "pretrain": ({"use_checkpoint", "vis_freq", "vis_type"}, set()),
@@ -40,9 +70,15 @@ def changed(before: list[str], now: list[str], **edits) -> dict[str, tuple[str, 
 def test_only_flags_that_change_results_differ_and_both_values_are_shown(tmp_path):
     assert changed(["--print_freq", "3"], ["--num_workers", "0", "--device", "cpu", "--timeout_minutes", "1"]) == {}
     assert changed(["--aa", "none"], []) == {"--aa": ("(not given)", "rand-m9-mstd0.5-inc1")}
-    assert changed(["--freeze_bn"], ["--scale", "0.5", "1"]) == {"--freeze_bn": ("on", "off"), "--scale": ("(not given)", "0.5 1.0")}  # fmt: skip
+    assert changed(["--freeze_bn"], ["--scale", "0.5", "1"]) == {
+        "--freeze_bn": ("on", "off"),
+        "--scale": ("(not given)", "0.5 1.0"),
+    }
     wide = ["--model_kwargs", "embed_dim=24", "depth=2"]
-    assert changed(wide, ["--model_kwargs", "depth=2", "embed_dim=24"], model_kwargs=[["embed_dim", 24], ["depth", 2]]) == {}  # fmt: skip
+    assert (
+        changed(wide, ["--model_kwargs", "depth=2", "embed_dim=24"], model_kwargs=[["embed_dim", 24], ["depth", 2]])
+        == {}
+    )
     assert changed(wide, []) == {"--model_kwargs": ("embed_dim=24 depth=2", "(nothing)")}
     assert changed(["--data_path", str(tmp_path)], ["--data_path", f"{tmp_path}/x/.."]) == {}
     assert changed(["--data_path", str(tmp_path)], ["--data_path", "/"]) == {"--data_path": (str(tmp_path), "/")}

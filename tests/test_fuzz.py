@@ -22,11 +22,53 @@ from util.log import read_log
 from util.meta import check_meta
 
 FEW = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-MAINS = {"main_finetune": [], "main_pretrain_noprop": [], "main_linprobe": [], "main_sample": ["x.pth"],
-         "main_predict": ["--checkpoints", "x.pth"]}  # fmt: skip
-HOSTILE = ["nan", "-nan", "inf", "-inf", "Infinity", "1e30", "-1e30", "1e400", "-1", "0", "-0", "0.0", "1", "0.5", "1.5", "",
-           " ", "1_000", "٣", "²", "½", "1e", "0x10", "None", "True", "1,5", "--", "9" * 20, "9" * 400, "9" * 5000,
-           "-" + "9" * 400, "1\n2", "1\x002", "\ud800", "💣", "1; rm -rf /", "%s%n", "{0.__class__}"]  # fmt: skip
+MAINS = {
+    "main_finetune": [],
+    "main_pretrain_noprop": [],
+    "main_linprobe": [],
+    "main_sample": ["x.pth"],
+    "main_predict": ["--checkpoints", "x.pth"],
+}
+HOSTILE = [
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "Infinity",
+    "1e30",
+    "-1e30",
+    "1e400",
+    "-1",
+    "0",
+    "-0",
+    "0.0",
+    "1",
+    "0.5",
+    "1.5",
+    "",
+    " ",
+    "1_000",
+    "٣",
+    "²",
+    "½",
+    "1e",
+    "0x10",
+    "None",
+    "True",
+    "1,5",
+    "--",
+    "9" * 20,
+    "9" * 400,
+    "9" * 5000,
+    "-" + "9" * 400,
+    "1\n2",
+    "1\x002",
+    "\ud800",
+    "💣",
+    "1; rm -rf /",
+    "%s%n",
+    "{0.__class__}",
+]
 
 
 def parser_of(main: str):
@@ -35,8 +77,12 @@ def parser_of(main: str):
 
 def numeric_flags() -> list[tuple[str, str]]:
     """(main, flag) of every flag with a type of its own that takes values."""
-    return [(main, action.option_strings[0]) for main in MAINS for action in parser_of(main)._actions
-            if action.option_strings and action.type is not None and action.type is not str]  # fmt: skip
+    return [
+        (main, action.option_strings[0])
+        for main in MAINS
+        for action in parser_of(main)._actions
+        if action.option_strings and action.type is not None and action.type is not str
+    ]
 
 
 def is_plain(value) -> bool:
@@ -174,10 +220,27 @@ def test_damaged_images_decode_or_are_the_files_fault(pictures, tmp_path_factory
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = create_model("vit_custom_patch4", num_classes=2, img_size=8, in_chans=1, embed_dim=4, depth=1, num_heads=2)
-    meta = {"kind": "classifier", "model": "vit_custom_patch4", "model_kwargs": {"embed_dim": 4, "depth": 1, "num_heads": 2},
-            "global_pool": True, "img_size": [8, 8], "in_chans": 1, "num_classes": 2, "classes": ["a", "b"], "mean": [0.5],
-            "std": [0.5]}  # fmt: skip
-    state = {"format": 1, "kind": "finetune", "meta": meta, "model": model.state_dict(), "optimizer": {}, "epoch": 1, "step": 0}  # fmt: skip
+    meta = {
+        "kind": "classifier",
+        "model": "vit_custom_patch4",
+        "model_kwargs": {"embed_dim": 4, "depth": 1, "num_heads": 2},
+        "global_pool": True,
+        "img_size": [8, 8],
+        "in_chans": 1,
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    state = {
+        "format": 1,
+        "kind": "finetune",
+        "meta": meta,
+        "model": model.state_dict(),
+        "optimizer": {},
+        "epoch": 1,
+        "step": 0,
+    }
     files = {}
     for name, kind in (("zip", {}), ("legacy", {"_use_new_zipfile_serialization": False})):
         file = io.BytesIO()
@@ -204,13 +267,35 @@ def test_damaged_checkpoints_load_or_end_in_one_line(checkpoint, tmp_path_factor
     find_resume(str(folder), lambda text: None)
 
 
-plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3), max_leaves=6)  # fmt: skip
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
+    max_leaves=6,
+)
 
 
 @settings(max_examples=200, **FEW)
-@given(st.dictionaries(st.sampled_from(["kind", "model", "model_kwargs", "global_pool", "img_size", "in_chans", "num_classes",
-                                        "classes", "mean", "std", "sigmas", "noprop"]), plain))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "kind",
+                "model",
+                "model_kwargs",
+                "global_pool",
+                "img_size",
+                "in_chans",
+                "num_classes",
+                "classes",
+                "mean",
+                "std",
+                "sigmas",
+                "noprop",
+            ]
+        ),
+        plain,
+    )
+)
 @example({"kind": ["classifier"]})
 @example({"classes": [[]]})
 def test_a_meta_of_any_shape_passes_or_ends_in_one_line(meta):

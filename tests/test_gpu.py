@@ -37,12 +37,50 @@ if CUDA:  # for --deterministic; read once, at the first product of matrices, wh
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 on_cuda = pytest.mark.skipif(not CUDA, reason="of CUDA alone")
 RUN = ["--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--batch_size", "64", "--save_freq", "0", "--seed", "3"]
-FINETUNE = [*RUN, "--dataset", "digits", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.9", "--reprob", "0.25",
-            "--alpha_blend", "200", "--noise_timestep", "uniform", "--aa", "rand-m9-mstd0.5-inc1"]  # fmt: skip
+FINETUNE = [
+    *RUN,
+    "--dataset",
+    "digits",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1.0",
+    "--ema_decay",
+    "0.9",
+    "--reprob",
+    "0.25",
+    "--alpha_blend",
+    "200",
+    "--noise_timestep",
+    "uniform",
+    "--aa",
+    "rand-m9-mstd0.5-inc1",
+]
 SMALL_VIT = ["--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3"]
 SMALL_CONV = ["--model", "test_efficientnet", "--input_size", "16"]
-PRETRAIN = [*RUN, "--dataset", "digits", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--decoder_embed_dim", "24",
-            "--decoder_depth", "1", "--T", "3", "--hflip", "0.5", "--loss_weighting", "edm", "--vis_freq", "0"]  # fmt: skip
+PRETRAIN = [
+    *RUN,
+    "--dataset",
+    "digits",
+    "--embed_dim",
+    "24",
+    "--depth",
+    "2",
+    "--num_heads",
+    "3",
+    "--decoder_embed_dim",
+    "24",
+    "--decoder_depth",
+    "1",
+    "--T",
+    "3",
+    "--hflip",
+    "0.5",
+    "--loss_weighting",
+    "edm",
+    "--vis_freq",
+    "0",
+]
 
 
 def pretrain(*argv) -> int:
@@ -66,8 +104,11 @@ def device(monkeypatch):
     digits, n = load_digits(), 800 if CUDA else 400
     few = {"images": digits.images[:n], "target": digits.target[:n]}
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: SimpleNamespace(**few))
-    for main, name in ((main_finetune, "write_finetune_report"), (main_finetune, "plot_confusion"),
-                       (main_pretrain_noprop, "write_pretrain_report")):  # fmt: skip
+    for main, name in (
+        (main_finetune, "write_finetune_report"),
+        (main_finetune, "plot_confusion"),
+        (main_pretrain_noprop, "write_pretrain_report"),
+    ):
         monkeypatch.setattr(main, name, lambda *args: None)  # most of the time of so small a run
     yield
     torch.use_deterministic_algorithms(False)
@@ -148,9 +189,11 @@ def test_fp32_products_have_the_accuracy_of_fp32():
     a, b, k = (torch.randn(s, generator=g) for s in ((512, 512), (512, 512), (64, 64, 3, 3)))
     for exact, product in (
         (a.double() @ b.double(), a.to(device) @ b.to(device)),
-        *[(torch.conv2d(x.double(), k.double()), torch.conv2d(x.to(device), k.to(device)))
-          for x in [torch.randn(4, 64, 16, 16, generator=g)]],
-    ):  # fmt: skip
+        *[
+            (torch.conv2d(x.double(), k.double()), torch.conv2d(x.to(device), k.to(device)))
+            for x in [torch.randn(4, 64, 16, 16, generator=g)]
+        ],
+    ):
         assert (product.cpu().double() - exact).abs().max() < 2e-5 * exact.std()
 
 
@@ -160,7 +203,11 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
     world, steps = init_world(DEVICE), 8
     sizes = dict(embed_dim=24, depth=2, num_heads=3) if family is SMALL_VIT else {}
     net = create_model(family[1], num_classes=10, img_size=16, drop_path=0.1, **sizes).to(world.device)
-    data = ArrayDataset(torch.randint(0, 256, (steps * 16, 3, 16, 16), dtype=torch.uint8), torch.arange(steps * 16) % 10, list("0123456789"))  # fmt: skip
+    data = ArrayDataset(
+        torch.randint(0, 256, (steps * 16, 3, 16, 16), dtype=torch.uint8),
+        torch.arange(steps * 16) % 10,
+        list("0123456789"),
+    )
     transform = BatchTransform((0.5,) * 3, (0.2,) * 3, size=16, crop="rrc", hflip=0.5, color_jitter=0.4, reprob=0.5)
     loader = Loader(data, batch_transform=transform, batch_size=16, train=True, world=world)
     optimizer, ema = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-3), build_ema(net, 0.9)
@@ -174,8 +221,19 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
         return False, False
 
     try:
-        stats = train_one_epoch(net, loader, optimizer, Criterion(), Precision("bf16", world.device), run, SimpleNamespace(poll=poll),
-                                ema=ema, lr_at_epoch=lambda epoch: 1e-3, print_freq=100, clip_grad=1.0)  # fmt: skip
+        stats = train_one_epoch(
+            net,
+            loader,
+            optimizer,
+            Criterion(),
+            Precision("bf16", world.device),
+            run,
+            SimpleNamespace(poll=poll),
+            ema=ema,
+            lr_at_epoch=lambda epoch: 1e-3,
+            print_freq=100,
+            clip_grad=1.0,
+        )
     finally:
         if world.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -185,8 +243,19 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
 def test_predictions_are_the_cpus(photo_folder, tmp_path):
     save_member(tmp_path / "vit" / "checkpoint-best.pth", VIT, seed=1)
     save_member(tmp_path / "conv" / "checkpoint-best.pth", CONV, seed=2)
-    line = ["--checkpoints", tmp_path / "vit", tmp_path / "conv", "--data_path", photo_folder / "val", "--views", 12, "--amp",
-            "off", "--num_workers", 0]  # fmt: skip
+    line = [
+        "--checkpoints",
+        tmp_path / "vit",
+        tmp_path / "conv",
+        "--data_path",
+        photo_folder / "val",
+        "--views",
+        12,
+        "--amp",
+        "off",
+        "--num_workers",
+        0,
+    ]
     rows = {}
     for device in (DEVICE, "cpu"):
         out = tmp_path / device
@@ -288,10 +357,13 @@ def test_a_hanging_rank_ends_the_other_with_a_message_before_nccl_aborts(tmp_pat
 
 
 @on_cuda
-@pytest.mark.parametrize("options", [
-    dict(crop="pad", hflip=0.5, vflip=0.5, aa="rand-m9-mstd0.5-inc1", reprob=0.5, recount=2),
-    dict(crop="rrc", size=16, hflip=0.5, color_jitter=0.4, reprob=0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(crop="pad", hflip=0.5, vflip=0.5, aa="rand-m9-mstd0.5-inc1", reprob=0.5, recount=2),
+        dict(crop="rrc", size=16, hflip=0.5, color_jitter=0.4, reprob=0.5),
+    ],
+)
 def test_augmentation_is_the_cpus(options):
     mean, std = (0.5, 0.4, 0.6), (0.2, 0.3, 0.25)
     x = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

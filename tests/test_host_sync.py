@@ -79,20 +79,50 @@ def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation, am
     setup.fake.put(*ema.module.parameters(), *ema.module.buffers())
     mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
     with setup.fake:
-        stats = train_one_epoch(net, setup.loader, setup.optimizer, Criterion(), setup.precision, setup.run, setup, mixup=mixup,
-                                ema=ema, lr_at_epoch=lambda epoch: 1e-3, print_freq=PRINT_FREQ, clip_grad=1.0)  # fmt: skip
+        stats = train_one_epoch(
+            net,
+            setup.loader,
+            setup.optimizer,
+            Criterion(),
+            setup.precision,
+            setup.run,
+            setup,
+            mixup=mixup,
+            ema=ema,
+            lr_at_epoch=lambda epoch: 1e-3,
+            print_freq=PRINT_FREQ,
+            clip_grad=1.0,
+        )
     assert 0 < stats["loss"] < 10
     assert setup.between_lines() == []
     assert len(setup.waits[PRINT_FREQ - 1]) > 0, "the line of progress reads what it shows"
 
 
 def test_a_pretraining_step_does_not_wait_for_the_device():
-    net = NoPropMAE(img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
-                    decoder_num_heads=2, T=2)  # fmt: skip
+    net = NoPropMAE(
+        img_size=16,
+        patch_size=4,
+        embed_dim=12,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        T=2,
+    )
     setup = Setup(net, dict(hflip=0.5), train=True)
     with setup.fake:
-        pretrain_one_epoch(EncoderFirst(net), setup.loader, setup.optimizer, setup.precision, setup.run, setup, mask_ratio=0.75,
-                           lr_at_epoch=lambda epoch: 1e-3, print_freq=PRINT_FREQ)  # fmt: skip
+        pretrain_one_epoch(
+            EncoderFirst(net),
+            setup.loader,
+            setup.optimizer,
+            setup.precision,
+            setup.run,
+            setup,
+            mask_ratio=0.75,
+            lr_at_epoch=lambda epoch: 1e-3,
+            print_freq=PRINT_FREQ,
+        )
     assert setup.between_lines() == []
     assert len(setup.waits[PRINT_FREQ - 1]) > 0
 

@@ -18,9 +18,19 @@ from util.train.run import load_exactly
 
 
 def classifier_meta(**changes) -> dict:
-    meta = {"kind": "classifier", "model": "vit_custom_patch4", "model_kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 2},
-            "global_pool": True, "img_size": [8, 8], "in_chans": 1, "num_classes": 2, "classes": ["a", "b"],
-            "mean": [0.5], "std": [0.5], "dataset": "digits"}  # fmt: skip
+    meta = {
+        "kind": "classifier",
+        "model": "vit_custom_patch4",
+        "model_kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 2},
+        "global_pool": True,
+        "img_size": [8, 8],
+        "in_chans": 1,
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "mean": [0.5],
+        "std": [0.5],
+        "dataset": "digits",
+    }
     return {k: v for k, v in {**meta, **changes}.items() if v is not ...}
 
 
@@ -123,7 +133,10 @@ class Evil:
 def broken_files(tmp_path, small_model) -> dict[str, str]:
     good = Path(write(tmp_path / "good.pth", small_model)).read_bytes()
     torch.save({"x": torch.zeros(50_000_000)}, tmp_path / "large.pth")
-    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as out, zipfile.ZipFile(tmp_path / "large.pth") as source:  # fmt: skip
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as out,
+        zipfile.ZipFile(tmp_path / "large.pth") as source,
+    ):
         for record in source.infolist():
             out.writestr(record.filename, source.read(record))
     os.unlink(tmp_path / "large.pth")

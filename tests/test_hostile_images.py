@@ -44,7 +44,12 @@ def png_bomb(path, width: int, height: int) -> str:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))  # fmt: skip
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
     return str(path)
 
 
@@ -103,8 +108,16 @@ def test_only_images_longer_than_16_to_1_are_cut_and_the_crop_is_the_same():
 def loader_of(paths, on_bad_image, workers=0, train=False):
     data = FileDataset(paths, torch.zeros(len(paths), dtype=torch.long), ["a"])
     transform = BatchTransform((0.5,) * 3, (0.5,) * 3, size=(16, 16))
-    return Loader(data, transform=build_eval_transform((16, 16)), batch_transform=transform, batch_size=4, train=train,
-                  world=World(), num_workers=workers, on_bad_image=on_bad_image)  # fmt: skip
+    return Loader(
+        data,
+        transform=build_eval_transform((16, 16)),
+        batch_transform=transform,
+        batch_size=4,
+        train=train,
+        world=World(),
+        num_workers=workers,
+        on_bad_image=on_bad_image,
+    )
 
 
 def test_bad_images_are_left_out_and_named_once_or_end_the_run(tmp_path, capsys):
@@ -180,7 +193,32 @@ def test_names_of_any_bytes_go_through_training_tables_and_messages(tmp_path, ca
                 save_image(tmp_path / "x.png")
                 os.rename(tmp_path / "x.png", os.path.join(root, split, c, b"@\xff\n%d.png" % i))
     out = tmp_path / "out"
-    argv = ["--data_path", os.fsdecode(root), "--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16", "--epochs", "1", "--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--kfold", "2", "--output_dir", str(out), "--aug", "none"]  # fmt: skip
+    argv = [
+        "--data_path",
+        os.fsdecode(root),
+        "--model",
+        "vit_custom_patch8",
+        "--model_kwargs",
+        "embed_dim=12",
+        "depth=1",
+        "num_heads=2",
+        "--input_size",
+        "16",
+        "--epochs",
+        "1",
+        "--batch_size",
+        "4",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--kfold",
+        "2",
+        "--output_dir",
+        str(out),
+        "--aug",
+        "none",
+    ]
     assert main_finetune.main(argv) == 0
     header, *rows = list(csv.reader(io.StringIO((out / "oof.csv").read_text("utf-8"))))
     assert header == ["ID", "fold", "True", "=1+1", "caf\\xe9"] and len(rows) == 8

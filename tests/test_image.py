@@ -112,9 +112,15 @@ def test_broken_files_and_other_channel_counts_are_errors(tmp_path):
 def test_mae_preset_and_batch_normalisation_equal_timms_transform(aa, jitter, size):
     aspect = size[1] / size[0]
     theirs = create_transform(
-        size, is_training=True, color_jitter=jitter, auto_augment=aa, interpolation="bicubic", mean=MEAN, std=STD,
+        size,
+        is_training=True,
+        color_jitter=jitter,
+        auto_augment=aa,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
         ratio=(3 / 4 * aspect, 4 / 3 * aspect),
-    )  # fmt: skip
+    )
     ours = build_train_transform(size, "mae", aa=aa, color_jitter=jitter, mean=MEAN)
     image = photo()
     for index in range(20):

@@ -28,10 +28,46 @@ from util.folder import OUTPUT_MARK
 from util.meta import check_meta
 
 CPU = ["--num_workers", "0", "--device", "cpu"]
-NET = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--input_size", "16",
-       "--epochs", "1", "--batch_size", "4", "--aug", "none", *CPU]  # fmt: skip
-TINY = ["--embed_dim", "12", "--depth", "1", "--num_heads", "2", "--decoder_embed_dim", "12", "--decoder_depth", "1", "--T", "2",
-        "--epochs", "1", "--batch_size", "4", "--input_size", "16", "--patch_size", "8", *CPU]  # fmt: skip
+NET = [
+    "--model",
+    "vit_custom_patch8",
+    "--model_kwargs",
+    "embed_dim=12",
+    "depth=1",
+    "num_heads=2",
+    "--input_size",
+    "16",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "4",
+    "--aug",
+    "none",
+    *CPU,
+]
+TINY = [
+    "--embed_dim",
+    "12",
+    "--depth",
+    "1",
+    "--num_heads",
+    "2",
+    "--decoder_embed_dim",
+    "12",
+    "--decoder_depth",
+    "1",
+    "--T",
+    "2",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "4",
+    "--input_size",
+    "16",
+    "--patch_size",
+    "8",
+    *CPU,
+]
 
 
 def call(main, *argv) -> int:
@@ -115,11 +151,20 @@ def test_what_is_left_out_stands_in_log_and_report_of_every_script(photos, tmp_p
         "one": (main_finetune, "--data_path", photos, "--val_split", 0.34, *NET),
         "fold": (main_finetune, "--data_path", photos, "--kfold", 2, *NET),
         "pre": (main_pretrain_noprop, "--dataset", "folder", "--data_path", photos, *TINY),
-        "probe": (main_linprobe, "--data_path", photos, "--val_split", 0.34, "--checkpoint", outs["one"] / "checkpoint-best.pth", *CPU),
+        "probe": (
+            main_linprobe,
+            "--data_path",
+            photos,
+            "--val_split",
+            0.34,
+            "--checkpoint",
+            outs["one"] / "checkpoint-best.pth",
+            *CPU,
+        ),
         "sample": (main_sample, outs["pre"] / "checkpoint-last.pth", "--sampler", "euler", *CPU),
         "images": (main_sample, outs["pre"] / "checkpoint-last.pth", "--images", photos, "--sampler", "euler", *CPU),
         "predict": (main_predict, "--checkpoints", outs["one"], "--data_path", photos, "--views", 1, *CPU),
-    }  # fmt: skip
+    }
     for name, (main, *line) in lines.items():
         capsys.readouterr()
         assert call(main, *line, "--output_dir", outs[name]) == 0
@@ -223,9 +268,12 @@ def test_an_output_folder_that_holds_the_photos_is_refused(photos, monkeypatch, 
     save(photos / "red" / "deep" / "0.jpg")
     monkeypatch.chdir(photos)
     before = sorted(os.walk("."))
-    lines = [(main_finetune, "--val_split", 0.34, *NET, "--output_dir", out), (main_finetune, "--val_split", 0.34, *NET, "--output_dir", "", "--log_dir", out),
-             (main_pretrain_noprop, "--dataset", "folder", *TINY, "--output_dir", out),
-             (main_linprobe, "--model", "resnet10t", "--random_init", "--output_dir", out, *CPU)]  # fmt: skip
+    lines = [
+        (main_finetune, "--val_split", 0.34, *NET, "--output_dir", out),
+        (main_finetune, "--val_split", 0.34, *NET, "--output_dir", "", "--log_dir", out),
+        (main_pretrain_noprop, "--dataset", "folder", *TINY, "--output_dir", out),
+        (main_linprobe, "--model", "resnet10t", "--random_init", "--output_dir", out, *CPU),
+    ]
     for main, *line in lines:
         with pytest.raises(UserError, match=r"(output|log)_dir .*: holds the images of --data_path") as caught:
             call(main, "--data_path", ".", *line)
@@ -343,10 +391,17 @@ def test_tiny_imagenet_with_sorted_validation_images_reads_the_folders(tmp_path,
         ]
 
 
-@pytest.mark.parametrize("text", [
-    "n01440764 tench, Tinca tinca\nn01443537 goldfish\n", "n01440764,tench\nn01443537,n/a\n", "\ufeff0: n01440764: 'tench'\r\n1\tn01443537\r\n",
-    '{"n01440764": "tench", "n01443537": "goldfish"}', "n01440764_tench\nn01443537-goldfish", "n01440764 n01443537",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish\n",
+        "n01440764,tench\nn01443537,n/a\n",
+        "\ufeff0: n01440764: 'tench'\r\n1\tn01443537\r\n",
+        '{"n01440764": "tench", "n01443537": "goldfish"}',
+        "n01440764_tench\nn01443537-goldfish",
+        "n01440764 n01443537",
+    ],
+)
 def test_lists_of_wnids_may_name_them(tmp_path, text):
     (tmp_path / "imagenet100.txt").write_text(text, "utf-8")
     assert read_wnids(str(tmp_path / "imagenet100.txt")) == {"n01440764", "n01443537"}
@@ -409,10 +464,17 @@ def test_a_set_of_unreadable_images_ends_every_script_in_one_line(photos, tmp_pa
                 (bad / split / name / f"{i}.jpg").write_bytes(b"\xff\xd8\xff no image")
     skip = ["--data_path", bad, "--on_bad_image", "skip", *CPU]
     best, last = tmp_path / "one" / "checkpoint-best.pth", tmp_path / "pre" / "checkpoint-last.pth"
-    lines = [(main_linprobe, "--checkpoint", best), (main_linprobe, "--checkpoint", last), (main_finetune, "--eval", "--resume", best, *NET),
-             (main_pretrain_noprop, "--dataset", "folder", *TINY, "--output_dir", tmp_path / "x"),
-             (main_predict, "--checkpoints", best, "--output_dir", tmp_path / "p"),
-             *((main_sample, last, "--mode", mode, "--output_dir", tmp_path / "s") for mode in ("reconstruct", "attention", "frechet"))]  # fmt: skip
+    lines = [
+        (main_linprobe, "--checkpoint", best),
+        (main_linprobe, "--checkpoint", last),
+        (main_finetune, "--eval", "--resume", best, *NET),
+        (main_pretrain_noprop, "--dataset", "folder", *TINY, "--output_dir", tmp_path / "x"),
+        (main_predict, "--checkpoints", best, "--output_dir", tmp_path / "p"),
+        *(
+            (main_sample, last, "--mode", mode, "--output_dir", tmp_path / "s")
+            for mode in ("reconstruct", "attention", "frechet")
+        ),
+    ]
     for main, *line in lines:
         with pytest.raises(UserError, match=r"none of (the|its) \d+ images|cannot be read") as caught:
             call(main, *line, *skip)

@@ -40,8 +40,19 @@ def pretrained(tmp_path_factory):
     for i, p in enumerate(net.parameters()):
         p.data = 0.3 * randn(*p.shape, seed=i)
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint-last.pth"
-    meta = {"kind": "pretrain", "model": "vit_custom_patch4", "model_kwargs": KEYWORDS, "global_pool": True, "img_size": [8, 16],
-            "in_chans": 1, "num_classes": 0, "mean": [0.3], "std": [0.4], "dataset": "digits", "noprop": net.config()}  # fmt: skip
+    meta = {
+        "kind": "pretrain",
+        "model": "vit_custom_patch4",
+        "model_kwargs": KEYWORDS,
+        "global_pool": True,
+        "img_size": [8, 16],
+        "in_chans": 1,
+        "num_classes": 0,
+        "mean": [0.3],
+        "std": [0.4],
+        "dataset": "digits",
+        "noprop": net.config(),
+    }
     torch.save({"format": 1, "kind": "pretrain", "meta": meta, "epoch": 3, "args": {}, "model": net.state_dict()}, path)
     return str(path), net.eval()
 
@@ -180,16 +191,32 @@ def test_encoders_that_cannot_be_probed_are_refused_in_one_line(pretrained, tmp_
     model, _, _ = encoder("--model", "resnet18", "--random_init", "--in_chans", "1")
     with pytest.raises(UserError, match="--cls_token: ResNet has no class token"):
         pooled_features(model, randn(1, 1, 32, 32), "cls")
-    broken = Loader(ArrayDataset(torch.zeros(2, 1, 8, 16, dtype=torch.uint8), torch.arange(2), ["a", "b"]), batch_size=2,
-                    batch_transform=BatchTransform((0.3,), (1e-45,)), train=False, world=World())  # fmt: skip
+    broken = Loader(
+        ArrayDataset(torch.zeros(2, 1, 8, 16, dtype=torch.uint8), torch.arange(2), ["a", "b"]),
+        batch_size=2,
+        batch_transform=BatchTransform((0.3,), (1e-45,)),
+        train=False,
+        world=World(),
+    )
     with pytest.raises(UserError, match="NaN or infinite"):
         extract(encoder("--checkpoint", path)[0], broken, Precision("off", World().device), World(), "mean")
 
 
 def test_two_ranks_score_as_one(tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
-    line = ["--model", "vit_custom_patch2", "--random_init", "--model_kwargs", *[f"{k}={v}" for k, v in KEYWORDS.items()],
-            "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
+    line = [
+        "--model",
+        "vit_custom_patch2",
+        "--random_init",
+        "--model_kwargs",
+        *[f"{k}={v}" for k, v in KEYWORDS.items()],
+        "--dataset",
+        "digits",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
     assert main_linprobe.main([*line, "--output_dir", str(one)]) == 0
     out = capsys.readouterr().out
     result = json.loads((one / "log.txt").read_text())
@@ -216,8 +243,21 @@ def test_training_images_of_which_one_class_is_readable_are_one_line(tmp_path):
                 Image.new("RGB", (9, 9), name).save(folder / f"{j}.png")
                 if split == "train" and i:
                     (folder / f"{j}.png").write_bytes(b"")
-    line = ["--model", "vit_custom_patch2", "--random_init", "--model_kwargs", *[f"{k}={v}" for k, v in KEYWORDS.items()],
-            "--data_path", str(tmp_path), "--input_size", "8", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+    line = [
+        "--model",
+        "vit_custom_patch2",
+        "--random_init",
+        "--model_kwargs",
+        *[f"{k}={v}" for k, v in KEYWORDS.items()],
+        "--data_path",
+        str(tmp_path),
+        "--input_size",
+        "8",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
     with pytest.raises(UserError, match="its 3 readable training images are of one class"):
         main_linprobe.main([*line, "--on_bad_image", "skip"])
 
@@ -254,8 +294,21 @@ def test_a_rank_whose_features_are_not_finite_ends_all_in_one_line(tmp_path, mon
         return real(model, images, pool) * (float("nan") if os.environ.get("RANK") == "1" else 1.0)
 
     monkeypatch.setattr(features, "pooled_features", broken_on_rank_1)
-    line = ["--model", "vit_custom_patch4", "--random_init", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2",
-            "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
+    line = [
+        "--model",
+        "vit_custom_patch4",
+        "--random_init",
+        "--model_kwargs",
+        "embed_dim=12",
+        "depth=1",
+        "num_heads=2",
+        "--dataset",
+        "digits",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
 
     def call() -> None:
         run_main(lambda: main_linprobe.main(line))

@@ -37,9 +37,22 @@ def as_file(path, state, size=None, classes=("a", "b"), **extra):
     """A state dict; with `size` this project's checkpoint of a ViT for such images."""
     content = {"model": state, "ema": None}
     if size:
-        content |= {"format": 1, "kind": "finetune", "meta": {
-            "kind": "classifier", "model": NAME, "model_kwargs": {**SIZES, **extra}, "global_pool": True, "img_size": list(size),
-            "in_chans": 1, "num_classes": len(classes), "classes": list(classes), "mean": [0.5], "std": [0.5]}}  # fmt: skip
+        content |= {
+            "format": 1,
+            "kind": "finetune",
+            "meta": {
+                "kind": "classifier",
+                "model": NAME,
+                "model_kwargs": {**SIZES, **extra},
+                "global_pool": True,
+                "img_size": list(size),
+                "in_chans": 1,
+                "num_classes": len(classes),
+                "classes": list(classes),
+                "mean": [0.5],
+                "std": [0.5],
+            },
+        }
     torch.save(content, path)
     return path
 
@@ -71,19 +84,27 @@ def test_positions_of_tokens_go_to_the_same_tokens(tmp_path):
     """(file, model, its positions before the patches, what is added to its class token); a token of the model that the
     file lacks keeps the model's own position."""
     deit = {"name": "deit_tiny_distilled_patch16_224", "patch_size": PATCH}
-    for number, (old, new, before, rows, added) in enumerate([
-        ({}, {}, (7.0,), [7.0], 0.0),
-        (deit, {}, (7.0, 9.0), [7.0], 0.0),
-        ({}, deit, (7.0,), [7.0, None], 0.0),
-        (REGISTERS, {}, (), [0.0], 0.0),
-        ({}, REGISTERS, (7.0,), [], 7.0),
-        ({"reg_tokens": 3}, REGISTERS, (7.0, 1.0, 2.0, 3.0), [], 7.0),
-        (REGISTERS, {"reg_tokens": 3}, (), [0.0] * 4, 0.0),
-        ({"reg_tokens": 3}, {}, (7.0, 1.0, 2.0, 3.0), [7.0], 0.0),
-        ({"reg_tokens": 3, "class_token": False}, {"reg_tokens": 3, "class_token": False}, (1.0, 2.0, 3.0), [1.0, 2.0, 3.0], 0.0),
-        ({"class_token": False}, {}, (), [None], 0.0),
-        ({}, {"class_token": False}, (7.0,), [], 0.0),
-    ]):  # fmt: skip
+    for number, (old, new, before, rows, added) in enumerate(
+        [
+            ({}, {}, (7.0,), [7.0], 0.0),
+            (deit, {}, (7.0, 9.0), [7.0], 0.0),
+            ({}, deit, (7.0,), [7.0, None], 0.0),
+            (REGISTERS, {}, (), [0.0], 0.0),
+            ({}, REGISTERS, (7.0,), [], 7.0),
+            ({"reg_tokens": 3}, REGISTERS, (7.0, 1.0, 2.0, 3.0), [], 7.0),
+            (REGISTERS, {"reg_tokens": 3}, (), [0.0] * 4, 0.0),
+            ({"reg_tokens": 3}, {}, (7.0, 1.0, 2.0, 3.0), [7.0], 0.0),
+            (
+                {"reg_tokens": 3, "class_token": False},
+                {"reg_tokens": 3, "class_token": False},
+                (1.0, 2.0, 3.0),
+                [1.0, 2.0, 3.0],
+                0.0,
+            ),
+            ({"class_token": False}, {}, (), [None], 0.0),
+            ({}, {"class_token": False}, (7.0,), [], 0.0),
+        ]
+    ):
         state = with_ramp((32, 32), before, **old)
         model = vit((48, 32), **new)
         own = model.state_dict()["pos_embed"].clone()
@@ -100,8 +121,15 @@ def test_positions_of_tokens_go_to_the_same_tokens(tmp_path):
             assert torch.allclose(model.reg_token[0, :, 0], state["reg_token"][0, :, 0] + torch.tensor([1.0, 2.0, 3.0]))
 
 
-@pytest.mark.parametrize("old,new,could", [((16, 32), (32, 16), "8 x 4"), ((16, 32), (16, 32), "4 x 8 after 1"), ((32, 32), (16, 64), "8 x 8"),
-                                           ((48, 80), (96, 96), "no square")])  # fmt: skip
+@pytest.mark.parametrize(
+    "old,new,could",
+    [
+        ((16, 32), (32, 16), "8 x 4"),
+        ((16, 32), (16, 32), "4 x 8 after 1"),
+        ((32, 32), (16, 64), "8 x 8"),
+        ((48, 80), (96, 96), "no square"),
+    ],
+)
 def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, old, new, could):
     path = as_file(tmp_path / "x.pth", with_ramp(old, (7.0,)))
     with pytest.raises(UserError) as caught:
@@ -162,10 +190,17 @@ def swin_file(state):
     return names
 
 
-@pytest.mark.parametrize("name,rename,sizes", [
-    ("convnext_atto", convnext_file, dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))),
-    ("swin_tiny_patch4_window7_224", swin_file, dict(img_size=64, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,rename,sizes",
+    [
+        ("convnext_atto", convnext_file, dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))),
+        (
+            "swin_tiny_patch4_window7_224",
+            swin_file,
+            dict(img_size=64, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(1, 2)),
+        ),
+    ],
+)
 def test_publishers_names_are_understood_in_ddps_container(tmp_path, name, rename, sizes):
     source, model = (create_model(name, num_classes=3, **sizes) for _ in range(2))
     state = {k: torch.rand_like(v) for k, v in source.state_dict().items()}
@@ -180,8 +215,16 @@ def beit(size, **extra):
 
 
 def swin(size, window=7):
-    return create_model("swin_tiny_patch4_window7_224", num_classes=2, img_size=size, in_chans=1, window_size=window, embed_dim=8,
-                        depths=(1, 1), num_heads=(1, 2))  # fmt: skip
+    return create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=2,
+        img_size=size,
+        in_chans=1,
+        window_size=window,
+        embed_dim=8,
+        depths=(1, 1),
+        num_heads=(1, 2),
+    )
 
 
 def loud(model):
@@ -211,8 +254,17 @@ def test_relative_position_tables_are_interpolated_as_timm_does(tmp_path, make, 
 def test_tables_of_rectangular_windows_take_their_shape_from_the_checkpoint(tmp_path):
     """4 x 8 patches to 8 x 4 has as many rows; foreign files of such a shape are refused, or told by --pos_grid."""
     state, model = loud(beit((64, 128))), beit((128, 64))
-    meta = {"kind": "classifier", "model": "beit_base_patch16_224", "model_kwargs": {"embed_dim": 8, "depth": 2, "num_heads": 2},
-            "img_size": [64, 128], "in_chans": 1, "num_classes": 2, "classes": ["a", "b"], "mean": [0.5], "std": [0.5]}  # fmt: skip
+    meta = {
+        "kind": "classifier",
+        "model": "beit_base_patch16_224",
+        "model_kwargs": {"embed_dim": 8, "depth": 2, "num_heads": 2},
+        "img_size": [64, 128],
+        "in_chans": 1,
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "mean": [0.5],
+        "std": [0.5],
+    }
     for content, how in (({"format": 1, "meta": meta, "model": state}, {}), (state, {"pos_grid": (4, 8)})):
         torch.save(content, tmp_path / "x.pth")
         load_pretrained(model, tmp_path / "x.pth", **how)
@@ -243,15 +295,18 @@ def test_beits_shared_table_is_given_to_every_block_at_another_size(tmp_path):
     assert torch.allclose(shared_larger.rel_pos_bias.relative_position_bias_table, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind,word", [
-    ("half of the blocks", "lacks 12 (blocks.1."),
-    ("more blocks", "has 12 (blocks.2."),
-    ("LayerScale that the model lacks", "has 4 (blocks.0.ls1.gamma"),
-    ("no LayerScale that the model has", "lacks 4 (blocks.0.ls1.gamma"),
-    ("no biases of the keys", "lacks 2 (blocks.0.attn.qkv.bias"),
-    ("no positions", "lacks 1 (pos_embed"),
-    ("a norm before the blocks", "has 2 (norm_pre.bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,word",
+    [
+        ("half of the blocks", "lacks 12 (blocks.1."),
+        ("more blocks", "has 12 (blocks.2."),
+        ("LayerScale that the model lacks", "has 4 (blocks.0.ls1.gamma"),
+        ("no LayerScale that the model has", "lacks 4 (blocks.0.ls1.gamma"),
+        ("no biases of the keys", "lacks 2 (blocks.0.attn.qkv.bias"),
+        ("no positions", "lacks 1 (pos_embed"),
+        ("a norm before the blocks", "has 2 (norm_pre.bias"),
+    ],
+)
 def test_files_that_fit_in_part_are_refused_unless_a_flag_takes_them(tmp_path, kind, word):
     make = {
         "more blocks": {"depth": 3},
@@ -302,18 +357,37 @@ CONTAINERS = {
     "DDP of a compiled net": lambda s, o: {"model": under("module._orig_mod.", s)},
     "compiled blocks": lambda s, o: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
     "FSDP": lambda s, o: {k.replace("blocks.", "_fsdp_wrapped_module.blocks."): v for k, v in s.items()},
-    "Lightning": lambda s, o: {"state_dict": {**under("model.", s), "criterion.weight": torch.ones(2)}, "optimizer_states": [], "epoch": 1},
+    "Lightning": lambda s, o: {
+        "state_dict": {**under("model.", s), "criterion.weight": torch.ones(2)},
+        "optimizer_states": [],
+        "epoch": 1,
+    },
     "Lightning, compiled": lambda s, o: {"state_dict": under("model._orig_mod.", s), "hyper_parameters": {"lr": 0.1}},
     "Lightning, any attribute": lambda s, o: {"state_dict": under("classifier_under_test.", s)},
-    "DINO": lambda s, o: {"student": under("module.backbone.", o), "teacher": {**under("backbone.", s), "head.last_layer.weight": torch.ones(2)}},
-    "model_state_dict": lambda s, o: {"epoch": 1, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(2)}}}, "model_state_dict": s},
-    "head beside the backbone": lambda s, o: {"state_dict": {"model." + ("" if k.startswith("head.") else "backbone.") + k: v for k, v in s.items()}},
+    "DINO": lambda s, o: {
+        "student": under("module.backbone.", o),
+        "teacher": {**under("backbone.", s), "head.last_layer.weight": torch.ones(2)},
+    },
+    "model_state_dict": lambda s, o: {
+        "epoch": 1,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(2)}}},
+        "model_state_dict": s,
+    },
+    "head beside the backbone": lambda s, o: {
+        "state_dict": {"model." + ("" if k.startswith("head.") else "backbone.") + k: v for k, v in s.items()}
+    },
     "deep": lambda s, o: {"checkpoint": {"model": {"state_dict": under("module.encoder.", s)}}},
     "ema of another library": lambda s, o: {"model": s, "ema": {"decay": 0.99, "shadow_params": list(o.values())}},
-    "ema of another net": lambda s, o: {"ema": {"head.weight": torch.ones(2, 12), "conv.weight": torch.ones(3)}, "model": s},
+    "ema of another net": lambda s, o: {
+        "ema": {"head.weight": torch.ones(2, 12), "conv.weight": torch.ones(3)},
+        "model": s,
+    },
     "timm's EMA": lambda s, o: {"state_dict": o, "state_dict_ema": s, "arch": "vit"},
-    "torch's AveragedModel": lambda s, o: {"model": o, "model_ema": {"n_averaged": torch.tensor(3), **under("module.", s)}},
-}  # fmt: skip
+    "torch's AveragedModel": lambda s, o: {
+        "model": o,
+        "model_ema": {"n_averaged": torch.tensor(3), **under("module.", s)},
+    },
+}
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
@@ -342,10 +416,17 @@ def test_small_floats_are_read_as_the_numbers_they_are(tmp_path, kind):
 
 HEADS = {
     "linear": (vit, ["head"]),
-    "two": (lambda classes: vit(classes=classes, name="deit_tiny_distilled_patch16_224", patch_size=PATCH), ["head", "head_dist"]),
-    "convolution": (lambda classes: create_model("resnetv2_50", num_classes=classes, in_chans=1, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8),
-                                                 stem_chs=8), ["head.fc"]),
-}  # fmt: skip
+    "two": (
+        lambda classes: vit(classes=classes, name="deit_tiny_distilled_patch16_224", patch_size=PATCH),
+        ["head", "head_dist"],
+    ),
+    "convolution": (
+        lambda classes: create_model(
+            "resnetv2_50", num_classes=classes, in_chans=1, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_chs=8
+        ),
+        ["head.fc"],
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -398,10 +479,13 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name,sizes", [
-    ("levit_128s", {"embed_dim": [8] * 3, "num_heads": [2] * 3, "key_dim": 4, "depth": [1] * 3}),
-    ("hiera_tiny_224", {"stages": [1] * 4, "embed_dim": 8, "num_heads": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,sizes",
+    [
+        ("levit_128s", {"embed_dim": [8] * 3, "num_heads": [2] * 3, "key_dim": 4, "depth": [1] * 3}),
+        ("hiera_tiny_224", {"stages": [1] * 4, "embed_dim": 8, "num_heads": 1}),
+    ],
+)
 def test_positions_that_cannot_be_turned_are_refused_at_the_turned_size(tmp_path, name, sizes):
     """Their tensors have equal shapes at 64 x 128 and 128 x 64."""
     wide, high = (create_model(name, num_classes=2, img_size=s, in_chans=1, **sizes) for s in ((64, 128), (128, 64)))

@@ -27,8 +27,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def test_run_leaves_the_files_of_the_contract(uninterrupted):
     names = set(os.listdir(uninterrupted))
-    assert {"args.json", "log.txt", "checkpoint-last.pth", "checkpoint-best.pth", "checkpoint-0.pth", "curves.png",
-            "confusion.png", "report.md", "result.json"} <= names  # fmt: skip
+    assert {
+        "args.json",
+        "log.txt",
+        "checkpoint-last.pth",
+        "checkpoint-best.pth",
+        "checkpoint-0.pth",
+        "curves.png",
+        "confusion.png",
+        "report.md",
+        "result.json",
+    } <= names
     assert any(n.startswith("events.out.tfevents") for n in names) and not any(n.endswith(".tmp") for n in names)
     lines = read_log(str(uninterrupted / "log.txt"))
     assert [line["epoch"] for line in lines] == [0, 1, 2]
@@ -58,7 +67,17 @@ def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
 @pytest.mark.parametrize("nproc", [2, 3])
 def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, capsys, nproc):
     """In fp32: bf16 may round a sample's logits in another way in a batch of another size."""
-    line = ["--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--dataset", "digits", "--device", "cpu", "--amp", "off"]  # fmt: skip
+    line = [
+        "--eval",
+        "--resume",
+        uninterrupted / "checkpoint-best.pth",
+        "--dataset",
+        "digits",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
     assert finetune(*line) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert "360 test images: " in said
@@ -80,9 +99,37 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
 
 def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_path):
     save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
-    assert finetune("--data_path", photo_folder, "--model", "convnext_atto", "--finetune", tmp_path / "w.safetensors", "--input_size", 32, "--epochs", 2,
-                    "--head_epochs", 1, "--lr", "1e-3", "--warmup_epochs", 0, "--batch_size", 8, "--aug", "photo", "--num_workers", 1, "--device", "cpu",
-                    "--output_dir", tmp_path / "out") == 0  # fmt: skip
+    assert (
+        finetune(
+            "--data_path",
+            photo_folder,
+            "--model",
+            "convnext_atto",
+            "--finetune",
+            tmp_path / "w.safetensors",
+            "--input_size",
+            32,
+            "--epochs",
+            2,
+            "--head_epochs",
+            1,
+            "--lr",
+            "1e-3",
+            "--warmup_epochs",
+            0,
+            "--batch_size",
+            8,
+            "--aug",
+            "photo",
+            "--num_workers",
+            1,
+            "--device",
+            "cpu",
+            "--output_dir",
+            tmp_path / "out",
+        )
+        == 0
+    )
     assert read_log(str(tmp_path / "out" / "log.txt"))[-1]["val_acc1"] == 100.0
 
 
@@ -206,23 +253,62 @@ def test_evaluating_incomplete_weights_is_an_error(tmp_path):
 
 def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
     save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
-    assert finetune("--dataset", "digits", "--model", "convnext_atto", "--finetune", tmp_path / "w.safetensors", "--input_size", 32, "--epochs", 1,
-                    "--batch_size", 256, "--device", "cpu", "--output_dir", tmp_path / "out") == 0  # fmt: skip
+    assert (
+        finetune(
+            "--dataset",
+            "digits",
+            "--model",
+            "convnext_atto",
+            "--finetune",
+            tmp_path / "w.safetensors",
+            "--input_size",
+            32,
+            "--epochs",
+            1,
+            "--batch_size",
+            256,
+            "--device",
+            "cpu",
+            "--output_dir",
+            tmp_path / "out",
+        )
+        == 0
+    )
     meta = read_checkpoint(str(tmp_path / "out" / "checkpoint-best.pth"))["meta"]
     assert meta["in_chans"] == 3 and len(meta["mean"]) == 3
 
 
 @pytest.mark.parametrize(
     "flags,weights_stay,statistics_stay",
-    [
-        (["--freeze_bn"], (), ("",)),
-        (["--freeze_layers", 2], ("conv1", "bn1", "layer1"), ("conv1", "bn1", "layer1")),
-    ],
+    [(["--freeze_bn"], (), ("",)), (["--freeze_layers", 2], ("conv1", "bn1", "layer1"), ("conv1", "bn1", "layer1"))],
 )
 def test_what_is_frozen_stays_and_the_rest_moves(tmp_path, flags, weights_stay, statistics_stay):
     """Timm's layers of a ResNet: the stem, then one per block; resnet10t has one block in each of layer1 to layer4."""
-    line = ["--dataset", "digits", "--model", "resnet10t", "--input_size", 32, "--epochs", 1, "--lr", "1e-3", "--device", "cpu", "--batch_size", 256,
-            "--aug", "none", "--warmup_epochs", 0, "--drop_path", 0, *flags, "--output_dir", tmp_path]  # fmt: skip
+    line = [
+        "--dataset",
+        "digits",
+        "--model",
+        "resnet10t",
+        "--input_size",
+        32,
+        "--epochs",
+        1,
+        "--lr",
+        "1e-3",
+        "--device",
+        "cpu",
+        "--batch_size",
+        256,
+        "--aug",
+        "none",
+        "--warmup_epochs",
+        0,
+        "--drop_path",
+        0,
+        *flags,
+        "--output_dir",
+        tmp_path,
+    ]
     assert finetune(*line) == 0
     main_finetune.seed_all(0, 0)
     net = create_model("resnet10t", num_classes=10, img_size=32, in_chans=1)

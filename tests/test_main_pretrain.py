@@ -24,7 +24,46 @@ from util.log import read_log
 from util.train.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--dataset", "digits", "--embed_dim", "24", "--depth", "2", "--num_heads", "3", "--decoder_embed_dim", "24", "--decoder_depth", "1", "--T", "3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--mask_ratio", "0.6", "--mask_ratio_max", "1", "--hflip", "0.5", "--loss_weighting", "edm", "--vis_freq", "2", "--save_freq", "1", "--device", "cpu"]  # fmt: skip
+TINY = [
+    "--dataset",
+    "digits",
+    "--embed_dim",
+    "24",
+    "--depth",
+    "2",
+    "--num_heads",
+    "3",
+    "--decoder_embed_dim",
+    "24",
+    "--decoder_depth",
+    "1",
+    "--T",
+    "3",
+    "--epochs",
+    "3",
+    "--warmup_epochs",
+    "1",
+    "--batch_size",
+    "64",
+    "--accum_iter",
+    "2",
+    "--lr",
+    "2e-3",
+    "--mask_ratio",
+    "0.6",
+    "--mask_ratio_max",
+    "1",
+    "--hflip",
+    "0.5",
+    "--loss_weighting",
+    "edm",
+    "--vis_freq",
+    "2",
+    "--save_freq",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def pretrain(*argv) -> int:
@@ -39,8 +78,15 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_run_leaves_its_files_and_per_level_losses(uninterrupted):
-    assert {"args.json", "log.txt", "checkpoint-last.pth", "curves.png", "report.md", "reconstruction_epoch_1.png",
-            "reconstruction_epoch_2.png"} <= set(os.listdir(uninterrupted))  # fmt: skip
+    assert {
+        "args.json",
+        "log.txt",
+        "checkpoint-last.pth",
+        "curves.png",
+        "report.md",
+        "reconstruction_epoch_1.png",
+        "reconstruction_epoch_2.png",
+    } <= set(os.listdir(uninterrupted))
     lines = read_log(str(uninterrupted / "log.txt"))
     assert {"train_loss", "train_loss_0", "train_loss_1", "train_loss_2", "train_lr"} <= set(lines[0])
     for line in lines:
@@ -191,8 +237,30 @@ def test_fine_tuning_rebuilds_the_encoder_without_flags(uninterrupted, tmp_path)
 
 
 def test_any_folder_of_photos_pretrains_without_labels(photo_folder, tmp_path):
-    assert pretrain(*TINY, "--dataset", "folder", "--data_path", photo_folder, "--input_size", 16, "--patch_size", 4, "--epochs", 1, "--batch_size", 8,
-                    "--propagate", "none", "--num_workers", 0, "--output_dir", tmp_path) == 0  # fmt: skip
+    assert (
+        pretrain(
+            *TINY,
+            "--dataset",
+            "folder",
+            "--data_path",
+            photo_folder,
+            "--input_size",
+            16,
+            "--patch_size",
+            4,
+            "--epochs",
+            1,
+            "--batch_size",
+            8,
+            "--propagate",
+            "none",
+            "--num_workers",
+            0,
+            "--output_dir",
+            tmp_path,
+        )
+        == 0
+    )
     assert "train_loss_encoder" in read_log(str(tmp_path / "log.txt"))[0]
 
 
@@ -218,5 +286,21 @@ def test_bad_values_are_one_line(argv, words, tmp_path):
 
 def test_pretraining_and_fine_tuning_checkpoints_are_not_mixed_up(uninterrupted, tmp_path):
     with pytest.raises(UserError, match="a checkpoint of pretrain, this is finetune"):
-        main_finetune.main(["--resume", str(uninterrupted / "checkpoint-last.pth"), "--dataset", "digits", "--device", "cpu",
-                            "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--output_dir", str(tmp_path)])  # fmt: skip
+        main_finetune.main(
+            [
+                "--resume",
+                str(uninterrupted / "checkpoint-last.pth"),
+                "--dataset",
+                "digits",
+                "--device",
+                "cpu",
+                "--model",
+                "vit_custom_patch2",
+                "--model_kwargs",
+                "embed_dim=24",
+                "depth=2",
+                "num_heads=3",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )

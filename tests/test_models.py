@@ -87,9 +87,12 @@ def test_unknown_names_and_impossible_sizes_get_one_line():
     with pytest.raises(UserError, match="drop_path"):
         create_model("vgg11", num_classes=2, drop_path=0.1)
     for name in ("vit_tiny_patch4", "resnet10t"):
-        for flag, keywords in {"--input_size": [{"img_size": s} for s in (0, -4, (32,), (32, 32, 3), 32.0, "32", (32, 0))],
-                               "--in_chans": [{"in_chans": n} for n in (0, -1, 1.5)], "--nb_classes": [{"num_classes": n} for n in (-1, "a")],
-                               "--drop_path": [{"drop_path": p} for p in (-1, 2.0)]}.items():  # fmt: skip
+        for flag, keywords in {
+            "--input_size": [{"img_size": s} for s in (0, -4, (32,), (32, 32, 3), 32.0, "32", (32, 0))],
+            "--in_chans": [{"in_chans": n} for n in (0, -1, 1.5)],
+            "--nb_classes": [{"num_classes": n} for n in (-1, "a")],
+            "--drop_path": [{"drop_path": p} for p in (-1, 2.0)],
+        }.items():
             for one in keywords:
                 with pytest.raises(UserError, match=f"{flag} .*should be"):
                     create_model(name, **{"num_classes": 2, "img_size": 32, **one})
@@ -170,10 +173,15 @@ def test_bad_files_are_named_and_never_executed(tmp_path):
     torch.save({"model": nan}, tmp_path / "nan.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for name, word in {
-        "evil.pth": "never executed", "text.pth": "not a readable", "bad.safetensors": "not a readable",
-        "foreign.pth": "shares no parameter", "grey.pth": "in_chans", "nan.pth": "NaN", "list.pth": "list",
+        "evil.pth": "never executed",
+        "text.pth": "not a readable",
+        "bad.safetensors": "not a readable",
+        "foreign.pth": "shares no parameter",
+        "grey.pth": "in_chans",
+        "nan.pth": "NaN",
+        "list.pth": "list",
         "missing.pth": "no such",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(UserError, match=word) as caught:
             load_pretrained(model, tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -202,13 +210,21 @@ def test_keywords_that_create_model_sets_itself_can_be_given():
 @pytest.mark.parametrize(
     "kwargs,word",
     [
-        (dict(num_heads=0), "num_heads 0"), (dict(num_heads=-3), "num_heads -3"), (dict(embed_dim="a"), "embed_dim a"),
-        (dict(depth=-1), "depth -1"), (dict(depth=1.5), "depth 1.5"), (dict(patch_size=0), "patch_size 0"),
-        (dict(num_heads=5), "num_heads"), (dict(mlp_ratio=-1), "mlp_ratio=-1"), (dict(norm_layer="foo"), "foo"),
-        (dict(act_layer="foo"), "foo"), (dict(foo=1), "foo"), (dict(global_pool="foo"), "global_pool=foo"),
+        (dict(num_heads=0), "num_heads 0"),
+        (dict(num_heads=-3), "num_heads -3"),
+        (dict(embed_dim="a"), "embed_dim a"),
+        (dict(depth=-1), "depth -1"),
+        (dict(depth=1.5), "depth 1.5"),
+        (dict(patch_size=0), "patch_size 0"),
+        (dict(num_heads=5), "num_heads"),
+        (dict(mlp_ratio=-1), "mlp_ratio=-1"),
+        (dict(norm_layer="foo"), "foo"),
+        (dict(act_layer="foo"), "foo"),
+        (dict(foo=1), "foo"),
+        (dict(global_pool="foo"), "global_pool=foo"),
         (dict(drop_rate=2), "drop_rate=2"),
     ],
-)  # fmt: skip
+)
 def test_keywords_that_make_no_network_are_one_line(name, kwargs, word):
     with pytest.raises(UserError, match=word) as caught:
         create_model(name, num_classes=5, img_size=32, **{**VIT, **kwargs})
@@ -218,10 +234,15 @@ def test_keywords_that_make_no_network_are_one_line(name, kwargs, word):
 @pytest.mark.parametrize(
     "name,kwargs",
     [
-        ("vit_tiny_patch0", {}), ("vit_tiny_patch8", dict(patch_size=(4, 2, 1))), ("swin_tiny_patch4_window7_224", dict(depths=(2, 0, 1, 1))), ("resnet10t", dict(layers=(1,))),
-        ("convnext_atto", dict(depths=(1, 1), dims=(8, 8))), ("crossvit_9_240", dict(depth=3)), ("levit_128s", dict(num_heads=0)),
+        ("vit_tiny_patch0", {}),
+        ("vit_tiny_patch8", dict(patch_size=(4, 2, 1))),
+        ("swin_tiny_patch4_window7_224", dict(depths=(2, 0, 1, 1))),
+        ("resnet10t", dict(layers=(1,))),
+        ("convnext_atto", dict(depths=(1, 1), dims=(8, 8))),
+        ("crossvit_9_240", dict(depth=3)),
+        ("levit_128s", dict(num_heads=0)),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_a_family_has_no_use_for_are_one_line(name, kwargs):
     with pytest.raises(UserError, match=f"--model {name}|patch_size") as caught, torch.device("meta"):
         create_model(name, num_classes=5, **kwargs)

@@ -13,9 +13,18 @@ from models.edm import precondition
 from models.noprop_mae import NoPropMAE
 
 SMALL = dict(
-    img_size=(8, 16), patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, decoder_embed_dim=16,
-    decoder_depth=2, decoder_num_heads=2, mlp_ratio=2.0, T=3,
-)  # fmt: skip
+    img_size=(8, 16),
+    patch_size=4,
+    in_chans=3,
+    embed_dim=24,
+    depth=2,
+    num_heads=3,
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    mlp_ratio=2.0,
+    T=3,
+)
 
 
 def build(seed=0, **kwargs):
@@ -73,9 +82,17 @@ def test_every_sample_has_its_own_mask_of_the_same_ratio(ratio, masked):
 def timm_twin(model, img_size, **kwargs):
     """timm's ViT with the encoder's weights; everything but the decoders must be accepted."""
     vit = VisionTransformer(
-        img_size=img_size, patch_size=4, in_chans=3, embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0, num_classes=0,
-        norm_layer=lambda dim, **kw: nn.LayerNorm(dim, eps=1e-6), **kwargs,
-    )  # fmt: skip
+        img_size=img_size,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=2.0,
+        num_classes=0,
+        norm_layer=lambda dim, **kw: nn.LayerNorm(dim, eps=1e-6),
+        **kwargs,
+    )
     report = vit.load_state_dict(model.state_dict(), strict=False)
     assert not report.missing_keys and all("decoder" in key for key in report.unexpected_keys)
     return vit

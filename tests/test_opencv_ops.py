@@ -18,8 +18,20 @@ pytestmark = pytest.mark.usefixtures("posterize_to_no_bits")
 POLICY = "rand-m9-mstd0.5-inc1"
 FILL = (124, 116, 104)
 SHIFTS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
-TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "PosterizeIncreasing", "Solarize", "SolarizeIncreasing",
-          "SolarizeAdd", "Contrast", "ContrastIncreasing", "Brightness", "BrightnessIncreasing")  # fmt: skip
+TABLES = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Posterize",
+    "PosterizeIncreasing",
+    "Solarize",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "Contrast",
+    "ContrastIncreasing",
+    "Brightness",
+    "BrightnessIncreasing",
+)
 BLENDS = ("Color", "ColorIncreasing", "Sharpness", "SharpnessIncreasing")
 
 
@@ -106,7 +118,9 @@ def test_flat_pictures_stay_and_the_random_interpolation_is_timms_draw(path):
 
 
 def test_whole_policy_draws_what_timm_draws(path):
-    policy = rand_augment_transform(POLICY, {"img_mean": FILL, "interpolation": Image.Resampling.BILINEAR, "translate_const": 30})  # fmt: skip
+    policy = rand_augment_transform(
+        POLICY, {"img_mean": FILL, "interpolation": Image.Resampling.BILINEAR, "translate_const": 30}
+    )
     fast, image = on_arrays(policy), Image.open(path)
     assert fast is not policy and all(op.aug_fn.__module__ == "timm.data.auto_augment" for op in policy.ops)
     differences = []

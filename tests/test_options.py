@@ -17,12 +17,40 @@ def parse(*argv):
 
 # MAE's main_finetune.py, as published, without the flags that do nothing here: dist_on_itp, local_rank, world_size, resplit.
 MAE_DEFAULTS = dict(
-    batch_size=64, epochs=50, accum_iter=1, drop_path=0.1, clip_grad=None, weight_decay=0.05, lr=None, blr=1e-3,
-    layer_decay=0.75, min_lr=1e-6, warmup_epochs=5, color_jitter=None, aa="rand-m9-mstd0.5-inc1", smoothing=0.1,
-    reprob=0.25, remode="pixel", recount=1, mixup=0.0, cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0,
-    mixup_switch_prob=0.5, mixup_mode="batch", finetune="", global_pool=True, output_dir="./output_dir", seed=0,
-    resume="", start_epoch=0, eval=False, num_workers=10, pin_mem=True, dist_url="env://",
-)  # fmt: skip
+    batch_size=64,
+    epochs=50,
+    accum_iter=1,
+    drop_path=0.1,
+    clip_grad=None,
+    weight_decay=0.05,
+    lr=None,
+    blr=1e-3,
+    layer_decay=0.75,
+    min_lr=1e-6,
+    warmup_epochs=5,
+    color_jitter=None,
+    aa="rand-m9-mstd0.5-inc1",
+    smoothing=0.1,
+    reprob=0.25,
+    remode="pixel",
+    recount=1,
+    mixup=0.0,
+    cutmix=0.0,
+    cutmix_minmax=None,
+    mixup_prob=1.0,
+    mixup_switch_prob=0.5,
+    mixup_mode="batch",
+    finetune="",
+    global_pool=True,
+    output_dir="./output_dir",
+    seed=0,
+    resume="",
+    start_epoch=0,
+    eval=False,
+    num_workers=10,
+    pin_mem=True,
+    dist_url="env://",
+)
 
 
 def test_flags_of_mae_keep_their_defaults():
@@ -31,7 +59,37 @@ def test_flags_of_mae_keep_their_defaults():
 
 
 def test_the_contract_lines_parse():
-    parse(*["--model", "vit_large_patch16", "--batch_size", "128", "--data_path", "ImageNet", "--output_dir", "out", "--accum_iter", "2", "--epochs", "50", "--blr", "1e-3", "--layer_decay", "0.75", "--drop_path", "0.2", "--reprob", "0.25", "--mixup", "0.8", "--cutmix", "1.0", "--alpha_blend", "15", "--dist_eval"])  # fmt: skip
+    parse(
+        *[
+            "--model",
+            "vit_large_patch16",
+            "--batch_size",
+            "128",
+            "--data_path",
+            "ImageNet",
+            "--output_dir",
+            "out",
+            "--accum_iter",
+            "2",
+            "--epochs",
+            "50",
+            "--blr",
+            "1e-3",
+            "--layer_decay",
+            "0.75",
+            "--drop_path",
+            "0.2",
+            "--reprob",
+            "0.25",
+            "--mixup",
+            "0.8",
+            "--cutmix",
+            "1.0",
+            "--alpha_blend",
+            "15",
+            "--dist_eval",
+        ]
+    )
     assert parse("--cls_token", "--no_pin_mem").global_pool is False
 
 
@@ -119,13 +177,22 @@ def test_a_main_that_reads_its_network_from_a_file_says_so_of_the_networks_flags
 @pytest.mark.parametrize(
     "given,flag",
     [
-        ("num_classes=3", "--nb_classes"), ("img_size=32", "--input_size"), ("in_chans=4", "--in_chans"),
-        ("drop_path=0.1", "--drop_path"), ("drop_path_rate=0.1", "--drop_path"), ("pretrained=True", "--pretrained"),
-        ("alpha_blend=3", "--alpha_blend"), ("name=x", "--model"), ("global_pool=False", "--cls_token"),
-        ("features_only=True", "left out"), ("checkpoint_path=x.pth", "left out"), ("pretrained_cfg={}", "left out"),
-        ("embed_dim=70000", "65536"), ("drop_rate={1: 2}", "should be"),
+        ("num_classes=3", "--nb_classes"),
+        ("img_size=32", "--input_size"),
+        ("in_chans=4", "--in_chans"),
+        ("drop_path=0.1", "--drop_path"),
+        ("drop_path_rate=0.1", "--drop_path"),
+        ("pretrained=True", "--pretrained"),
+        ("alpha_blend=3", "--alpha_blend"),
+        ("name=x", "--model"),
+        ("global_pool=False", "--cls_token"),
+        ("features_only=True", "left out"),
+        ("checkpoint_path=x.pth", "left out"),
+        ("pretrained_cfg={}", "left out"),
+        ("embed_dim=70000", "65536"),
+        ("drop_rate={1: 2}", "should be"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("module", ["finetune", "linprobe"])
 def test_model_kwargs_that_have_a_flag_or_could_not_be_saved_are_one_line(module, given, flag):
     options = importlib.import_module(f"util.cli.{module}")
@@ -162,11 +229,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     "package,line,named",
     [
-        ("sklearn", "main_finetune.py --dataset digits --epochs 1 --model vit_tiny_patch4 --output_dir {out}", "scikit-learn"),
+        (
+            "sklearn",
+            "main_finetune.py --dataset digits --epochs 1 --model vit_tiny_patch4 --output_dir {out}",
+            "scikit-learn",
+        ),
         ("timm", "main_pretrain_noprop.py --dataset digits --output_dir {out}", "timm"),
         ("torchmetrics", "main_sample.py nowhere.pth --mode frechet --output_dir {out}", "torchmetrics"),
     ],
-)  # fmt: skip
+)
 def test_a_package_that_is_not_installed_is_named_in_one_line(run, tmp_path, package, line, named):
     out = tmp_path / "out"
     result = run("-c", WITHOUT, package, *line.format(out=out).split(), check=2)

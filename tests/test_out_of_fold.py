@@ -44,9 +44,20 @@ def members(photo_folder, tmp_path_factory):
 
 def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, photo_folder, tmp_path):
     root, names, nets = members
-    line = ["--checkpoints", root / "a", root / "b", "--data_path", photo_folder / "val", "--out_of_fold", "--views", "1,2,7"]  # fmt: skip
+    line = [
+        "--checkpoints",
+        root / "a",
+        root / "b",
+        "--data_path",
+        photo_folder / "val",
+        "--out_of_fold",
+        "--views",
+        "1,2,7",
+    ]
     assert predict(*line, "--weights", "stacked", "--output_dir", tmp_path) == 0
-    p = np.array([[reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).mean(0) for n in names] for m in (0, 1)])  # fmt: skip
+    p = np.array(
+        [[reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).mean(0) for n in names] for m in (0, 1)]
+    )
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     accuracy = {(r["name"], r["views"]): r["accuracy"] for r in results}
     true = np.array([n.startswith("red") for n in names])
@@ -55,7 +66,10 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
     # Stacked, by scikit-learn: the regression that predicts a fold was fitted on what is predicted of the other fold, with
     # the same views. Two classes: log-odds, and a column for the two biases.
     _, rows = read_csv(tmp_path)
-    logs = [[np.log(reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).clip(1e-6)).mean(0) for n in names] for m in (0, 1)]  # fmt: skip
+    logs = [
+        [np.log(reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).clip(1e-6)).mean(0) for n in names]
+        for m in (0, 1)
+    ]
     columns = np.column_stack([*(np.diff(one, axis=1) for one in np.array(logs)), np.full(len(names), math.sqrt(2))])
     folds = np.array([held_out(n) for n in names])
     for fold in (0, 1):
@@ -66,7 +80,18 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
 
 
 def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validation_gave(photo_folder, tmp_path):
-    line = ["--data_path", photo_folder / "train", "--kfold", 2, "--nb_classes", 5, "--model", "vit_custom_patch8", "--input_size", 32]  # fmt: skip
+    line = [
+        "--data_path",
+        photo_folder / "train",
+        "--kfold",
+        2,
+        "--nb_classes",
+        5,
+        "--model",
+        "vit_custom_patch8",
+        "--input_size",
+        32,
+    ]
     net = ["--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", 1, "--batch_size", 8, "--lr", 1e-2]
     assert finetune(*line, *net, *QUICK, "--output_dir", tmp_path / "run") == 0
     line = ["--checkpoints", tmp_path / "run", "--data_path", photo_folder / "train", "--out_of_fold", "--views", 1]
@@ -143,5 +168,7 @@ def test_what_cannot_be_out_of_fold_is_one_line(members, photo_folder, tmp_path,
             lines = (root / "a" / f"fold-{1 - fold}" / "oof.csv").read_text().replace(f",{1 - fold},", f",{fold},")
             (root / "shifted" / f"fold-{fold}" / "oof.csv").write_text(lines)
     with pytest.raises(UserError) as caught:
-        predict("--checkpoints", *checkpoints, "--data_path", photo_folder / data, "--out_of_fold", "--output_dir", tmp_path)  # fmt: skip
+        predict(
+            "--checkpoints", *checkpoints, "--data_path", photo_folder / data, "--out_of_fold", "--output_dir", tmp_path
+        )
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)

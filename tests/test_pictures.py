@@ -65,8 +65,18 @@ def test_psnr_by_hand():
 
 
 def test_pixel_mask_covers_the_patches_that_the_model_hides():
-    net = NoPropMAE(img_size=(8, 20), patch_size=4, in_chans=3, embed_dim=12, depth=1, num_heads=1, decoder_embed_dim=4,
-                    decoder_depth=1, decoder_num_heads=1, T=1)  # fmt: skip
+    net = NoPropMAE(
+        img_size=(8, 20),
+        patch_size=4,
+        in_chans=3,
+        embed_dim=12,
+        depth=1,
+        num_heads=1,
+        decoder_embed_dim=4,
+        decoder_depth=1,
+        decoder_num_heads=1,
+        T=1,
+    )
     mask = torch.rand(5, 10, generator=torch.Generator().manual_seed(0)).round()
     by_model = net.unpatchify(mask[..., None].expand(-1, -1, 48))
     assert torch.equal(pixel_mask(mask, 8, 20).expand(-1, 3, -1, -1).float(), by_model)

@@ -85,12 +85,14 @@ def test_affine_equals_pillow_bilinear(channels):
     for _ in range(4):
         matrix = torch.tensor(
             [
-                [[1 + rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.4), rng.uniform(-9, 9)],
-                 [rng.uniform(-0.4, 0.4), 1 + rng.uniform(-0.3, 0.3), rng.uniform(-9, 9)]]
+                [
+                    [1 + rng.uniform(-0.3, 0.3), rng.uniform(-0.4, 0.4), rng.uniform(-9, 9)],
+                    [rng.uniform(-0.4, 0.4), 1 + rng.uniform(-0.3, 0.3), rng.uniform(-9, 9)],
+                ]
                 for _ in range(5)
             ],
             dtype=torch.float64,
-        )  # fmt: skip
+        )
         expected = each(
             x,
             lambda i, m: i.transform(i.size, Image.AFFINE, m, resample=Image.BILINEAR, fillcolor=tuple(fill)),

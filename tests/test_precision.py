@@ -55,11 +55,16 @@ def test_a_cpu_computes_bf16_where_its_products_gain_from_it(avx512_bf16, amx, v
 @pytest.mark.parametrize(
     "name,convolutional",
     [
-        ("vit_tiny_patch16", False), ("swin_tiny_patch4_window7_224", False), ("eva02_tiny_patch14_224", False),
-        ("test_convnext", True), ("test_efficientnet", True), ("test_resnet", True), ("levit_128s", True),
+        ("vit_tiny_patch16", False),
+        ("swin_tiny_patch4_window7_224", False),
+        ("eva02_tiny_patch14_224", False),
+        ("test_convnext", True),
+        ("test_efficientnet", True),
+        ("test_resnet", True),
+        ("levit_128s", True),
         ("maxvit_rmlp_pico_rw_256", True),
     ],
-)  # fmt: skip
+)
 def test_the_default_follows_the_kind_of_network(name, convolutional, monkeypatch):
     net = create_model(name, num_classes=3, img_size=256 if "256" in name else 224)
     for forced, expected in (("1", "off" if convolutional else "bf16"), ("0", "off")):
@@ -72,8 +77,17 @@ def test_the_default_follows_the_kind_of_network(name, convolutional, monkeypatc
 
 def test_pretraining_is_matrix_products(monkeypatch):
     monkeypatch.setenv("NOISEVIT_BF16", "1")
-    net = NoPropMAE(img_size=8, patch_size=2, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=12, decoder_depth=1,
-                    decoder_num_heads=2, T=1)  # fmt: skip
+    net = NoPropMAE(
+        img_size=8,
+        patch_size=2,
+        embed_dim=12,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=12,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        T=1,
+    )
     assert Precision(None, CPU, net).name == "bf16"
 
 
@@ -107,8 +121,20 @@ def test_members_of_an_ensemble_compute_each_in_its_own_precision(tmp_path, monk
     classes = tuple(map(str, range(10)))
     for name, family in (("vit", VIT), ("conv", CONV)):
         save_member(tmp_path / name / "checkpoint-best.pth", family, classes=classes, size=(32, 32), in_chans=1)
-    line = ["--checkpoints", str(tmp_path / "vit"), str(tmp_path / "conv"), "--dataset", "digits", "--views", "1",
-            "--device", "cpu", "--num_workers", "0", "--output_dir"]  # fmt: skip
+    line = [
+        "--checkpoints",
+        str(tmp_path / "vit"),
+        str(tmp_path / "conv"),
+        "--dataset",
+        "digits",
+        "--views",
+        "1",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--output_dir",
+    ]
 
     def stop(nets, *args, **kwargs):
         raise UserError(" ".join(net.precision.name for net in nets))
@@ -158,9 +184,13 @@ def test_bf16_gradients_on_maps_of_one_pixel_are_those_of_fp32(depthwise):
     """A stem that leaves one pixel, then the 3x3 kernel of stride 2: in bf16 its unwritten gradients would be NaN."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 64, 4, 4), nn.Conv2d(64, 64, 3, 2, 1, groups=64 if depthwise else 1), nn.GELU(),
-        nn.Conv2d(64, 64, 5, 1, 2), nn.Flatten(), nn.Linear(64, 3),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 4, 4),
+        nn.Conv2d(64, 64, 3, 2, 1, groups=64 if depthwise else 1),
+        nn.GELU(),
+        nn.Conv2d(64, 64, 5, 1, 2),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
     exact, precision = copy.deepcopy(net), Precision("bf16", CPU)
     (note,) = prepare_net(net, precision, (3, 4, 4))
     assert note.startswith("note: in fp32") and note.endswith(": 1, 3")
@@ -174,8 +204,22 @@ def test_bf16_gradients_on_maps_of_one_pixel_are_those_of_fp32(depthwise):
 
 
 def test_small_photos_train_a_resnet_in_bf16_with_finite_gradients_and_a_note(monkeypatch, tmp_path, capsys):
-    line = [*PLAIN, "--model", "test_resnet", "--model_kwargs", "--input_size", 8, "--amp", "bf16", "--epochs", 1,
-            "--batch_size", 256, "--output_dir", tmp_path]  # fmt: skip
+    line = [
+        *PLAIN,
+        "--model",
+        "test_resnet",
+        "--model_kwargs",
+        "--input_size",
+        8,
+        "--amp",
+        "bf16",
+        "--epochs",
+        1,
+        "--batch_size",
+        256,
+        "--output_dir",
+        tmp_path,
+    ]
     real = nn.Linear.forward
 
     def forward(self, x):

@@ -341,7 +341,15 @@ def test_wrong_values_are_one_line(ensemble, tmp_path, argv, words):
 
 
 def test_missing_member_ends_in_one_line_and_exit_two(ensemble, photo_folder, tmp_path, monkeypatch, capsys):
-    argv = ["--checkpoints", ensemble[0][0], tmp_path / "gone.pth", "--data_path", photo_folder / "val", "--output_dir", tmp_path / "out"]  # fmt: skip
+    argv = [
+        "--checkpoints",
+        ensemble[0][0],
+        tmp_path / "gone.pth",
+        "--data_path",
+        photo_folder / "val",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     monkeypatch.setattr("sys.argv", ["main_predict.py", *map(str, argv)])
     with pytest.raises(SystemExit) as caught:
         options.run_main(main_predict.main)

@@ -197,8 +197,11 @@ def test_color_jitter_of_strength_zero_changes_nothing_and_negative_is_an_error(
 def test_other_policies_are_timms_image_by_image(aa, channels):
     """timm's own function for the string, on Pillow images, with the generators that the counters seed."""
     mean = (0.25, 0.5, 0.75)[:channels]
-    hparams = {"translate_const": int(0.45 * 24), "img_mean": tuple(round(255 * m) for m in mean),
-               "interpolation": Image.Resampling.BILINEAR}  # fmt: skip
+    hparams = {
+        "translate_const": int(0.45 * 24),
+        "img_mean": tuple(round(255 * m) for m in mean),
+        "interpolation": Image.Resampling.BILINEAR,
+    }
     build = {"augmix": timm_aa.augment_and_mix_transform, "rand": timm_aa.rand_augment_transform}
     if aa.startswith("augmix"):
         hparams["translate_pct"] = 0.3

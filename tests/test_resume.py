@@ -104,9 +104,40 @@ def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_pat
 
 
 def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
-    line = ["--dataset", "digits", "--model", "test_resnet", "--input_size", 8, "--epochs", 1, "--head_epochs", 2, "--head_lr", "1e-2", "--lr", "1e-3",
-            "--mixup", "0.2", "--save_freq", 1, "--device", "cpu", "--batch_size", 128, "--aug", "none", "--layer_decay", 1.0, "--warmup_epochs", 0, "--drop_path", 0,
-            "--amp", "off"]  # fmt: skip
+    line = [
+        "--dataset",
+        "digits",
+        "--model",
+        "test_resnet",
+        "--input_size",
+        8,
+        "--epochs",
+        1,
+        "--head_epochs",
+        2,
+        "--head_lr",
+        "1e-2",
+        "--lr",
+        "1e-3",
+        "--mixup",
+        "0.2",
+        "--save_freq",
+        1,
+        "--device",
+        "cpu",
+        "--batch_size",
+        128,
+        "--aug",
+        "none",
+        "--layer_decay",
+        1.0,
+        "--warmup_epochs",
+        0,
+        "--drop_path",
+        0,
+        "--amp",
+        "off",
+    ]
     assert finetune(*line, "--output_dir", tmp_path / "whole") == 0
     head_only, end = (read_checkpoint(str(tmp_path / "whole" / n)) for n in ("checkpoint-1.pth", "checkpoint-last.pth"))
     torch.manual_seed(0)
@@ -235,8 +266,28 @@ def test_flags_that_change_nothing_or_what_comes_later_may_differ_at_resume(unin
     """The finished run is read and compared; nothing is left to train."""
     line = [*TINY, "--output_dir", tmp_path, "--resume", "auto"]
     (tmp_path / "checkpoint-last.pth").write_bytes((uninterrupted / "checkpoint-last.pth").read_bytes())
-    assert finetune(*line, "--num_workers", 1, "--print_freq", 7, "--timeout_minutes", 3, "--save_freq", 9, "--lr", "0.5",
-                    "--weight_decay", "0.1", "--clip_grad", "1", "--patience", 9) == 0  # fmt: skip
+    assert (
+        finetune(
+            *line,
+            "--num_workers",
+            1,
+            "--print_freq",
+            7,
+            "--timeout_minutes",
+            3,
+            "--save_freq",
+            9,
+            "--lr",
+            "0.5",
+            "--weight_decay",
+            "0.1",
+            "--clip_grad",
+            "1",
+            "--patience",
+            9,
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "resume: --lr 0.5 from here on, 0.002 before" in said and "--patience 9 from here on" in said
     assert "--print_freq" not in said and "--num_workers" not in said

@@ -26,8 +26,18 @@ CPU = torch.device("cpu")
 
 def tiny_net() -> NoPropMAE:
     torch.manual_seed(0)
-    return NoPropMAE(img_size=8, patch_size=2, in_chans=1, embed_dim=12, depth=2, num_heads=3, decoder_embed_dim=12,
-                     decoder_depth=1, decoder_num_heads=3, T=3).eval()  # fmt: skip
+    return NoPropMAE(
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        embed_dim=12,
+        depth=2,
+        num_heads=3,
+        decoder_embed_dim=12,
+        decoder_depth=1,
+        decoder_num_heads=3,
+        T=3,
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +45,19 @@ def checkpoint(tmp_path_factory):
     """A pretraining checkpoint for digits, of an untrained network."""
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint-last.pth"
     net = tiny_net()
-    meta = {"kind": "pretrain", "model": "vit_custom_patch2", "img_size": [8, 8], "in_chans": 1, "num_classes": 0,
-            "model_kwargs": dict(embed_dim=12, depth=2, num_heads=3, mlp_ratio=4.0), "global_pool": True, "mean": list(MEAN),
-            "std": list(STD), "dataset": "digits", "noprop": net.config()}  # fmt: skip
+    meta = {
+        "kind": "pretrain",
+        "model": "vit_custom_patch2",
+        "img_size": [8, 8],
+        "in_chans": 1,
+        "num_classes": 0,
+        "model_kwargs": dict(embed_dim=12, depth=2, num_heads=3, mlp_ratio=4.0),
+        "global_pool": True,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "dataset": "digits",
+        "noprop": net.config(),
+    }
     options = {"mask_ratio": 0.5, "mask_ratio_max": None, "data_path": "."}
     state = net.state_dict()
     torch.save({"format": 1, "kind": "pretrain", "meta": meta, "args": options, "epoch": 3, "model": state}, path)

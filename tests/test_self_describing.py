@@ -22,11 +22,35 @@ QUICK = ["--device", "cpu", "--amp", "off", "--warmup_epochs", 0]
 DIGITS = ["--dataset", "digits", "--epochs", 1, "--lr", "1e-3", "--batch_size", 128, *QUICK]
 TINY = ["--model", "vit_custom_patch8", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2"]
 FAMILIES = {
-    "class token, more classes than the data's": [*TINY, "qkv_bias=False", "--input_size", 32, "--cls_token", "--nb_classes", 5],
+    "class token, more classes than the data's": [
+        *TINY,
+        "qkv_bias=False",
+        "--input_size",
+        32,
+        "--cls_token",
+        "--nb_classes",
+        5,
+    ],
     "another pooling": [*TINY, "global_pool=map", "--input_size", 32],
-    "a timm name with another pooling": ["--model", "vit_tiny_patch16_224", *TINY[2:], "patch_size=8", "global_pool=avg", "--input_size", 32],
-    "without stochastic depth": ["--model", "densenet121", "--model_kwargs", "growth_rate=4", "block_config=(1, 1)", "--input_size", 32],
-}  # fmt: skip
+    "a timm name with another pooling": [
+        "--model",
+        "vit_tiny_patch16_224",
+        *TINY[2:],
+        "patch_size=8",
+        "global_pool=avg",
+        "--input_size",
+        32,
+    ],
+    "without stochastic depth": [
+        "--model",
+        "densenet121",
+        "--model_kwargs",
+        "growth_rate=4",
+        "block_config=(1, 1)",
+        "--input_size",
+        32,
+    ],
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -61,8 +85,17 @@ def test_no_flag_of_the_network_is_given_twice(photo_folder, tmp_path, family, c
 
 def test_a_flag_goes_before_the_checkpoint(tmp_path):
     args = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x"])
-    source = {"model": "vit_tiny_patch4", "global_pool": False, "classes": ["a", "b"], "num_classes": 3, "in_chans": 1,
-              "img_size": [8, 8], "mean": [0.1], "std": [0.2], "model_kwargs": {"depth": 2}}  # fmt: skip
+    source = {
+        "model": "vit_tiny_patch4",
+        "global_pool": False,
+        "classes": ["a", "b"],
+        "num_classes": 3,
+        "in_chans": 1,
+        "img_size": [8, 8],
+        "mean": [0.1],
+        "std": [0.2],
+        "model_kwargs": {"depth": 2},
+    }
     assert resolve_meta(args, ["a", "b"], source)["num_classes"] == 3
     assert resolve_meta(args, ["a", "b", "c"], source)["num_classes"] == 3
     assert resolve_meta(args, ["a", "b", "c", "d"], source)["num_classes"] == 4
@@ -89,10 +122,15 @@ def test_a_flag_goes_before_the_checkpoint(tmp_path):
         ("--model vit_tiny_patch4 --finetune x", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
         ("--model vit_base_patch16", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
         ("--model resnet10t", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
-        ("--finetune x", {"model": "vit_base_patch16", "img_size": [48, 48], "in_chans": 3, "mean": [0.1] * 3, "std": [0.2] * 3},
-         48, (0.1,) * 3, "the checkpoint's"),
+        (
+            "--finetune x",
+            {"model": "vit_base_patch16", "img_size": [48, 48], "in_chans": 3, "mean": [0.1] * 3, "std": [0.2] * 3},
+            48,
+            (0.1,) * 3,
+            "the checkpoint's",
+        ),
     ],
-)  # fmt: skip
+)
 def test_input_follows_flag_checkpoint_weights_data_set_and_the_first_line_says_which(flags, source, size, mean, words):
     args = get_args_parser().parse_args(["--dataset", "cifar10", *flags.split()])
     meta = resolve_meta(args, ["a", "b"], source)
@@ -185,8 +223,26 @@ def test_a_pretraining_reports_lines_run_as_printed(tmp_path, monkeypatch, capsy
         "--T",
         "2",
     ]
-    assert main_pretrain_noprop.main(["--dataset", "digits", *sizes, "--epochs", "1", "--batch_size", "256", "--device", "cpu",
-                                      "--amp", "off", "--output_dir", "my out"]) == 0  # fmt: skip
+    assert (
+        main_pretrain_noprop.main(
+            [
+                "--dataset",
+                "digits",
+                *sizes,
+                "--epochs",
+                "1",
+                "--batch_size",
+                "256",
+                "--device",
+                "cpu",
+                "--amp",
+                "off",
+                "--output_dir",
+                "my out",
+            ]
+        )
+        == 0
+    )
     monkeypatch.chdir("/")
     lines = re.findall(r"`(python [^`]*)`", (tmp_path / "my out" / "report.md").read_text())
     assert [shlex.split(x)[1] for x in lines] == ["main_finetune.py", "main_linprobe.py", "main_sample.py"]

@@ -15,11 +15,94 @@ from util.log import TIMES, RunLog, read_log
 from util.train.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NET = ["--dataset", "digits", "--model", "vit_custom_patch4", "--model_kwargs", "embed_dim=12", "depth=1", "num_heads=2", "--epochs", "3", "--warmup_epochs", "0", "--batch_size", "64", "--lr", "1e-3", "--ema_decay", "0.9", "--save_freq", "0", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+NET = [
+    "--dataset",
+    "digits",
+    "--model",
+    "vit_custom_patch4",
+    "--model_kwargs",
+    "embed_dim=12",
+    "depth=1",
+    "num_heads=2",
+    "--epochs",
+    "3",
+    "--warmup_epochs",
+    "0",
+    "--batch_size",
+    "64",
+    "--lr",
+    "1e-3",
+    "--ema_decay",
+    "0.9",
+    "--save_freq",
+    "0",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+]
 # A net that trains in a second on digits, with everything random switched on.
-TINY = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "3", "--warmup_epochs", "1", "--batch_size", "64", "--accum_iter", "2", "--lr", "2e-3", "--drop_path", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--ema_decay", "0.99", "--save_freq", "1", "--device", "cpu", "--num_workers", "0"]  # fmt: skip
+TINY = [
+    "--dataset",
+    "digits",
+    "--model",
+    "vit_custom_patch2",
+    "--model_kwargs",
+    "embed_dim=24",
+    "depth=2",
+    "num_heads=3",
+    "--epochs",
+    "3",
+    "--warmup_epochs",
+    "1",
+    "--batch_size",
+    "64",
+    "--accum_iter",
+    "2",
+    "--lr",
+    "2e-3",
+    "--drop_path",
+    "0.1",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1.0",
+    "--ema_decay",
+    "0.99",
+    "--save_freq",
+    "1",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+]
 # Nothing random and fp32: what different runs of it reach can be compared.
-PLAIN = ["--dataset", "digits", "--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3", "--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--drop_path", "0", "--aug", "none", "--alpha_blend", "0", "--device", "cpu", "--amp", "off"]  # fmt: skip
+PLAIN = [
+    "--dataset",
+    "digits",
+    "--model",
+    "vit_custom_patch2",
+    "--model_kwargs",
+    "embed_dim=24",
+    "depth=2",
+    "num_heads=3",
+    "--epochs",
+    "2",
+    "--warmup_epochs",
+    "0",
+    "--lr",
+    "1e-3",
+    "--drop_path",
+    "0",
+    "--aug",
+    "none",
+    "--alpha_blend",
+    "0",
+    "--device",
+    "cpu",
+    "--amp",
+    "off",
+]
 
 VIT = {"model": "vit_custom_patch8", "model_kwargs": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}}
 CONV = {"model": "resnet10t", "model_kwargs": {}}
@@ -30,13 +113,25 @@ def finetune(*argv) -> int:
     return main_finetune.main([*map(str, argv)])
 
 
-def save_member(path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, crop_pct=None,
-                **args):  # fmt: skip
+def save_member(
+    path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, crop_pct=None, **args
+):
     """A checkpoint as main_finetune.py writes it; loud enough random weights that images differ. Returns (net, meta)."""
     torch.manual_seed(seed)
     mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
-    meta = {"kind": "classifier", **family, "global_pool": True, "img_size": list(size), "in_chans": in_chans,
-            "num_classes": len(classes), "classes": list(classes), "mean": mean, "std": std, "dataset": "folder", **({"crop_pct": crop_pct} if crop_pct else {})}  # fmt: skip
+    meta = {
+        "kind": "classifier",
+        **family,
+        "global_pool": True,
+        "img_size": list(size),
+        "in_chans": in_chans,
+        "num_classes": len(classes),
+        "classes": list(classes),
+        "mean": mean,
+        "std": std,
+        "dataset": "folder",
+        **({"crop_pct": crop_pct} if crop_pct else {}),
+    }
     net = create_model(
         family["model"], num_classes=len(classes), img_size=size, in_chans=in_chans, **family["model_kwargs"]
     ).eval()

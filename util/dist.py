@@ -122,8 +122,16 @@ def shutdown() -> None:
 
 
 # What gloo, torch's store and NCCL say of another rank; tests/test_dist.py has the whole texts.
-GONE = ("onnection closed", "onnection reset", "onnection refused", "onnection was likely closed", "Broken pipe",
-        "remote process exit", "remote peer", "communicator was aborted")  # fmt: skip
+GONE = (
+    "onnection closed",
+    "onnection reset",
+    "onnection refused",
+    "onnection was likely closed",
+    "Broken pipe",
+    "remote process exit",
+    "remote peer",
+    "communicator was aborted",
+)
 NOT_A_RANK = ("CUDA error", "DataLoader")  # these time out by themselves
 
 
@@ -271,5 +279,12 @@ def prepare_net(
         if getattr(module, "fused_attn", False):
             module.fused_attn = False
     names = keep_out_of_bf16(net, trained_on) if trained_on else []
-    return [f"note: in fp32, because torch's {precision.name} gradients are wrong for maps as small as theirs: "
-            + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")] if names else []  # fmt: skip
+    return (
+        [
+            f"note: in fp32, because torch's {precision.name} gradients are wrong for maps as small as theirs: "
+            + ", ".join(names[:4])
+            + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        ]
+        if names
+        else []
+    )

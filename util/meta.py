@@ -13,12 +13,27 @@ from util.files import composed
 LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
 LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
 # timm.create_model's arguments that fetch or open something, or return another thing than a classifier.
-FORBIDDEN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
-             "scriptable", "exportable", "no_jit"}  # fmt: skip
+FORBIDDEN = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "scriptable",
+    "exportable",
+    "no_jit",
+}
 
 # create_model's own arguments, which meta has in other places: the flags that set them.
-OWN_FLAGS = {"name": "--model", "num_classes": "--nb_classes", "img_size": "--input_size", "in_chans": "--in_chans",
-             "drop_path": "--drop_path", "alpha_blend": "--alpha_blend"}  # fmt: skip
+OWN_FLAGS = {
+    "name": "--model",
+    "num_classes": "--nb_classes",
+    "img_size": "--input_size",
+    "in_chans": "--in_chans",
+    "drop_path": "--drop_path",
+    "alpha_blend": "--alpha_blend",
+}
 
 
 def check_model_kwargs(pairs: list[tuple[str, object]]) -> None:
@@ -57,7 +72,11 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     check("img_size", lambda v: _is_list(v) and len(v) == 2 and all(_is_size(x) for x in v), "[height, width]")
     check("in_chans", _is_size, f"1 to {LARGEST}")
     check("num_classes", lambda v: v == 0 or _is_size(v), f"0 to {LARGEST}")
-    check("classes", lambda v: _is_list(v) and all(isinstance(c, str) for c in v) and len(set(v)) == len(v), "names, each once")  # fmt: skip
+    check(
+        "classes",
+        lambda v: _is_list(v) and all(isinstance(c, str) for c in v) and len(set(v)) == len(v),
+        "names, each once",
+    )
     names = [composed(name) for name in meta.get("classes", ())]
     if "classes" in meta and len(set(names)) == len(names):
         meta["classes"] = names

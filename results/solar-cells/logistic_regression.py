@@ -57,8 +57,11 @@ def main(folder: str, weights: str) -> None:
             predicted[fold == f] = net.fit(x[fold != f], y[fold != f]).predict(x[fold == f])
         difference = np.array([score(tuned, fold == f) - score(predicted, fold == f) for f in range(5)])
         error = difference.std(ddof=1) / 5**0.5
-        print(f"C {C:g}: accuracy {100 * (predicted == y).mean():.2f} balanced {score(predicted):.2f}; "
-              f"fine-tuned minus this, paired by fold: {difference.mean():+.2f}, standard error {error:.2f}", flush=True)  # fmt: skip
+        print(
+            f"C {C:g}: accuracy {100 * (predicted == y).mean():.2f} balanced {score(predicted):.2f}; "
+            f"fine-tuned minus this, paired by fold: {difference.mean():+.2f}, standard error {error:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from util.cli.parser import (
     policy_or_none,
     positive_int,
     rate,
-)  # fmt: skip
+)
 from util.errors import UserError
 from util.meta import LEAST_CROP_PCT, check_model_kwargs
 
@@ -60,24 +60,47 @@ def add_noise_options(parser: Parser) -> None:
 
 def add_finetune_options(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=model_name, default=None, metavar="NAME",
-                       help="MAE's name or any timm model (default: the checkpoint's, or vit_large_patch16)")  # fmt: skip
-    group.add_argument("--model_kwargs", type=keyword, nargs="*", default=[], metavar="NAME=VALUE",
-                       help="passed to the model, e.g. embed_dim=96 depth=6 num_heads=3, drop_rate=0.2")  # fmt: skip
+    group.add_argument(
+        "--model",
+        type=model_name,
+        default=None,
+        metavar="NAME",
+        help="MAE's name or any timm model (default: the checkpoint's, or vit_large_patch16)",
+    )
+    group.add_argument(
+        "--model_kwargs",
+        type=keyword,
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="passed to the model, e.g. embed_dim=96 depth=6 num_heads=3, drop_rate=0.2",
+    )
     group.add_argument(
         "--drop_path", type=number(float, 0, 1, open_high=True), default=0.1, help="stochastic depth rate"
     )
     group.add_argument("--finetune", default="", help="start from the weights in this file (.pth or .safetensors)")
-    group.add_argument("--partial_load", action="store_true",
-                       help="take what fits of --finetune's file, and start the rest of the trunk anew")  # fmt: skip
+    group.add_argument(
+        "--partial_load",
+        action="store_true",
+        help="take what fits of --finetune's file, and start the rest of the trunk anew",
+    )
     add_pos_grid_option(group)
     group.add_argument("--pretrained", action="store_true", help="start from timm's own weights (a download)")
     # True where neither flag is given: then a checkpoint's own pooling goes before it.
-    group.add_argument("--global_pool", action="store_const", const="avg", default=True,
-                       help="average pooling, of MAE's names (default: the checkpoint's, or this)")  # fmt: skip
+    group.add_argument(
+        "--global_pool",
+        action="store_const",
+        const="avg",
+        default=True,
+        help="average pooling, of MAE's names (default: the checkpoint's, or this)",
+    )
     group.add_argument("--cls_token", action="store_false", dest="global_pool", help="class token instead")
-    group.add_argument("--nb_classes", type=positive_int, default=None,
-                       help="classes of the head (default: the checkpoint's for the same classes, or from the data)")  # fmt: skip
+    group.add_argument(
+        "--nb_classes",
+        type=positive_int,
+        default=None,
+        help="classes of the head (default: the checkpoint's for the same classes, or from the data)",
+    )
     group.add_argument(
         "--grad_checkpointing",
         changes_results=False,
@@ -86,19 +109,41 @@ def add_finetune_options(parser: Parser) -> None:
     )
 
     group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument("--aug", choices=("mae", "photo", "light", "none"), default="mae",
-                       help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip")  # fmt: skip
-    group.add_argument("--aa", type=policy_or_none, default="rand-m9-mstd0.5-inc1",
-                       help="timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers; `none`")  # fmt: skip
-    group.add_argument("--color_jitter", type=number(float, 0, 10), default=None,
-                       help="strength (default: photo: 0.3; mae: none, and used without --aa only)")  # fmt: skip
+    group.add_argument(
+        "--aug",
+        choices=("mae", "photo", "light", "none"),
+        default="mae",
+        help="mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip",
+    )
+    group.add_argument(
+        "--aa",
+        type=policy_or_none,
+        default="rand-m9-mstd0.5-inc1",
+        help="timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers; `none`",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, 0, 10),
+        default=None,
+        help="strength (default: photo: 0.3; mae: none, and used without --aa only)",
+    )
     group.add_argument("--hflip", type=fraction, default=None, help="mirror probability (default: 0.5; digits: 0)")
     group.add_argument("--vflip", type=fraction, default=0.0, help="upside-down probability: for views from above")
-    group.add_argument("--scale", type=fraction, nargs=2, default=None, metavar=("MIN", "MAX"),
-                       help="area share of the random crop (default: 0.08 1; photo: 0.7 1)")  # fmt: skip
-    group.add_argument("--crop_pct", type=number(float, LEAST_CROP_PCT, 1), default=None,
-                       help="share of the resized image that evaluation and view 1 of main_predict see (default: the "
-                       "checkpoint's, or 0.875 up to 224 pixels, else 1)")  # fmt: skip
+    group.add_argument(
+        "--scale",
+        type=fraction,
+        nargs=2,
+        default=None,
+        metavar=("MIN", "MAX"),
+        help="area share of the random crop (default: 0.08 1; photo: 0.7 1)",
+    )
+    group.add_argument(
+        "--crop_pct",
+        type=number(float, LEAST_CROP_PCT, 1),
+        default=None,
+        help="share of the resized image that evaluation and view 1 of main_predict see (default: the "
+        "checkpoint's, or 0.875 up to 224 pixels, else 1)",
+    )
     group.add_argument("--smoothing", type=number(float, 0, 1, open_high=True), default=0.1, help="label smoothing")
     group.add_argument(
         "--reprob", type=fraction, default=None, help="random erasing (default: 0.25; photo: 0.2; light, none: 0)"
@@ -113,17 +158,29 @@ def add_finetune_options(parser: Parser) -> None:
     group.add_argument("--mixup_prob", type=fraction, default=1.0, help="probability of mixing a batch")
     group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="of cutmix where both are on")
     group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
-    group.add_argument("--class_weights", choices=("none", "balanced"), default="none",
-                       help="balanced: a sample weighs images / (classes x images of its class)")  # fmt: skip
-    group.add_argument("--ema_decay", type=number(float, 0, 1, open_high=True), default=0.0,
-                       help="average the weights; the average is validated, selected and used")  # fmt: skip
+    group.add_argument(
+        "--class_weights",
+        choices=("none", "balanced"),
+        default="none",
+        help="balanced: a sample weighs images / (classes x images of its class)",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=number(float, 0, 1, open_high=True),
+        default=0.0,
+        help="average the weights; the average is validated, selected and used",
+    )
 
     group = parser.add_argument_group("fine-tuning schedule")
     group.add_argument("--layer_decay", free_at_resume=True, type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument("--head_epochs", type=count, default=0, help="first train the head alone, on a frozen backbone")
     group.add_argument("--head_lr", free_at_resume=True, type=rate, default=1e-3)
-    group.add_argument("--freeze_layers", type=count, default=0,
-                       help="keep the first N layers as they are (1: the embedding): cheaper, for small data")  # fmt: skip
+    group.add_argument(
+        "--freeze_layers",
+        type=count,
+        default=0,
+        help="keep the first N layers as they are (1: the embedding): cheaper, for small data",
+    )
     group.add_argument(
         "--freeze_bn", action="store_true", help="keep the pretrained BatchNorm statistics: for small data"
     )
@@ -134,10 +191,19 @@ def add_finetune_options(parser: Parser) -> None:
         default=0,
         help="stop after this many epochs without gain (0: never)",
     )
-    group.add_argument("--eval_metric", choices=("acc1", "balanced_acc", "macro_f1", "loss"), default="acc1",
-                       help="what checkpoint-best.pth and --patience go by")  # fmt: skip
-    group.add_argument("--dist_eval", changes_results=False, action="store_true", default=True,
-                       help="share the evaluation among the ranks, each image once: the accuracy is the same number")  # fmt: skip
+    group.add_argument(
+        "--eval_metric",
+        choices=("acc1", "balanced_acc", "macro_f1", "loss"),
+        default="acc1",
+        help="what checkpoint-best.pth and --patience go by",
+    )
+    group.add_argument(
+        "--dist_eval",
+        changes_results=False,
+        action="store_true",
+        default=True,
+        help="share the evaluation among the ranks, each image once: the accuracy is the same number",
+    )
     group.add_argument("--no_dist_eval", action="store_false", dest="dist_eval", help="every rank evaluates all of it")
     group.add_argument(
         "--eval",
@@ -145,8 +211,12 @@ def add_finetune_options(parser: Parser) -> None:
         action="store_true",
         help="evaluate the weights of --resume or --finetune, and stop",
     )
-    group.add_argument("--val_split", type=number(float, 0, 1, open_high=True), default=0.0,
-                       help="hold out this share of train/ (stratified) where there is no val/")  # fmt: skip
+    group.add_argument(
+        "--val_split",
+        type=number(float, 0, 1, open_high=True),
+        default=0.0,
+        help="hold out this share of train/ (stratified) where there is no val/",
+    )
     group.add_argument("--kfold", type=number(int, 0, 1000), default=0, help="stratified folds of train/ (0: none)")
     group.add_argument("--fold", changes_results=False, default="all", help="0 .. kfold - 1, or `all`")
     group.add_argument("--split_seed", type=number(int, 0, 2**32 - 1), default=0, help="of --val_split and --kfold")

@@ -22,8 +22,19 @@ from util.files import printable
 from util.flags import Flag
 
 # What the other mains' flags say of a network and its input.
-OF_THE_NETWORK = ("--input_size", "--img_size", "--in_chans", "--mean", "--std", "--model", "--model_kwargs", "--nb_classes",
-                  "--cls_token", "--global_pool", "--crop_pct")  # fmt: skip
+OF_THE_NETWORK = (
+    "--input_size",
+    "--img_size",
+    "--in_chans",
+    "--mean",
+    "--std",
+    "--model",
+    "--model_kwargs",
+    "--nb_classes",
+    "--cls_token",
+    "--global_pool",
+    "--crop_pct",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -318,10 +329,22 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default=dataset, choices=sorted(DATASETS), help="see README, section Data")
     group.add_argument("--data_path", default=None, help="the data set's folder (default: data, or ./ for digits)")
-    group.add_argument("--input_size", "--img_size", type=number(int, 1, 16384), nargs="+", default=None, metavar="N",
-                       help="image size in pixels, N or H W (default: the checkpoint's, or the data set's own, or 224)")  # fmt: skip
-    group.add_argument("--in_chans", type=int, choices=(1, 3), default=None,
-                       help="channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)")  # fmt: skip
+    group.add_argument(
+        "--input_size",
+        "--img_size",
+        type=number(int, 1, 16384),
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="image size in pixels, N or H W (default: the checkpoint's, or the data set's own, or 224)",
+    )
+    group.add_argument(
+        "--in_chans",
+        type=int,
+        choices=(1, 3),
+        default=None,
+        help="channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)",
+    )
     group.add_argument("--mean", type=pixel_mean, nargs="+", default=None, help="normalisation, per channel")
     group.add_argument("--std", type=pixel_std, nargs="+", default=None, help="normalisation, per channel")
     group.add_argument(
@@ -335,20 +358,36 @@ def add_data_options(parser: Parser, *, dataset: str) -> None:
         help="pin loader memory for faster copies to the GPU",
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
-    group.add_argument("--on_bad_image", free_at_resume=True, choices=("error", "skip"), default="error",
-                       help="an unreadable image ends the run, or is reported and replaced (training) or left out")  # fmt: skip
+    group.add_argument(
+        "--on_bad_image",
+        free_at_resume=True,
+        choices=("error", "skip"),
+        default="error",
+        help="an unreadable image ends the run, or is reported and replaced (training) or left out",
+    )
     add_max_pixels_option(group)
 
 
 def add_max_pixels_option(group) -> None:
-    group.add_argument("--max_pixels", free_at_resume=True, type=positive_int, default=178956970, metavar="N",
-                       help="image files of more pixels are refused before they are decoded: 3 bytes each, and they may be bombs")  # fmt: skip
+    group.add_argument(
+        "--max_pixels",
+        free_at_resume=True,
+        type=positive_int,
+        default=178956970,
+        metavar="N",
+        help="image files of more pixels are refused before they are decoded: 3 bytes each, and they may be bombs",
+    )
 
 
 def add_pos_grid_option(group) -> None:
-    group.add_argument("--pos_grid", type=number(int, 1, 65536), nargs=2, default=None, metavar=("ROWS", "COLUMNS"),
-                       help="patches that --finetune's file was trained on, where it does not tell (not this project's, no "
-                       "square)")  # fmt: skip
+    group.add_argument(
+        "--pos_grid",
+        type=number(int, 1, 65536),
+        nargs=2,
+        default=None,
+        metavar=("ROWS", "COLUMNS"),
+        help="patches that --finetune's file was trained on, where it does not tell (not this project's, no square)",
+    )
 
 
 def add_run_options(
@@ -374,8 +413,16 @@ def add_run_options(
     group.add_argument(
         "--device", changes_results=False, type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps"
     )
-    group.add_argument("--amp", "--use_amp", free_at_resume=True, nargs="?", choices=("off", "mixed", "bf16", "fp16"), const="mixed", default=None,
-                       help="mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one for this device and kind of network)")  # fmt: skip
+    group.add_argument(
+        "--amp",
+        "--use_amp",
+        free_at_resume=True,
+        nargs="?",
+        choices=("off", "mixed", "bf16", "fp16"),
+        const="mixed",
+        default=None,
+        help="mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one for this device and kind of network)",
+    )
     group.add_argument("--seed", type=number(int, 0, 2**62), default=0)
     group.add_argument(
         "--resume",
@@ -410,24 +457,39 @@ def add_run_options(
         default=0,
         help="kept checkpoint-{epoch}.pth files; older ones go (0: all)",
     )
-    group.add_argument("--loader", choices=("pil", "fast"), default=None,
-                       help="training's JPEG files: `fast` decodes and resizes them with OpenCV at the scale their crop needs "
-                       "(the same crops, pixels within a few levels); evaluation is always `pil` (default: fast where OpenCV "
-                       "can be imported, else pil)")  # fmt: skip
+    group.add_argument(
+        "--loader",
+        choices=("pil", "fast"),
+        default=None,
+        help="training's JPEG files: `fast` decodes and resizes them with OpenCV at the scale their crop needs "
+        "(the same crops, pixels within a few levels); evaluation is always `pil` (default: fast where OpenCV "
+        "can be imported, else pil)",
+    )
     group.add_argument(
         "--print_freq", changes_results=False, type=positive_int, default=20, help="steps between lines of progress"
     )
-    group.add_argument("--max_bad_steps", changes_results=False, type=positive_int, default=10,
-                       help="non-finite steps in a row (each is skipped) that end the run; fp16's first search for a loss "
-                       "scale that fits does not count")  # fmt: skip
+    group.add_argument(
+        "--max_bad_steps",
+        changes_results=False,
+        type=positive_int,
+        default=10,
+        help="non-finite steps in a row (each is skipped) that end the run; fp16's first search for a loss "
+        "scale that fits does not count",
+    )
     group.add_argument(
         "--compile",
         changes_results=False,
         action="store_true",
         help="torch.compile the net: needs a C++ compiler, and minutes to start",
     )
-    group.add_argument("--profile", changes_results=False, type=count, default=0, metavar="N",
-                       help="time N micro-steps, then trace N: trace.json, profile.txt and the rates in --output_dir (0: no)")  # fmt: skip
+    group.add_argument(
+        "--profile",
+        changes_results=False,
+        type=count,
+        default=0,
+        metavar="N",
+        help="time N micro-steps, then trace N: trace.json, profile.txt and the rates in --output_dir (0: no)",
+    )
     group.add_argument(
         "--save_every_minutes",
         changes_results=False,
@@ -446,13 +508,22 @@ def add_run_options(
     )
     group.add_argument("--dist_url", changes_results=False, default="env://", help="where torchrun's processes meet")
     add_deterministic_option(group)
-    group.add_argument("--timeout_minutes", changes_results=False, type=number(float, 0, 1e6, open_low=True), default=10.0,
-                       help="end the job when a process has waited that long for another one")  # fmt: skip
+    group.add_argument(
+        "--timeout_minutes",
+        changes_results=False,
+        type=number(float, 0, 1e6, open_low=True),
+        default=10.0,
+        help="end the job when a process has waited that long for another one",
+    )
 
 
 def add_deterministic_option(group) -> None:
-    group.add_argument("--deterministic", changes_results=False, action="store_true",
-                       help="on CUDA the same bits each time, more slowly; on CPU they are so anyway")  # fmt: skip
+    group.add_argument(
+        "--deterministic",
+        changes_results=False,
+        action="store_true",
+        help="on CUDA the same bits each time, more slowly; on CPU they are so anyway",
+    )
 
 
 def add_optimizer_options(

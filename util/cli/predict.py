@@ -36,16 +36,34 @@ def get_args_parser() -> Parser:
         "probabilities averaged over views and members.",
         network_from="each of --checkpoints",
     )
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH",
-                        help="the members: .pth files, folders of runs, folders of k-fold runs (their folds are one member)")  # fmt: skip
-    parser.add_argument("--weights", choices=("equal", "val", "stacked"), default="equal",
-                        help="of the members: equal, by their validation accuracy, or a logistic regression on their "
-                        "out-of-fold predictions")  # fmt: skip
-    parser.add_argument("--views", type=view_list, default="12", metavar="1|12|LIST",
-                        help="1: centre crop; 12: all; or a list of numbers 1 to 12 or names: 1,2,5 or centre,blur")  # fmt: skip
-    parser.add_argument("--margin", type=count, default=None,
-                        help="pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
-                        "whole images (default: what each checkpoint's evaluation saw, its --crop_pct)")  # fmt: skip
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="the members: .pth files, folders of runs, folders of k-fold runs (their folds are one member)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("equal", "val", "stacked"),
+        default="equal",
+        help="of the members: equal, by their validation accuracy, or a logistic regression on their "
+        "out-of-fold predictions",
+    )
+    parser.add_argument(
+        "--views",
+        type=view_list,
+        default="12",
+        metavar="1|12|LIST",
+        help="1: centre crop; 12: all; or a list of numbers 1 to 12 or names: 1,2,5 or centre,blur",
+    )
+    parser.add_argument(
+        "--margin",
+        type=count,
+        default=None,
+        help="pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
+        "whole images (default: what each checkpoint's evaluation saw, its --crop_pct)",
+    )
     parser.add_argument(
         "--data_path", default=None, help="folder of images; labelled if in folders named after the classes"
     )
@@ -53,21 +71,34 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--labels", default=None, metavar="CSV", help="labels of some or all images: ID (path or file name),label"
     )
-    parser.add_argument("--out_of_fold", action="store_true",
-                        help="--data_path is what k-fold members were trained on: each image by the networks that had "
-                        "not seen it")  # fmt: skip
-    parser.add_argument("--spreadsheet_safe", action="store_true",
-                        help="an apostrophe in predictions.csv before names that begin with = + - @, which a spreadsheet would "
-                        "run as formulas; a join on the ID then misses these rows")  # fmt: skip
+    parser.add_argument(
+        "--out_of_fold",
+        action="store_true",
+        help="--data_path is what k-fold members were trained on: each image by the networks that had not seen it",
+    )
+    parser.add_argument(
+        "--spreadsheet_safe",
+        action="store_true",
+        help="an apostrophe in predictions.csv before names that begin with = + - @, which a spreadsheet would "
+        "run as formulas; a join on the ID then misses these rows",
+    )
     parser.add_argument("--output_dir", default="./predictions", help="where predictions.csv and report.md go")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="images x views per process")
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")
-    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error",
-                        help="an unreadable image ends the run, or has an empty row in predictions.csv")  # fmt: skip
+    parser.add_argument(
+        "--on_bad_image",
+        choices=("error", "skip"),
+        default="error",
+        help="an unreadable image ends the run, or has an empty row in predictions.csv",
+    )
     add_max_pixels_option(parser)
     parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--amp", choices=("off", "mixed", "bf16", "fp16"), default=None,
-                        help="mixed: bf16, on GPUs without it fp16 (default: the faster one for this device and each network)")  # fmt: skip
+    parser.add_argument(
+        "--amp",
+        choices=("off", "mixed", "bf16", "fp16"),
+        default=None,
+        help="mixed: bf16, on GPUs without it fp16 (default: the faster one for this device and each network)",
+    )
     parser.add_argument("--dist_url", default="env://", help="where torchrun's processes meet")
     return parser
 

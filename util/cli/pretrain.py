@@ -51,13 +51,26 @@ def add_pretrain_options(parser: Parser) -> None:
     group.add_argument("--sigma_min", type=sigma, default=0.002)
     group.add_argument("--sigma_max", type=sigma, default=80.0)
     group.add_argument("--rho", type=number(float, 0.1, 1e3), default=7.0, help="spacing of the levels (EDM, eq. 5)")
-    group.add_argument("--sigma_data", type=sigma_data, default=None, metavar="auto|FLOAT",
-                       help="standard deviation of the normalised data; auto (the default) measures it")  # fmt: skip
+    group.add_argument(
+        "--sigma_data",
+        type=sigma_data,
+        default=None,
+        metavar="auto|FLOAT",
+        help="standard deviation of the normalised data; auto (the default) measures it",
+    )
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
-    group.add_argument("--mask_ratio_max", type=number(float, 0, 1, open_low=True), default=None,
-                       help="draw the ratio per batch from [mask_ratio, this]; 1 trains generation from nothing")  # fmt: skip
-    group.add_argument("--propagate", choices=PROPAGATE, default="latent",
-                       help="latent: all losses reach the encoder; none: it learns from a head of its own")  # fmt: skip
+    group.add_argument(
+        "--mask_ratio_max",
+        type=number(float, 0, 1, open_low=True),
+        default=None,
+        help="draw the ratio per batch from [mask_ratio, this]; 1 trains generation from nothing",
+    )
+    group.add_argument(
+        "--propagate",
+        choices=PROPAGATE,
+        default="latent",
+        help="latent: all losses reach the encoder; none: it learns from a head of its own",
+    )
     group.add_argument(
         "--loss_weighting", choices=LOSS_WEIGHTINGS, default="none", help="edm: every level counts alike"
     )

@@ -19,18 +19,34 @@ def get_args_parser() -> Parser:
     parser.add_argument("checkpoint", help="of main_pretrain_noprop.py")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["reconstruct"], help="one or several")
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="one or several")
-    parser.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=None,
-                        help="share of hidden patches (default: the one of training)")  # fmt: skip
+    parser.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=None,
+        help="share of hidden patches (default: the one of training)",
+    )
     parser.add_argument("--images", nargs="+", default=None, metavar="PATH", help="image files and folders of them")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default=None,
-                        help="without --images: draw from its held-out images (default: the checkpoint's)")  # fmt: skip
+    parser.add_argument(
+        "--dataset",
+        choices=sorted(DATASETS),
+        default=None,
+        help="without --images: draw from its held-out images (default: the checkpoint's)",
+    )
     parser.add_argument("--data_path", default=None, help="its folder (default: the one of training, or data)")
     parser.add_argument("--num", type=positive_int, default=8, help="rows of a picture")
-    parser.add_argument("--num_samples", type=positive_int, default=1000,
-                        help="held-out images that are measured: PSNR, Frechet distance")  # fmt: skip
-    parser.add_argument("--inception_weights", default=None, metavar="FILE|download",
-                        help="torch-fidelity's file for the Frechet distance (default: its earlier download, else the "
-                        "encoder's own features serve)")  # fmt: skip
+    parser.add_argument(
+        "--num_samples",
+        type=positive_int,
+        default=1000,
+        help="held-out images that are measured: PSNR, Frechet distance",
+    )
+    parser.add_argument(
+        "--inception_weights",
+        default=None,
+        metavar="FILE|download",
+        help="torch-fidelity's file for the Frechet distance (default: its earlier download, else the "
+        "encoder's own features serve)",
+    )
     parser.add_argument("--output_dir", default=None, help="default: the folder `samples` beside the checkpoint")
     parser.add_argument("--batch_size", type=positive_int, default=100)
     parser.add_argument("--num_workers", type=count, default=10, help="loader processes, at most one per core")

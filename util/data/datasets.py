@@ -177,9 +177,13 @@ def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | Non
 
 
 def _read_imagenet(
-    root: str, split: str, labelled: bool, classes: list[str] | None = None, only: set[str] | None = None,
+    root: str,
+    split: str,
+    labelled: bool,
+    classes: list[str] | None = None,
+    only: set[str] | None = None,
     name: str = "imagenet",
-) -> FileDataset:  # fmt: skip
+) -> FileDataset:
     if not all(os.path.isdir(os.path.join(root, s)) for s in ("train", "val")):
         raise UserError(
             f"--dataset {name} --data_path {root}: put the images at {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG "

@@ -10,8 +10,16 @@ from util.files import composed, printable
 from util.folder import is_output
 
 # What file managers, NAS boxes and archives put beside photos; names that start with a dot are left out as well.
-SYSTEM_FOLDERS = {"@eadir", "__macosx", "#recycle", "#snapshot", "$recycle.bin", "recycler", "lost+found",
-                  "system volume information"}  # fmt: skip
+SYSTEM_FOLDERS = {
+    "@eadir",
+    "__macosx",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "recycler",
+    "lost+found",
+    "system volume information",
+}
 THUMBNAILS = {"thumbs", "thumbnails"}  # only beside the images that they are of: a class may be called so
 
 

@@ -106,8 +106,17 @@ class SampleReader:
     evaluation the image is None and drops out.
     """
 
-    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False,
-                 workers: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        data: FileDataset,
+        transform,
+        *,
+        in_chans: int,
+        seed: int,
+        train: bool,
+        fast: bool = False,
+        workers: int = 0,
+    ):
         self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
         self.reading = Reading(data.paths, workers)
         self.fast = None
@@ -226,8 +235,11 @@ class Loader:
             yield Batch(images, targets.to(device, non_blocking=True), index)
         if slow:
             path, reason = slow[0]
-            print(f"warning: epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
-                  f"e.g. {printable(path)} ({reason})", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
+                f"e.g. {printable(path)} ({reason})",
+                file=sys.stderr,
+            )
         if not self.train and read == 0 and self.world.size == 1:  # on more ranks, others may have had readable ones
             raise UserError(f"--data_path: none of the {len(self.data)} images{self._below()} can be read")
 

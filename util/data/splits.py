@@ -44,14 +44,7 @@ def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: li
 
 
 def load_data(
-    name: str,
-    root: str,
-    world: World,
-    *,
-    val_split: float = 0.0,
-    kfold: int = 0,
-    fold: int = 0,
-    seed: int = 0,
+    name: str, root: str, world: World, *, val_split: float = 0.0, kfold: int = 0, fold: int = 0, seed: int = 0
 ):
     """(train, val) data sets with labels. Rank 0 reads first, so that a download happens once."""
     if world.is_main:

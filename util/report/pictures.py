@@ -127,10 +127,7 @@ def draw_grid(
     cell_height = height + (CAPTION_SIZE + 6 if captions else 0)
     top = MARGIN + (TITLE_SIZE + 10 if titles else 0)
     columns = max(len(row) for row in rows)
-    size = (
-        2 * MARGIN + columns * (cell_width + GAP) - GAP,
-        top + len(rows) * (cell_height + GAP) - GAP + MARGIN,
-    )
+    size = (2 * MARGIN + columns * (cell_width + GAP) - GAP, top + len(rows) * (cell_height + GAP) - GAP + MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     middle = [MARGIN + c * (cell_width + GAP) + cell_width // 2 for c in range(columns)]

@@ -30,8 +30,15 @@ PICTURES = (
 )
 SHEET = 24  # images on a contact sheet
 LONGEST = 50  # rows of a table in report.md; results.json has all
-COLUMNS = {"accuracy": "accuracy %", "balanced_accuracy": "balanced %", "macro_f1": "macro F1 %", "log_loss": "log loss", "ece": "ECE %",
-           "confidence": "mean confidence %", "agreement": "same class as the chosen %"}  # fmt: skip
+COLUMNS = {
+    "accuracy": "accuracy %",
+    "balanced_accuracy": "balanced %",
+    "macro_f1": "macro F1 %",
+    "log_loss": "log loss",
+    "ece": "ECE %",
+    "confidence": "mean confidence %",
+    "agreement": "same class as the chosen %",
+}
 ENSEMBLES = {"equal": "equal weights", "val": "weights by validation", "stacked": "stacked"}
 
 
@@ -192,9 +199,19 @@ def draw_pictures(
 
 
 def write_all(
-    output_dir: str, *, args, members: list[Member], combiners: Combiners, data, ids: list[str], classes: list[str],
-    prediction: Prediction, views: list[int], notes: list[str], seconds: float,
-) -> str:  # fmt: skip
+    output_dir: str,
+    *,
+    args,
+    members: list[Member],
+    combiners: Combiners,
+    data,
+    ids: list[str],
+    classes: list[str],
+    prediction: Prediction,
+    views: list[int],
+    notes: list[str],
+    seconds: float,
+) -> str:
     """Every file of the run; returns the results table as text."""
     rows = compare(members, combiners, prediction, len(views), args.weights)
     final = next(row["probabilities"] for row in rows if row["chosen"])
@@ -213,17 +230,34 @@ def write_all(
     if n_labelled:
         right = int((final.argmax(1) == targets)[targets >= 0].sum())
         low, high = interval = accuracy_interval(right, n_labelled)
-        results += ["", f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval {low:.1f} to {high:.1f} % (Wilson)."]  # fmt: skip
+        results += [
+            "",
+            f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval {low:.1f} to {high:.1f} % (Wilson).",
+        ]
     else:
         results += [
             "",
             "No labels, no scores: --labels FILE.csv (ID,label) or class folders give them. In bold: predictions.csv.",
         ]
     if oof:
-        results += ["", f"Out of fold, on {len(combiners.oof.ids)} training images (one view: what to expect of new images):", "", *table(oof)]  # fmt: skip
+        results += [
+            "",
+            f"Out of fold, on {len(combiners.oof.ids)} training images (one view: what to expect of new images):",
+            "",
+            *table(oof),
+        ]
     write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
-    content = {"images": len(ids), "labelled": n_labelled, "accuracy_interval": interval, "unreadable": unreadable, "views": [VIEW_NAMES[v] for v in views],
-               "results": scored, "out_of_fold": oof, "classes": per_class, "members": member_facts(members, combiners)}  # fmt: skip
+    content = {
+        "images": len(ids),
+        "labelled": n_labelled,
+        "accuracy_interval": interval,
+        "unreadable": unreadable,
+        "views": [VIEW_NAMES[v] for v in views],
+        "results": scored,
+        "out_of_fold": oof,
+        "classes": per_class,
+        "members": member_facts(members, combiners),
+    }
     write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
     pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
 
@@ -250,7 +284,12 @@ def write_all(
         "",
     ]
     if unreadable:
-        text += [f"## Not readable: {len(unreadable)}", "", *[f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()], ""]  # fmt: skip
+        text += [
+            f"## Not readable: {len(unreadable)}",
+            "",
+            *[f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()],
+            "",
+        ]
     text += ["## Pictures", "", *[f"![{name[:-4].replace('_', ' ')}]({name})\n" for name in pictures]]
     write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
     return "\n".join(results)
@@ -259,7 +298,16 @@ def write_all(
 def member_facts(members: list[Member], combiners: Combiners) -> list[dict]:
     facts = []
     for i, (name, m) in enumerate(zip(short_names(members), members)):
-        facts.append({"name": name, "model": m.model, "checkpoints": m.paths, "img_size": m.metas[0]["img_size"], "in_chans": m.metas[0]["in_chans"], "crop_pct": crop_pct_of(m.metas[0])})  # fmt: skip
+        facts.append(
+            {
+                "name": name,
+                "model": m.model,
+                "checkpoints": m.paths,
+                "img_size": m.metas[0]["img_size"],
+                "in_chans": m.metas[0]["in_chans"],
+                "crop_pct": crop_pct_of(m.metas[0]),
+            }
+        )
         if combiners.val_scores:
             facts[-1] |= {
                 combiners.val_score: combiners.val_scores[i],
@@ -282,8 +330,5 @@ def member_table(members: list[Member], combiners: Combiners) -> list[str]:
             if combiners.balanced
             else "classes weighted by their frequency"
         )
-        lines += [
-            "",
-            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, {how}.",
-        ]
+        lines += ["", f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, {how}."]
     return lines

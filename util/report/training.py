@@ -25,8 +25,13 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines, has_best = read_log(log_path), position.best is not None
     best = next((line for line in lines if line["epoch"] == position.best_epoch), lines[-1] if lines else {})
-    result = {"best": best, "last": lines[-1] if lines else {}, "options": vars(args), "model": meta["model"],
-              "notes": notes}  # fmt: skip
+    result = {
+        "best": best,
+        "last": lines[-1] if lines else {},
+        "options": vars(args),
+        "model": meta["model"],
+        "notes": notes,
+    }
     write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
 
     def table(line: dict) -> list[str]:

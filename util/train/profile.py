@@ -80,8 +80,10 @@ class StepProfiler:
             self.context = None
         if not self.finished:
             self.finished = True
-            self.log.say(f"--profile {self.steps}: nothing written; the run had {self.step} micro-steps, "
-                         f"it takes {WARMUP + 2 * self.steps}")  # fmt: skip
+            self.log.say(
+                f"--profile {self.steps}: nothing written; the run had {self.step} micro-steps, "
+                f"it takes {WARMUP + 2 * self.steps}"
+            )
 
     def summary(self) -> str:
         rate, peak = self.flops * self.steps / self.seconds, matmul_rate(self.device, self.dtype)

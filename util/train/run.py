@@ -341,8 +341,10 @@ def restore_optimizer(optimizer, state: dict) -> None:
     for i, moment in moments.items():
         for value in moment.values():
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[i].shape:
-                raise UserError(f"--resume: the checkpoint's optimizer has {list(value.shape)} for {order[i]}, "
-                                f"which is {list(parameters[i].shape)}")  # fmt: skip
+                raise UserError(
+                    f"--resume: the checkpoint's optimizer has {list(value.shape)} for {order[i]}, "
+                    f"which is {list(parameters[i].shape)}"
+                )
     groups, start = [], 0
     for group in fresh:
         n = len(group["names"])

@@ -47,10 +47,27 @@ class Steps:
     stay as they were before its first micro-step.
     """
 
-    def __init__(self, model: nn.Module, net: nn.Module, names: list[str], loader, optimizer, scaler, run, interrupts, *,
-                 lr_at_epoch: Callable[[float], float], accum_iter: int = 1, clip_grad: float | None = None, ema=None,
-                 seed: int = 0, print_freq: int = 20, max_bad_steps: int = 10, profiler=None,
-                 keep_gradients: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        net: nn.Module,
+        names: list[str],
+        loader,
+        optimizer,
+        scaler,
+        run,
+        interrupts,
+        *,
+        lr_at_epoch: Callable[[float], float],
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+        ema=None,
+        seed: int = 0,
+        print_freq: int = 20,
+        max_bad_steps: int = 10,
+        profiler=None,
+        keep_gradients: bool = False,
+    ):
         self.model, self.net, self.names, self.loader = model, net, names, loader
         self.optimizer, self.scaler, self.ema = optimizer, scaler, ema
         self.run, self.interrupts, self.position = run, interrupts, run.position
@@ -73,8 +90,9 @@ class Steps:
         self.group_losses = torch.zeros(len(names), device=device)  # mean over the accumulation group so far
         self.group_index: list[torch.Tensor] = []
         self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
-        self.progress = Progress(f"Epoch: [{self.epoch}]", self.total, every=print_freq, start=self.position.step,
-                                 enabled=run.world.is_main)  # fmt: skip
+        self.progress = Progress(
+            f"Epoch: [{self.epoch}]", self.total, every=print_freq, start=self.position.step, enabled=run.world.is_main
+        )
 
     def __iter__(self) -> Iterator:
         """The rest of this epoch's batches, each with lr and generators set; ends early if a signal stops the run."""
@@ -130,8 +148,9 @@ class Steps:
     def _update(self) -> dict[str, float] | None:
         """One optimizer update; returns what the progress line shows, on the steps that show one."""
         loss_scale = self.scaler.scale(torch.ones_like(self.group_losses[0]))  # before it is changed; 1 unless fp16
-        norm = optimizer_step(self.optimizer, self.scaler, self.parameters, self.clip_grad,
-                              keep_gradients=self.keep_gradients)  # fmt: skip
+        norm = optimizer_step(
+            self.optimizer, self.scaler, self.parameters, self.clip_grad, keep_gradients=self.keep_gradients
+        )
         skipped = bad = ~torch.isfinite(norm)
         self.statistics.put_back(skipped)
         self.made += ~skipped
