@@ -1,17 +1,14 @@
-"""Shared fixtures: small images in the formats users have, and a way to run a script as they do."""
+"""Fixtures of many tests: a folder of photos, whole runs, a way to run a script as users do."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tests_common import NET, TINY, finetune
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.harness.runs import NET, TINY, finetune, run_script
+
 torch.set_num_threads(1)
 
 
@@ -29,20 +26,6 @@ def photo_folder(tmp_path_factory) -> Path:
                 pixels[..., 2 - 2 * label] += 120
                 Image.fromarray(pixels).save(folder / f"{name}_{i:02d}.png")
     return root
-
-
-def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240, env: dict | None = None):
-    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in the repository; returns the result."""
-    command = [sys.executable]
-    if nproc:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    result = subprocess.run(
-        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
-    )
-    if check is not None:
-        assert result.returncode == check, f"exit {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-    return result
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_common import VIT, finetune, save_member
 
 import main_finetune
 import main_linprobe
 import main_predict
+from tests.harness.runs import VIT, finetune, save_member
 from util.checkpoint import peek_meta
 from util.cli.finetune import get_args_parser
 from util.cli.resolve import resolve_meta

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from engine_pretrain import EncoderFirst, draw_mask_ratio, local_backward, train_one_epoch
 from models.noprop_mae import NoPropMAE
+from tests.harness import ROOT
 from util.data.loader import Batch
 from util.dist import Precision, World
 from util.log import RunLog

@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests_common import finetune
 
 from main_finetune import seed_all
 from main_linprobe import main as probe
@@ -12,6 +11,7 @@ from main_predict import main as predict
 from models import create_model
 from models.loading import load_classifier
 from models.vit import classifiers
+from tests.harness.runs import finetune
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.log import read_log

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests_common import NET, ROOT, VIT, assert_same_state, comparable, log_without_times, one_line, save_member
 
 import main_finetune
 import main_predict
 import main_pretrain_noprop
 from bench.ranks import Ranks, empty_store
+from tests.harness import ROOT
+from tests.harness.checks import assert_same_state, comparable, log_without_times, one_line
+from tests.harness.runs import NET, VIT, save_member
 from util.checkpoint import BEST, LAST, read_checkpoint
 from util.cli.parser import known_failure, run_main
 from util.data import loader as data

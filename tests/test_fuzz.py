@@ -15,6 +15,7 @@ from PIL import Image
 from augment.decoding import ImageError, open_image
 from models import create_model, load_pretrained
 from models.loading import load_classifier
+from tests.harness import ROOT
 from util.checkpoint import LAST, damage, find_resume, peek_meta, read_checkpoint, read_file
 from util.cli.parser import keyword, number
 from util.errors import UserError
@@ -319,5 +320,5 @@ def test_a_log_of_any_bytes_is_read(tmp_path_factory, data):
 
 
 def test_requirements_name_what_the_tests_import():
-    text = (importlib.import_module("pathlib").Path(__file__).parent.parent / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text()
     assert re.search(r"^hypothesis[>=]", text, re.M)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from tests_common import CONV, ROOT, VIT, assert_same_state, comparable, finetune, log_without_times, save_member
 
 import main_finetune
 import main_predict
@@ -22,6 +21,9 @@ from augment.batch import BatchTransform
 from bench.ranks import Ranks
 from engine_finetune import Criterion, train_one_epoch
 from models import create_model
+from tests.harness import ROOT
+from tests.harness.checks import assert_same_state, comparable, log_without_times
+from tests.harness.runs import CONV, VIT, finetune, save_member
 from util.checkpoint import LAST, read_checkpoint
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader

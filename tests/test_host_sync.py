@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_device import GPU, FakeDevice
 from timm.data import Mixup
 
 from augment.alpha_blend import AlphaBlend
@@ -14,6 +13,7 @@ from engine_pretrain import EncoderFirst
 from engine_pretrain import train_one_epoch as pretrain_one_epoch
 from models import create_model
 from models.noprop_mae import NoPropMAE
+from tests.harness.fake_device import GPU, FakeDevice
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
 from util.dist import Precision, World

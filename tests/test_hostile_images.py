@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_common import one_line, peak_memory_below
 
 import main_finetune
 from augment.batch import BatchTransform
 from augment.image import build_eval_transform, open_image, to_channels
+from tests.harness.checks import one_line, peak_memory_below
 from util.checkpoint import BEST, read_checkpoint
 from util.data.datasets import FileDataset, read_class_folder
 from util.data.image_files import find_images

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.harness import ROOT
+
 # The longest prefix that fits a path tells its floor (CONTRIBUTING.md has the map).
 FLOORS = {
     "main_": 9,

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests_common import NET, PLAIN, TINY, assert_same_run, finetune
 
 import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
+from tests.harness.checks import assert_same_run
+from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
 from util.cli.parser import run_main
 from util.data.datasets import ArrayDataset
@@ -21,8 +22,6 @@ from util.errors import UserError
 from util.log import read_log
 from util.train.phases import freezing
 from util.train.run import Position
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_run_leaves_the_files_of_the_contract(uninterrupted):

@@ -8,21 +8,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from tests_common import (
-    PLAIN,
-    TINY,
-    assert_same_run,
-    assert_same_state,
-    comparable,
-    copy_first_epoch,
-    finetune,
-    one_line,
-)
 
 import main_finetune
 from bench import chaos
 from bench.ranks import Ranks
 from models import create_model
+from tests.harness.checks import assert_same_run, assert_same_state, comparable, one_line
+from tests.harness.runs import PLAIN, TINY, copy_first_epoch, finetune
 from util.checkpoint import LAST, find_resume, read_checkpoint
 from util.cli.parser import run_main
 from util.data.loader import Loader
@@ -32,8 +24,6 @@ from util.log import RunLog, read_log
 from util.train import steps
 from util.train.interrupts import Interrupts
 from util.train.run import Run
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):

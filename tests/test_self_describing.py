@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 from safetensors.torch import save_file
-from tests_common import VIT, finetune, save_member
 
 import main_linprobe
 import main_predict
 import main_pretrain_noprop
 from models import create_model
+from tests.harness.runs import VIT, finetune, save_member
 from util.checkpoint import peek_meta, read_checkpoint
 from util.cli.finetune import check_finetune_options, get_args_parser
 from util.cli.resolve import describe_input, resolve_meta

@@ -52,7 +52,7 @@ def is_mae_name(name: str) -> bool:
 def timm_names() -> frozenset[str]:
     """Names of timm's models without their weights' tags, read from its source: importing timm takes seconds.
 
-    The same set as timm's own registry (tests/test_choices.py); empty where its source is not there to read.
+    The same set as timm's own registry (tests/util/test_choices.py); empty where its source is not there to read.
     """
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:

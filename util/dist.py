@@ -121,7 +121,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-# What gloo, torch's store and NCCL say of another rank; tests/test_dist.py has the whole texts.
+# What gloo, torch's store and NCCL say of another rank; tests/util/test_dist.py has the whole texts.
 GONE = (
     "onnection closed",
     "onnection reset",

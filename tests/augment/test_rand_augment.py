@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
-from test_pixel_ops import pictures, to_pil, to_tensor
 from timm.data import auto_augment as timm_aa
 from torchvision.transforms import functional as TF
 
@@ -27,6 +26,7 @@ from augment.rand_augment import (
     parse_rand_augment,
     rand_augment,
 )
+from tests.augment.test_pixel_ops import pictures, to_pil, to_tensor
 from util.cli.parser import policy_or_none
 from util.seed import counted_uniform, sample_rng
 

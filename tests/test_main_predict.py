@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, log_loss
-from tests_common import CONV, VIT, save_member
 
 import main_predict
 from augment.batch import BatchTransform, normalize
 from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from bench.ranks import Ranks
+from tests.harness.runs import CONV, VIT, save_member
 from util.cli import parser as options
 from util.data.datasets import read_split, read_unlabelled
 from util.data.loader import Loader, SampleReader

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from tests_common import NET, comparable, one_line
 from torch import nn
 
 import util.train.compiled
 from augment.alpha_blend import AlphaBlend
 from models import create_model
+from tests.harness.checks import comparable, one_line
+from tests.harness.runs import NET
 from util.errors import UserError
 from util.log import read_log
 from util.optim import build_ema

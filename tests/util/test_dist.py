@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from tests_common import NET, assert_same_state, comparable, finetune, log_without_times
 from torch import nn
 
 from bench.ranks import Ranks
+from tests.harness.checks import assert_same_state, comparable, log_without_times
+from tests.harness.runs import NET, finetune
 from util import checkpoint
 from util.dist import broadcast_buffers, gather_objects, init_world, lost_rank, shutdown
 from util.log import versions

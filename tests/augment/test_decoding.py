@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, features
-from tests_common import finetune, one_line
 
 from augment import fast_image
 from augment.batch import BatchTransform
 from augment.decoding import MAX_PIXELS, ImageError, is_image, limit_pixels, open_file, open_image, to_channels
 from augment.image import build_eval_transform, build_train_transform
+from tests.harness import ROOT
+from tests.harness.checks import one_line
+from tests.harness.runs import finetune
 from util.cli.parser import known_failure
 from util.data.datasets import FileDataset, read_split
 from util.data.loader import Loader, SampleReader, choose_loader
@@ -26,7 +28,6 @@ from util.data.views import ViewReader
 from util.dist import World
 from util.errors import UserError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PHOTOS = [
     "--model",
     "vit_custom_patch8",

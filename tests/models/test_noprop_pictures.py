@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_noprop_mae import build, generator, images, timm_twin
+
+from tests.models.test_noprop_mae import build, generator, images, timm_twin
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "heun", "euler"])

@@ -1,10 +1,10 @@
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from main_finetune import get_args_parser
+from tests.harness import ROOT
 from util.cli.finetune import check_finetune_options
 from util.errors import UserError
 
@@ -203,10 +203,11 @@ def test_model_kwargs_that_have_a_flag_or_could_not_be_saved_are_one_line(module
 
 
 def test_each_test_that_readme_promises_exists():
-    root = Path(__file__).parent.parent
-    promised = set(re.findall(r"`(test_\w+)`", (root / "README.md").read_text()))
+    promised = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()))
     written = {
-        name for path in root.glob("tests/test_*.py") for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())
+        name
+        for path in ROOT.glob("tests/**/test_*.py")
+        for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())
     }
     assert len(promised) > 20 and promised <= written, promised - written
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests_common import CONV, NET, PLAIN, VIT, finetune, save_member
 from torch import nn
 
 import main_predict
 from bench import precision as bench
 from models import create_model
 from models.noprop_mae import NoPropMAE
+from tests.harness.runs import CONV, NET, PLAIN, VIT, finetune, save_member
 from util.dist import Precision, computes_bf16, prepare_net
 from util.errors import UserError
 from util.precision import is_convolutional, keep_out_of_bf16, meets_only_padding

@@ -4,10 +4,11 @@ import json
 from contextlib import suppress
 
 import pytest
-from tests_common import NET, finetune, one_line
 
 import main_linprobe
 from bench.chaos import tensorboard_scalars
+from tests.harness.checks import one_line
+from tests.harness.runs import NET, finetune
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_common import one_line
 
 import main_finetune
 import main_linprobe
 import main_predict
 import main_pretrain_noprop
 import main_sample
+from tests.harness.checks import one_line
 from util.data.datasets import read_split, read_unlabelled, read_wnids
 from util.data.image_files import Paths, find_images, refuse_output_among_images
 from util.data.labels import read_images

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests_common import PLAIN, assert_same_run, copy_first_epoch, finetune, one_line
 
 import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
+from tests.harness.checks import assert_same_run, one_line
+from tests.harness.runs import PLAIN, copy_first_epoch, finetune
 from util.checkpoint import LAST, read_checkpoint
 from util.cli.parser import run_main
 from util.dist import World
@@ -23,7 +24,6 @@ from util.errors import UserError
 from util.log import read_log
 from util.train.run import Run
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = [
     "--dataset",
     "digits",

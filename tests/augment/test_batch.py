@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
-from test_pixel_ops import pictures, to_pil, to_tensor
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from augment.batch import BatchTransform, crop_flip, normalize, resize, resized_crop, rrc_boxes
+from tests.augment.test_pixel_ops import pictures, to_pil, to_tensor
 from util.seed import counted_uniform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

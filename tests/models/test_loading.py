@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tests_common import NET, finetune, one_line, save_member
 from timm.layers import resize_rel_pos_bias_table
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from models import create_model, load_pretrained
 from models.loading import require_complete
+from tests.harness.checks import one_line
+from tests.harness.runs import NET, finetune, save_member
 from util.checkpoint import peek_meta
 from util.errors import UserError
 

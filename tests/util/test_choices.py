@@ -1,13 +1,11 @@
 """Names that flags choose from, and mains that answer a wrong command line before torch is imported."""
 
-from pathlib import Path
-
 import pytest
 from timm.models import _registry
 
+from tests.harness import ROOT
 from util.choices import is_mae_name, parse_mae_name, timm_names
 
-ROOT = Path(__file__).parent.parent
 MAINS = sorted(path.name for path in ROOT.glob("main_*.py"))
 
 
