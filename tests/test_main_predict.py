@@ -1,6 +1,5 @@
 """main_predict.py as users run it, against the same numbers computed view by view, image by image."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,8 +13,8 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 import main_predict
 from augment.batch import BatchTransform, normalize
 from augment.image import build_eval_transform
-from augment.views import saccadic_views
 from bench.ranks import Ranks
+from tests.harness.prediction import predict, read_csv, reference, values
 from tests.harness.runs import CONV, VIT, save_member
 from util.cli import parser as options
 from util.data.datasets import read_split, read_unlabelled
@@ -23,37 +22,6 @@ from util.data.loader import Loader, SampleReader
 from util.data.views import ViewReader
 from util.dist import World
 from util.errors import UserError
-
-QUICK = ["--device", "cpu", "--num_workers", "0", "--amp", "off"]
-
-
-def reference(net, meta: dict, path, views) -> np.ndarray:
-    """Probabilities [V, classes in alphabetical order] of one image file, each view by itself."""
-    image = Image.open(path).convert("L" if meta["in_chans"] == 1 else "RGB")
-    mean, std = (torch.tensor(meta[k], dtype=torch.float64).view(-1, 1, 1) for k in ("mean", "std"))
-    out = []
-    centre = build_eval_transform(tuple(meta["img_size"]), meta.get("crop_pct"))(image)
-    for v in views:
-        x = (saccadic_views(image, tuple(meta["img_size"]), [v], centre=centre)[0].double() / 255 - mean) / std
-        with torch.no_grad():
-            p = net(x.float()[None]).double().softmax(1)[0].numpy()
-        out.append(p[np.argsort(meta["classes"])])
-    return np.stack(out)
-
-
-def read_csv(folder) -> tuple[list[str], dict[str, list[str]]]:
-    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
-        header, *rows = list(csv.reader(file))
-    assert [r[0] for r in rows] == sorted(r[0] for r in rows)
-    return header, {r[0]: r[1:] for r in rows}
-
-
-def values(rows: dict, name: str) -> np.ndarray:
-    return np.array([float(v) for v in rows[name][1:]])
-
-
-def predict(*argv) -> int:
-    return main_predict.main([*map(str, argv), *QUICK])
 
 
 @pytest.fixture(scope="module")

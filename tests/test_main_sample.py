@@ -1,43 +1,16 @@
 """main_sample.py: what it measures, what it draws, what it refuses."""
 
 import json
-import pickle
-from argparse import Namespace
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
-from torch import nn
 
 import main_sample
-from augment.batch import normalize
-from models.noprop_mae import NoPropMAE
-from util.data.datasets import read_split
+from tests.harness.noprop import MEAN, STD, tiny_net
 from util.errors import UserError
-from util.probe.frechet import EncoderFeatures, InceptionFeatures, find_inception, frechet_metric, load_inception
 from util.probe.frozen import load_noprop
-from util.probe.sampling import Study, mean_visible_patch
-
-MEAN, STD = (0.3053,), (0.3761,)
-CPU = torch.device("cpu")
-
-
-def tiny_net() -> NoPropMAE:
-    torch.manual_seed(0)
-    return NoPropMAE(
-        img_size=8,
-        patch_size=2,
-        in_chans=1,
-        embed_dim=12,
-        depth=2,
-        num_heads=3,
-        decoder_embed_dim=12,
-        decoder_depth=1,
-        decoder_num_heads=3,
-        T=3,
-    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -126,117 +99,6 @@ def test_given_images_are_read_whole_and_in_their_order(checkpoint, photo_folder
     found = grid[34 : 34 + 96 : 12, 10 : 10 + 96 : 12][:8, :8]
     assert (found.max(-1) == found.min(-1)).all()
     assert np.abs(found[..., 0] - np.asarray(photo).astype(int)).max() <= 1
-
-
-class Batches:
-    """What a Loader gives: `images` in batches of 4."""
-
-    def __init__(self, images: torch.Tensor):
-        self.images = images
-
-    def epoch(self):
-        return (Namespace(images=part) for part in self.images.split(4))
-
-
-def test_psnr_is_that_of_a_plain_loop_over_hidden_pixels(tmp_path):
-    images = normalize(read_split("digits", ".", "val").images[:7], MEAN, STD)
-    study = Study(tiny_net(), list(MEAN), list(STD), 0.75, ["euler"], seed=3)
-    scores = study.reconstruct(Batches(images), 2, str(tmp_path / "{}.png"))
-    errors = {"mean colour": [], "mean visible patch": [], "euler": []}
-
-    def patch(picture: torch.Tensor, i: int) -> np.ndarray:
-        row, column = 2 * (i // 4), 2 * (i % 4)
-        return (picture[0, row : row + 2, column : column + 2].double().numpy() * STD[0] + MEAN[0]).clip(0, 1)
-
-    for step, batch in enumerate(images.split(4)):
-        out, (keep, hide) = study.hide_and_sample(batch, step, "euler")
-        for image, final, kept, hidden in zip(batch, out["final"], keep.tolist(), hide.tolist()):
-            assert (len(kept), len(hidden)) == (4, 12)
-            visible = np.mean([patch(image, i) for i in kept], axis=0)
-            for i in hidden:
-                errors["mean colour"].append((patch(image, i) - MEAN[0]) ** 2)
-                errors["mean visible patch"].append((patch(image, i) - visible) ** 2)
-                errors["euler"].append((patch(image, i) - patch(final, i)) ** 2)
-    for name, squared in errors.items():
-        assert scores[name] == pytest.approx(-10 * np.log10(np.mean(squared)), abs=1e-3)
-
-
-def test_every_sampler_gets_the_same_masks_and_the_baseline_keeps_what_is_visible():
-    net, images = tiny_net(), torch.randn(5, 1, 8, 8)
-    study = Study(net, list(MEAN), list(STD), 0.75, [], seed=3)
-    (a, ids), (b, _) = (study.hide_and_sample(images, 2, sampler) for sampler in ("heun", "stochastic"))
-    assert torch.equal(a["mask"], b["mask"]) and not torch.equal(a["final"], b["final"])
-    assert not torch.equal(a["mask"], study.hide_and_sample(images, 3, "heun")[0]["mask"])
-    assert torch.equal(
-        net.patchify(mean_visible_patch(net, images, ids))[a["mask"] == 0], net.patchify(images)[a["mask"] == 0]
-    )
-    nothing = Study(net, list(MEAN), list(STD), 1.0, []).hide_and_sample(images, 0, "heun")[1]
-    assert torch.equal(mean_visible_patch(net, images, nothing), torch.zeros_like(images))
-
-
-def of_moments(n: int, mean: np.ndarray, covariance: np.ndarray, seed: int) -> torch.Tensor:
-    """n points whose sample mean and covariance are exactly these."""
-    x = np.random.default_rng(seed).normal(size=(n, len(mean)))
-    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
-    return torch.from_numpy(x @ np.linalg.cholesky(covariance).T + mean)
-
-
-def test_frechet_distance_of_gaussians_is_the_closed_form():
-    features = nn.Identity()
-    features.num_features = 3
-    mean, deviation = np.array([[0.0, 1.0, -2.0], [0.5, 1.0, 1.0]]), np.array([[1.0, 2.0, 0.5], [3.0, 0.1, 0.5]])
-    metric = frechet_metric(features, CPU)
-    metric.update(of_moments(50, mean[0], np.diag(deviation[0] ** 2), 0), real=True)
-    metric.update(of_moments(80, mean[1], np.diag(deviation[1] ** 2), 1), real=False)
-    # Axis by axis, Gaussians differ by (m1 - m2)^2 + (s1 - s2)^2.
-    assert metric.compute().item() == pytest.approx(
-        ((mean[0] - mean[1]) ** 2 + (deviation[0] - deviation[1]) ** 2).sum()
-    )
-
-    metric.reset()  # keeps the first set
-    mixing = np.random.default_rng(2).normal(size=(3, 3))
-    covariance = mixing @ mixing.T
-    metric.update(of_moments(40, mean[1], covariance, 3), real=False)
-    first = np.diag(deviation[0] ** 2)
-    root = scipy.linalg.sqrtm(first @ covariance).real
-    expected = ((mean[0] - mean[1]) ** 2).sum() + np.trace(first + covariance - 2 * root)
-    assert metric.compute().item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_encoders_own_features_are_the_mean_of_its_tokens():
-    net, images = tiny_net(), read_split("digits", ".", "val").images[:6]
-    features = EncoderFeatures(net, MEAN, STD)
-    with torch.no_grad():
-        tokens = net.encode(normalize(images, MEAN, STD), torch.arange(16).expand(6, -1))
-    assert features.num_features == 12
-    torch.testing.assert_close(features(images), tokens[:, 1:].mean(dim=1))
-
-
-def test_inception_weights_are_read_never_executed(monkeypatch, tmp_path):
-    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-
-    with monkeypatch.context() as patch:  # its network with random weights; the constructor insists on a file
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-        state = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
-    torch.save(state, tmp_path / "inception.pth")
-    features = load_inception(find_inception(str(tmp_path / "inception.pth")))
-    grey = torch.randint(0, 256, (1, 1, 9, 9), dtype=torch.uint8)
-    assert isinstance(features, InceptionFeatures) and features(grey).shape == (1, 2048)
-    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": pytest.main}, protocol=2))
-    for name, message in (("other", "not torch-fidelity's Inception"), ("evil", "evil.pth"), ("none", "no such file")):
-        with pytest.raises(UserError, match=message):
-            load_inception(find_inception(str(tmp_path / f"{name}.pth")))
-
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(fidelity, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert find_inception(None) is None  # nothing at hand: the encoder's features serve
-    with pytest.raises(UserError, match="download: failed"):
-        load_inception(find_inception("download"))
 
 
 def test_files_without_decoders_are_refused(checkpoint, tmp_path):

@@ -26,7 +26,7 @@ from augment.rand_augment import (
     parse_rand_augment,
     rand_augment,
 )
-from tests.augment.test_pixel_ops import pictures, to_pil, to_tensor
+from tests.harness.pictures import pictures, to_pil, to_tensor
 from util.cli.parser import policy_or_none
 from util.seed import counted_uniform, sample_rng
 

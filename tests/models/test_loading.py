@@ -1,5 +1,6 @@
 """Weights that come in: positions on another grid, containers of other trainers, partial fits, heads by class name."""
 
+import argparse
 import inspect
 import math
 import os
@@ -549,3 +550,95 @@ def test_flags_of_weights_need_a_file(tmp_path):
     for flag in (["--partial_load"], ["--pos_grid", 4, 4]):
         with pytest.raises(UserError, match=f"{' '.join(map(str, flag))}: .*--finetune"):
             finetune(*NET, "--output_dir", tmp_path, *flag)
+
+
+TINY = dict(num_classes=5, img_size=32, embed_dim=24, depth=2, num_heads=3)
+
+
+@pytest.fixture
+def encoder_file(tmp_path):
+    """As MAE's pretraining saves it: encoder, `norm`, decoder weights, and a Namespace beside them."""
+    torch.manual_seed(1)
+    source = create_model("vit_custom_patch8", global_pool=False, **TINY)
+    state = {k: torch.randn_like(v) for k, v in source.state_dict().items() if not k.startswith("head")}
+    state["decoder_pred.weight"] = torch.zeros(3, 3)
+    path = tmp_path / "mae_pretrain.pth"
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3}, path)
+    return path, state
+
+
+def test_maes_pretraining_file_fills_the_encoder_and_leaves_the_head(encoder_file):
+    path, state = encoder_file
+    model = create_model("vit_custom_patch8", **TINY)
+    report = load_pretrained(model, path)
+    assert set(report.missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert set(report.unexpected) == {"norm.weight", "norm.bias", "decoder_pred.weight"}
+    assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
+    assert not report.resized
+    # MAE's fresh head: N(0, 2e-5^2) and no bias, so that the first loss is log(classes).
+    assert 0 < model.head.weight.abs().max() < 2e-4 and not model.head.bias.any()
+
+
+@pytest.mark.parametrize("size", [64, (32, 64), (48, 16)])
+def test_position_embeddings_follow_the_grid(encoder_file, size):
+    path, state = encoder_file
+    model = create_model("vit_custom_patch8", **{**TINY, "img_size": size})
+    assert load_pretrained(model, path).resized == ["pos_embed"]
+    grid = model.patch_embed.grid_size
+    old = state["pos_embed"][:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = F.interpolate(old, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.pos_embed[:, 1:], expected, atol=1e-5)
+    assert torch.equal(model.pos_embed[:, :1], state["pos_embed"][:, :1])
+
+
+def test_class_count_change_reinitialises_only_the_head(tmp_path):
+    source = create_model("convnext_atto", num_classes=7, img_size=32)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    model = create_model("convnext_atto", num_classes=3, img_size=32)
+    report = load_pretrained(model, tmp_path / "w.safetensors")
+    assert set(report.missing) == {"head.fc.weight", "head.fc.bias"} and not report.unexpected
+    assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+def test_ddp_prefix_and_plain_state_dicts_are_understood(tmp_path):
+    source = create_model("vit_custom_patch8", **TINY)
+    torch.save({f"module.{k}": v for k, v in source.state_dict().items()}, tmp_path / "plain.pth")
+    report = load_pretrained(create_model("vit_custom_patch8", **TINY), tmp_path / "plain.pth")
+    assert not report.missing and not report.unexpected
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/noisevit_executed",)
+
+
+def test_bad_files_are_named_and_never_executed(tmp_path):
+    import os
+
+    model = create_model("vit_custom_patch8", **TINY)
+    torch.save({"model": model.state_dict(), "x": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 40)
+    torch.save({"model": {"something.else": torch.zeros(2)}}, tmp_path / "foreign.pth")
+    torch.save(
+        {"model": {**model.state_dict(), "patch_embed.proj.weight": torch.zeros(24, 1, 8, 8)}}, tmp_path / "grey.pth"
+    )
+    nan = {k: torch.full_like(v, math.nan) for k, v in model.state_dict().items()}
+    torch.save({"model": nan}, tmp_path / "nan.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, word in {
+        "evil.pth": "never executed",
+        "text.pth": "not a readable",
+        "bad.safetensors": "not a readable",
+        "foreign.pth": "shares no parameter",
+        "grey.pth": "in_chans",
+        "nan.pth": "NaN",
+        "list.pth": "list",
+        "missing.pth": "no such",
+    }.items():
+        with pytest.raises(UserError, match=word) as caught:
+            load_pretrained(model, tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not os.path.exists("/tmp/noisevit_executed")

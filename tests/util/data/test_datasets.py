@@ -1,3 +1,5 @@
+"""Data sets from folders and published files: classes, names, layouts, and what is missing."""
+
 import os
 import pickle
 import shutil
@@ -9,11 +11,8 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
-from augment.batch import BatchTransform
-from augment.image import build_eval_transform, build_train_transform
 from util.data.datasets import ArrayDataset, read_class_folder, read_split, to_channels
-from util.data.loader import EpochOrder, Loader
-from util.data.splits import kfold_split, load_data, stratified_split
+from util.data.splits import load_data
 from util.data_specs import DATASETS
 from util.dist import World
 from util.errors import UserError
@@ -22,9 +21,6 @@ from util.errors import UserError
 def write_image(path, color=(200, 30, 40), size=(12, 9), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).convert(mode).save(path)
-
-
-# --- data sets ---------------------------------------------------------------------------------------------------
 
 
 def test_folder_reads_both_splits_with_one_class_order(photo_folder):
@@ -221,155 +217,3 @@ def test_channel_conversion_equals_pil():
     assert (grey[0, 0].numpy().astype(int) - pil.astype(int)).__abs__().max() <= 1
     back = to_channels(ArrayDataset(grey, torch.zeros(2), ["a"]), 3).images
     assert back.shape == (2, 3, 5, 4) and torch.equal(back[:, 0], back[:, 2])
-
-
-# --- splits ------------------------------------------------------------------------------------------------------
-
-
-def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
-    targets = torch.tensor([0] * 40 + [1] * 20)
-    train, val = stratified_split(targets, 0.25, seed=3)
-    assert sorted([*train.tolist(), *val.tolist()]) == list(range(60))
-    assert torch.bincount(targets[val]).tolist() == [10, 5]
-    assert (
-        stratified_split(targets, 0.25, seed=3)[1].tolist()
-        == val.tolist()
-        != stratified_split(targets, 0.25, seed=4)[1].tolist()
-    )
-    folds = [kfold_split(targets, 5, k, seed=0)[1] for k in range(5)]
-    assert sorted(torch.cat(folds).tolist()) == list(range(60))
-    assert all(torch.bincount(targets[f]).tolist() == [8, 4] for f in folds)
-    with pytest.raises(UserError, match=r"--kfold 30: class 'rare' has 20 images; needs at least 30"):
-        kfold_split(targets, 30, 0, seed=0, classes=["common", "rare"])
-    with pytest.raises(UserError, match=r"--val_split 0.5: class 'single' has 1 image; needs at least 2"):
-        stratified_split(torch.tensor([0, 0, 1]), 0.5, seed=0, classes=["double", "single"])
-
-
-# --- order and loaders -------------------------------------------------------------------------------------------
-
-
-def order(n, batch, *, rank=0, size=1, epoch=0, step=0, train=True, even=False):
-    o = EpochOrder(n, batch, world=World(rank, size), seed=1, train=train, even=even)
-    o.start(epoch, step)
-    return [[i for _, i in keys] for keys in o], len(o)
-
-
-def test_two_ranks_see_the_global_batches_of_one():
-    one, n = order(37, 8)
-    assert n == 4
-    halves = [order(37, 4, rank=r, size=2)[0] for r in (0, 1)]
-    assert [a + b for a, b in zip(*halves)] == one
-    assert order(37, 8, step=2)[0] == one[2:], "a start in mid-epoch goes on with the same samples"
-    assert order(37, 8, epoch=1)[0] != one
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_evaluation_sees_every_sample_once(size):
-    seen = [i for r in range(size) for b in order(31, 4, rank=r, size=size, train=False)[0] for i in b]
-    assert sorted(seen) == list(range(31))
-
-
-def test_small_sets_fill_one_batch_and_mixing_keeps_it_even():
-    assert [len(b) for b in order(7, 16)[0]] == [7]
-    assert [len(b) for b in order(7, 16, even=True)[0]] == [6]
-    with pytest.raises(UserError, match="cannot fill"):
-        order(1, 4, size=2)
-
-
-def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
-    return Loader(
-        read_split("folder", str(root), split),
-        transform=build_train_transform((16, 16), "mae", aa="rand-m9") if train else build_eval_transform((16, 16)),
-        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, reprob=0.5, seed=5),
-        batch_size=4,
-        train=train,
-        world=World(),
-        seed=5,
-        num_workers=workers,
-        on_bad_image=on_bad,
-    )
-
-
-def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
-    before = torch.get_rng_state()
-    plain = list(file_loader(photo_folder).epoch(2))
-    workers = list(file_loader(photo_folder, workers=2).epoch(2))
-    assert torch.equal(torch.get_rng_state(), before), "a resumed run makes one pass more and must end with the same"
-    late = list(file_loader(photo_folder).epoch(2, 5))
-    assert len(plain) == 8
-    for a, b in zip(plain, workers):
-        assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.index, b.index)
-    assert torch.equal(plain[5].images, late[0].images)
-    assert not torch.equal(plain[0].images, next(iter(file_loader(photo_folder).epoch(3))).images)
-
-
-def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_folder, monkeypatch):
-    """On CUDA, a blocking copy of the sample numbers would wait for the step before."""
-    images = torch.arange(32 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(32, 1, 8, 8)
-    data = ArrayDataset(images, torch.arange(32), [str(i) for i in range(32)])
-    transform = BatchTransform(
-        (0.5,), (0.5,), crop="rrc", hflip=0.5, vflip=0.5, reprob=0.5, aa="rand-m9", color_jitter=0.3
-    )
-    plain = Loader(data, batch_transform=transform, batch_size=8, train=True, world=World())
-    next(iter(plain.epoch(0)))  # constants are copied once
-    real, blocking = torch.Tensor.to, []
-
-    def to(self, *args, non_blocking=False, **kwargs):
-        if any(isinstance(a, torch.device) for a in args) and not non_blocking:
-            blocking.append(args)
-        return real(self, *args, non_blocking=non_blocking, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    batches = [*plain.epoch(0), *file_loader(photo_folder).epoch(0)]
-    assert len(batches) == 4 + 8 and sorted(torch.cat([b.targets for b in batches[:4]]).tolist()) == list(range(32))
-    assert all(torch.equal(b.targets, b.index) for b in batches[:4])
-    # (a new loader's transform copies its constants)
-    assert len(blocking) <= 2, blocking
-
-
-def test_unmixed_evaluation_batches_hold_the_right_targets(photo_folder):
-    for batch in file_loader(photo_folder, train=False, split="val").epoch():
-        redder = batch.images[:, 0].mean((1, 2)) > batch.images[:, 2].mean((1, 2))
-        assert torch.equal(redder.long(), batch.targets)
-
-
-def test_broken_image_ends_the_run_or_is_skipped_by_path(photo_folder, tmp_path, capsys):
-    shutil.copytree(photo_folder, tmp_path / "p")
-    (tmp_path / "p" / "train" / "red" / "red_03.png").write_bytes(b"no image")
-    whole = (tmp_path / "p" / "val" / "blue" / "blue_01.png").read_bytes()
-    (tmp_path / "p" / "val" / "blue" / "blue_01.png").write_bytes(whole[: len(whole) // 2])
-    for workers in (0, 2):
-        with pytest.raises(UserError, match=r"red_03.png: cannot be read.*--on_bad_image skip"):
-            list(file_loader(tmp_path / "p", workers=workers).epoch())
-    batches = list(file_loader(tmp_path / "p", on_bad="skip").epoch())
-    assert [len(b.index) for b in batches] == [4] * 8, "training batches keep their size"
-    seen = [
-        i
-        for b in file_loader(tmp_path / "p", train=False, split="val", on_bad="skip").epoch()
-        for i in b.index.tolist()
-    ]
-    assert sorted(seen) == [i for i in range(12) if i != 1]
-    warnings = capsys.readouterr().err
-    assert warnings.count("red_03.png") == 1 and warnings.count("blue_01.png") == 1
-
-
-def test_every_image_mode_loads(tmp_path):
-    arrays = {
-        "grey.png": Image.new("L", (9, 9), 128),
-        "alpha.png": Image.new("RGBA", (9, 9), (128, 128, 128, 255)),
-        "palette.png": Image.new("RGB", (9, 9), (128,) * 3).convert("P"),
-        "cmyk.jpg": Image.new("RGB", (9, 9), (128,) * 3).convert("CMYK"),
-        "deep.png": Image.fromarray(np.full((9, 9), 128 * 257, np.uint16)),
-        "bit.png": Image.new("1", (9, 9), 1),
-        "one.png": Image.new("RGB", (1, 1), (128,) * 3),
-    }
-    for name, image in arrays.items():
-        path = tmp_path / "train" / "a" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    write_image(tmp_path / "train" / "b" / "x.png", (128,) * 3)
-    for batch in file_loader(tmp_path, train=False).epoch():
-        level = (batch.images.mean((1, 2, 3)) * 0.5 + 0.5) * 255
-        names = [sorted(arrays)[i] if i < len(arrays) else "x.png" for i in batch.index]
-        for name, value in zip(names, level.tolist()):
-            assert value == pytest.approx(255 if name == "bit.png" else 128, abs=2), name

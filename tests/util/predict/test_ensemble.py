@@ -1,6 +1,5 @@
-"""Members from paths, weights, stacking, calibration, labels: against scikit-learn, torchmetrics and hand-made numbers."""
+"""Weights and stacking of an ensemble, against scikit-learn and hand-made numbers."""
 
-import csv
 import json
 import math
 
@@ -10,37 +9,14 @@ import torch
 from scipy.special import softmax
 from scipy.stats import gmean
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score
 from sklearn.utils.class_weight import compute_sample_weight
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from util.data.labels import class_finder, read_images, spreadsheet_safe, without_apostrophe
+from tests.harness.prediction import CLASSES, probabilities, save_folds, save_head
 from util.errors import UserError
-from util.predict.calibration import accuracy_interval, expected_calibration_error, reliability, scores
+from util.predict.calibration import scores
 from util.predict.ensemble import Stacked, Weighted, build_combiners, geometric_mean, read_oof, validation_scores
-from util.predict.members import Member, find_members, short_names
-
-CLASSES = ["cat", "dog", "owl"]
-
-
-def probabilities(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).dirichlet([0.5] * 3, shape)
-
-
-def save_head(path, classes=CLASSES, kind="classifier", best=None, best_epoch=-1, **args) -> None:
-    """A checkpoint as far as find_members reads it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    progress = {"best": best, "best_epoch": best_epoch}
-    torch.save(
-        {"format": 1, "meta": {"kind": kind, "model": "m", "classes": classes}, "args": args, "progress": progress},
-        path,
-    )
-
-
-def save_folds(root, folds, kfold: int, classes=CLASSES, **args) -> None:
-    for i in folds:
-        save_head(root / f"fold-{i}" / "checkpoint-best.pth", classes, kfold=kfold, **args)
-        (root / f"fold-{i}" / "result.json").write_text(json.dumps({"options": {"kfold": kfold}}))
+from util.predict.members import Member, find_members
 
 
 def save_oof(folder, fold: int, ids, true, p, classes=CLASSES) -> None:
@@ -71,49 +47,6 @@ def two_kfold_runs(tmp_path, n: int = 60, **args) -> tuple[list[Member], np.ndar
                 classes,
             )
     return find_members([str(tmp_path / "a"), str(tmp_path / "b")])[0], targets, p
-
-
-# Members
-
-
-def test_a_member_is_a_file_a_run_or_all_folds_of_a_run(tmp_path):
-    save_head(tmp_path / "one.pth")
-    save_head(tmp_path / "run" / "checkpoint-best.pth", ["owl", "cat", "dog"])
-    save_folds(tmp_path / "folds", range(11), 11)
-    members, classes = find_members([str(tmp_path / n) for n in ("one.pth", "run", "folds")])
-    assert classes == CLASSES and short_names(members) == ["one.pth", "run", "folds"]
-    assert [len(m.paths) for m in members] == [1, 1, 11]
-    assert members[2].paths[10] == str(tmp_path / "folds" / "fold-10" / "checkpoint-best.pth")
-
-
-@pytest.mark.parametrize(
-    "arguments,words",
-    [
-        (["nowhere"], ["--checkpoints", "nowhere", "no such file or folder"]),
-        (["empty"], ["empty", "checkpoint-best.pth"]),
-        (["a.pth", "./a.pth"], ["a.pth", "twice"]),
-        (["a.pth", "other.pth"], ["a.pth and", "other.pth", "only the first has owl", "only the second has emu"]),
-        (["damaged.pth"], ["damaged.pth", "damaged or truncated"]),
-        (["pretrained.pth"], ["pretrained.pth", "without a classifier"]),
-        (["w.safetensors"], ["w.safetensors", "weights only"]),
-        (["hole"], ["hole", "fold-1 of 3 folds is missing"]),
-        (["running"], ["fold-1", "not finished"]),
-    ],
-)
-def test_a_wrong_member_is_one_line(tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    save_head(tmp_path / "a.pth")
-    save_head(tmp_path / "other.pth", ["cat", "dog", "emu"])
-    save_head(tmp_path / "pretrained.pth", kind="noprop_mae")
-    (tmp_path / "damaged.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:-200])
-    (tmp_path / "w.safetensors").write_bytes(b"")
-    save_folds(tmp_path / "hole", (0, 2), 3)
-    save_folds(tmp_path / "running", (0, 1), 2)
-    (tmp_path / "running" / "fold-1" / "result.json").unlink()
-    with pytest.raises(UserError) as caught:
-        find_members(arguments)
-    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)
 
 
 # Weights
@@ -270,134 +203,3 @@ def test_out_of_fold_files_that_do_not_fit_are_one_line(tmp_path):
             build_combiners(members, CLASSES, "stacked")
     combiners = build_combiners(members, CLASSES, "equal")  # nobody asked for it: a note in the report
     assert set(combiners.ways) == {"equal"} and "out-of-fold file" in combiners.notes[-1]
-
-
-# Scores
-
-
-def test_scores_are_scikit_learns():
-    p, targets = probabilities(3, 200), np.random.default_rng(4).integers(0, 3, 200)
-    p[0], targets[0] = [0.0, 0.0, 1.0], 1  # infinitely wrong: cut at float64's epsilon
-    ours, predicted = scores(p, targets), p.argmax(1)
-    assert ours["accuracy"] == pytest.approx(100 * accuracy_score(targets, predicted))
-    assert ours["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(targets, predicted))
-    assert ours["macro_f1"] == pytest.approx(100 * f1_score(targets, predicted, average="macro"))
-    assert ours["log_loss"] == pytest.approx(log_loss(targets, p, labels=range(3)))
-    theirs = multiclass_calibration_error(torch.from_numpy(p), torch.from_numpy(targets), 3, n_bins=15, norm="l1")
-    assert ours["ece"] == pytest.approx(100 * float(theirs), rel=1e-5)
-
-
-def test_calibration_error_by_hand():
-    """Four images in two bins: (0.8, 0.8667] holds two at 0.85, one right; (0.5333, 0.6] holds 0.6 right and 0.55 wrong."""
-    p = np.array([[0.85, 0.15], [0.15, 0.85], [0.6, 0.4], [0.45, 0.55]])
-    targets = np.array([0, 0, 0, 0])
-    count, confidence, right = reliability(p, targets)
-    assert count[12] == 2 and count[8] == 2 and count.sum() == 4 and math.isnan(right[0])
-    assert (confidence[12], right[12]) == pytest.approx((0.85, 0.5)) and (confidence[8], right[8]) == pytest.approx(
-        (0.575, 0.5)
-    )
-    assert expected_calibration_error(p, targets) == pytest.approx(0.5 * 0.35 + 0.5 * 0.075)
-
-
-@pytest.mark.parametrize("right,images", [(0, 1), (1, 1), (0, 12), (12, 12), (77, 101), (1, 40000)])
-def test_interval_of_an_accuracy_is_wilsons(right, images):
-    """The accuracies a for which |right / images - a| is at most 1.96 standard errors sqrt(a (1 - a) / images): roots of a
-    quadratic (Wilson 1927)."""
-    p, z2 = right / images, 1.959963984540054**2
-    expected = np.sort(np.roots([1 + z2 / images, -(2 * p + z2 / images), p * p]))
-    np.testing.assert_allclose(accuracy_interval(right, images), 100 * expected, atol=1e-6)
-
-
-# Labels
-
-
-@pytest.fixture
-def images(tmp_path):
-    for name in ("a/1.jpg", "a/2.jpg", "b/2.jpg", "b/=3.jpg"):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return tmp_path / "images"
-
-
-def labels_of(images, text: str, encoding: str = "utf-8") -> tuple[dict, list[str]]:
-    path = images.parent / "labels.csv"
-    path.write_text(text, encoding=encoding)
-    data, ids, notes = read_images("folder", str(images), CLASSES, str(path))
-    return dict(zip(ids, data.targets.tolist())), notes
-
-
-def test_labels_name_images_by_path_or_file_name_with_or_without_extension(images):
-    found, notes = labels_of(
-        images, "label,ID,more\ndog,1.jpg,x\nowl,b/2,\n,a/2.jpg,\n\ncat,'=3.jpg,\ncat,zebra.jpg,\n", "utf-8-sig"
-    )
-    assert found == {"a/1.jpg": 1, "a/2.jpg": -1, "b/2.jpg": 2, "b/=3.jpg": 0}
-    assert any("1 lines" in n and "zebra.jpg" in n for n in notes)
-    assert labels_of(images, "ID,label\n1,cat\n")[0]["a/1.jpg"] == 0
-
-
-@pytest.mark.parametrize(
-    "text,words",
-    [
-        ("a/1.jpg,cat\n", "first line .* ID,label"),
-        ("", "first line"),
-        ("ID,label\n1,emu\n", "line 2: class 'emu' is not one of cat, dog, owl"),
-        ("ID,label\n2.jpg,cat\n", "2.jpg could be a/2.jpg or b/2.jpg"),
-        ("ID,label\n9,cat\n", "labels none of the 4 images; its '9' is none like 'a/1.jpg'"),
-        ("ID,label\n1,cat\na/1.jpg,dog\n", "line 3: a/1.jpg already has the label cat"),
-    ],
-)
-def test_wrong_labels_are_one_line(images, text, words):
-    with pytest.raises(UserError, match=f"--labels .*labels.csv: .*{words}"):
-        labels_of(images, text)
-
-
-def test_folder_is_labelled_only_if_every_image_is_in_a_class_folder(images):
-    data, ids, notes = read_images("folder", str(images), ["b", "a", "c"])
-    assert (
-        dict(zip(ids, data.targets.tolist())) == {"a/1.jpg": 1, "a/2.jpg": 1, "b/2.jpg": 0, "b/=3.jpg": 0} and not notes
-    )
-    (images / "b" / "photo.heic").touch()
-    data, _, notes = read_images("folder", str(images), ["a", "bee"])
-    assert set(data.targets.tolist()) == {-1}
-    assert "not scored" in notes[0] and "has b" in notes[0] and "1 .heic" in notes[1]
-
-
-@pytest.mark.parametrize(
-    "label,classes,number",
-    [
-        ("cats ", ["cats", "cats "], 1),
-        ("cats", ["cats", "cats "], 0),
-        ("cats", ["cats ", "dogs"], 0),  # an editor of tables cut the space off
-        ("cats  ", ["cats ", "dogs"], 0),
-        ("'-1", ["-1", "0"], 0),
-        ("'-1", ["'-1", "-1"], 0),
-        ("-1", ["'-1", "-1"], 1),
-        (" '-1 ", ["-1", "0"], 0),
-        ("a\rb", ["a\rb", "a"], 0),
-        ("cats", [" cats", "cats "], None),  # could be either
-        ("'cats", ["cats", "dogs"], None),
-        ("", ["cats", "dogs"], None),
-    ],
-)
-def test_a_class_is_found_by_its_exact_name_first(label, classes, number):
-    assert class_finder(classes)(label) == number
-
-
-def test_images_are_found_by_their_exact_names_first(tmp_path):
-    names = ["-1.jpg", "'-1.jpg", " x.jpg", "x.jpg", "y .jpg", "z\r.jpg"]
-    for name in names:
-        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / "a" / name).touch()
-    rows = [("-1.jpg", "a"), ("'-1.jpg", "b"), (" x.jpg", "a"), ("a/x.jpg", "b"), ("y", "a"), ("z\r.jpg", "b")]
-    with open(tmp_path / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("ID", "label"), *rows])
-    data, ids, notes = read_images("folder", str(tmp_path / "images"), ["a", "b"], str(tmp_path / "labels.csv"))
-    assert dict(zip(ids, data.targets.tolist())) == {f"a/{n}": i % 2 for i, n in enumerate(names)} and not notes
-
-
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
-def test_safe_fields_never_start_a_formula(text):
-    assert spreadsheet_safe(text) == "'" + text and spreadsheet_safe("'" + text) == "'" + text
-    assert spreadsheet_safe("a" + text) == "a" + text and without_apostrophe("'a" + text) == "'a" + text
-    assert without_apostrophe("'" + text) == text == without_apostrophe(text)

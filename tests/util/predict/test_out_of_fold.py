@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from tests.harness.prediction import QUICK, predict, read_csv, reference, values
 from tests.harness.runs import CONV, VIT, finetune, save_member
-from tests.test_main_predict import QUICK, predict, read_csv, reference, values
 from util.data.labels import read_images
 from util.errors import UserError
 

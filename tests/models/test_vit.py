@@ -1,0 +1,68 @@
+"""MAE's ViT against its formulas and the papers' sizes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import create_model, list_models
+from util.choices import MAE_NAMES
+
+TINY = dict(num_classes=5, img_size=32, embed_dim=24, depth=2, num_heads=3)
+
+
+def mae_forward(state: dict, x: torch.Tensor, *, depth: int, heads: int, global_pool: bool) -> torch.Tensor:
+    """MAE's fine-tuning ViT from its definition, in float64: pre-norm blocks, eps 1e-6, mean of patches or CLS."""
+    s = {k: v.double() for k, v in state.items()}
+    x = F.conv2d(
+        x.double(),
+        s["patch_embed.proj.weight"],
+        s["patch_embed.proj.bias"],
+        stride=s["patch_embed.proj.weight"].shape[-1],
+    )
+    x = x.flatten(2).transpose(1, 2)
+    B, N, D = x.shape
+    x = torch.cat([s["cls_token"].expand(B, -1, -1), x], dim=1) + s["pos_embed"]
+
+    def norm(name, t):
+        mean, var = t.mean(-1, keepdim=True), t.var(-1, unbiased=False, keepdim=True)
+        return (t - mean) / torch.sqrt(var + 1e-6) * s[f"{name}.weight"] + s[f"{name}.bias"]
+
+    for i in range(depth):
+        b = f"blocks.{i}"
+        qkv = norm(f"{b}.norm1", x) @ s[f"{b}.attn.qkv.weight"].T + s[f"{b}.attn.qkv.bias"]
+        q, k, v = qkv.view(B, N + 1, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        a = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(D // heads), -1) @ v
+        x = x + a.transpose(1, 2).reshape(B, N + 1, D) @ s[f"{b}.attn.proj.weight"].T + s[f"{b}.attn.proj.bias"]
+        h = norm(f"{b}.norm2", x) @ s[f"{b}.mlp.fc1.weight"].T + s[f"{b}.mlp.fc1.bias"]
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+        x = x + h @ s[f"{b}.mlp.fc2.weight"].T + s[f"{b}.mlp.fc2.bias"]
+    pooled = norm("fc_norm", x[:, 1:].mean(1)) if global_pool else norm("norm", x)[:, 0]
+    return pooled @ s["head.weight"].T + s["head.bias"]
+
+
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_logits_equal_maes_formulas(global_pool):
+    torch.manual_seed(0)
+    model = create_model("vit_custom_patch8", global_pool=global_pool, **TINY).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(3, 3, 32, 32)
+    expected = mae_forward(model.state_dict(), x, depth=2, heads=3, global_pool=global_pool)
+    assert torch.allclose(model(x).double(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_mae_names_have_the_papers_sizes(monkeypatch):
+    # No memory for the 632 M weights of ViT-H; timm 1.0.15 asks a tensor for its value, which meta has not.
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kw: linspace(*args, **{**kw, "device": "cpu"}))
+    sizes = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768, "vit_large_patch16": 1024}
+    with torch.device("meta"):
+        for name, width in {**sizes, "vit_huge_patch14": 1280}.items():
+            model = create_model(name, num_classes=1000)
+            assert model.embed_dim == width and model.num_prefix_tokens == 1
+        n = sum(p.numel() for p in create_model("vit_base_patch16", num_classes=1000).parameters())
+    assert n == 86_567_656  # ViT-B/16: 86.57 M with head and one final norm
+    assert set(MAE_NAMES) <= set(list_models())
+    assert "swinv2_base_window12to24_192to384" in list_models("swinv2*")

@@ -1,0 +1,26 @@
+"""Stratified splits and folds."""
+
+import pytest
+import torch
+
+from util.data.splits import kfold_split, stratified_split
+from util.errors import UserError
+
+
+def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
+    targets = torch.tensor([0] * 40 + [1] * 20)
+    train, val = stratified_split(targets, 0.25, seed=3)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(60))
+    assert torch.bincount(targets[val]).tolist() == [10, 5]
+    assert (
+        stratified_split(targets, 0.25, seed=3)[1].tolist()
+        == val.tolist()
+        != stratified_split(targets, 0.25, seed=4)[1].tolist()
+    )
+    folds = [kfold_split(targets, 5, k, seed=0)[1] for k in range(5)]
+    assert sorted(torch.cat(folds).tolist()) == list(range(60))
+    assert all(torch.bincount(targets[f]).tolist() == [8, 4] for f in folds)
+    with pytest.raises(UserError, match=r"--kfold 30: class 'rare' has 20 images; needs at least 30"):
+        kfold_split(targets, 30, 0, seed=0, classes=["common", "rare"])
+    with pytest.raises(UserError, match=r"--val_split 0.5: class 'single' has 1 image; needs at least 2"):
+        stratified_split(torch.tensor([0, 0, 1]), 0.5, seed=0, classes=["double", "single"])
