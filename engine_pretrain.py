@@ -37,30 +37,23 @@ def local_backward(
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Gradients of scale(sum of all losses), with one decoder's activations alive at a time.
+    """Gradients of scale(sum of net.losses), with one decoder's activations alive at a time.
 
-    Each decoder goes forward and backward by itself, down to the latent, where the T gradients add up; then the encoder
-    goes backward once. encode(imgs, ids_keep) -> latent is net.encode or DDP's EncoderFirst.
-    Returns the unscaled losses, detached: [T], and with propagate='none' [T + 1], the encoder's own last.
+    Each loss goes forward and backward by itself, down to the latent, where the gradients add up; then the encoder goes
+    backward once. encode(imgs, ids_keep) -> latent is net.encode or DDP's EncoderFirst.
+    Returns the unscaled losses, detached, in the order of net.loss_names.
     """
     with autocast():
         latent = encode(imgs, ids_keep)  # [B, 1+V, D]
     x, pos = net.targets(imgs, ids_mask), net.decoder_positions(ids_keep, ids_mask)
-    local = net.encoder_head is not None
-    leaf = latent.detach().requires_grad_(not local)
+    leaf = latent.detach().requires_grad_()
     losses = []
-    for i in range(net.T):
+    for compute_loss in net.losses(x, leaf, pos, generator):
         with autocast():
-            loss = net.decoder_loss(i, x, leaf, pos, generator)
+            loss = compute_loss()
         scale(loss).backward()
         losses.append(loss.detach())
-    if local:
-        with autocast():
-            loss = net.encoder_loss(x, latent, pos)
-        scale(loss).backward()
-        losses.append(loss.detach())
-    else:
-        latent.backward(leaf.grad)
+    latent.backward(leaf.grad)
     return torch.stack(losses)
 
 
@@ -76,11 +69,10 @@ def train_one_epoch(
     """
     net = getattr(model, "module", model).net
     model.train()
-    names = [f"loss_{i}" for i in range(net.T)] + ["loss_encoder"] * (net.encoder_head is not None)
     steps = Steps(
         model,
         net,
-        names,
+        net.loss_names,
         loader,
         optimizer,
         precision.scaler,

@@ -7,10 +7,13 @@ latent, the T losses are independent problems, preconditioned as in EDM (models/
 B images, C channels, patches of p x p pixels, N patches of which V are visible and M masked, P = p p C values each.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from timm.layers import PatchEmbed
 from torch import nn
 
@@ -21,76 +24,105 @@ from util.choices import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
 from util.errors import UserError
 
 
-class NoPropMAE(nn.Module):
-    """Masked encoder and decoders for the levels sigma_0 > ... > sigma_{T-1} of `karras_sigmas(T, ...)`.
+@dataclass(frozen=True)
+class NoPropConfig:
+    """The sizes of the network and its losses. Raises UserError, one line, for values out of range.
 
-    Images are float [B, C, H, W], normalised. loss_i = weight_i mean over masked patches of |D_i(x + sigma_i eps) - x|^2.
-
-    img_size: pixels, H and W or one number for both; patch_size divides both.
+    img_size: pixels, (H, W) or one number for both; patch_size divides both.
     sigma_data: standard deviation of the target's values, about 1 for normalised data and for norm_pixel.
     target: `pixel`, or `norm_pixel`: every patch brought to zero mean and unit variance (MAE, section 4).
     propagate: `latent`: the T losses reach the encoder through the latent. `none`: they stop at it, and the encoder
         learns from a blind one-block decoder of its own (`encoder_head`).
     loss_weighting: `none`, or `edm`: 1 / c_out^2, without which the low levels hardly learn.
     use_checkpoint: recompute blocks in the backward pass; less memory, about a third more time.
-    Raises UserError, one line, for values out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        img_size: int | tuple[int, int] = 32,
-        patch_size: int = 4,
-        in_chans: int = 3,
-        embed_dim: int = 192,
-        depth: int = 12,
-        num_heads: int = 3,
-        decoder_embed_dim: int = 96,
-        decoder_depth: int = 4,
-        decoder_num_heads: int = 3,
-        mlp_ratio: float = 4.0,
-        T: int = 4,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        sigma_data: float = 1.0,
-        target: str = "pixel",
-        propagate: str = "latent",
-        loss_weighting: str = "none",
-        use_checkpoint: bool = False,
-    ):
-        super().__init__()
-        img_size = [img_size, img_size] if isinstance(img_size, int) else [int(s) for s in img_size]
-        self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        check_config(self._config)
-        self.in_chans, self.patch_size, self.T = in_chans, patch_size, T
-        self.target, self.propagate, self.use_checkpoint = target, propagate, use_checkpoint
-        # Plain floats: sigmas are constants of the equations, not state of the network.
-        self.sigmas = karras_sigmas(T, sigma_min, sigma_max, rho, dtype=torch.float64).tolist()  # T + 1, the last 0
-        self.sigma_data = sigma_data
-        self.weights = [loss_weight(s, sigma_data) if loss_weighting == "edm" else 1.0 for s in self.sigmas[:-1]]
+    img_size: int | Sequence[int] = 32
+    patch_size: int = 4
+    in_chans: int = 3
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    decoder_embed_dim: int = 96
+    decoder_depth: int = 4
+    decoder_num_heads: int = 3
+    mlp_ratio: float = 4.0
+    T: int = 4
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 1.0
+    target: str = "pixel"
+    propagate: str = "latent"
+    loss_weighting: str = "none"
+    use_checkpoint: bool = False
 
-        self.patch_embed = PatchEmbed(tuple(img_size), patch_size, in_chans, embed_dim)
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise UserError(f"--{field.name} {getattr(self, field.name)}: should be 1 or more")
+        check_patch(self.size, self.patch_size)
+        for prefix in ("", "decoder_"):
+            dim, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
+            if dim % heads:
+                raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of --{prefix}num_heads {heads}")
+            if dim % 4:
+                raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of 4, for the position embeddings")
+        if not 0.0 < self.sigma_data < float("inf"):
+            raise UserError(f"--sigma_data {self.sigma_data}: should be positive")
+        for name, known in (("target", TARGETS), ("propagate", PROPAGATE), ("loss_weighting", LOSS_WEIGHTINGS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}: should be one of {', '.join(known)}")
+        self.sigmas()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size
+        return int(height), int(width)
+
+    def sigmas(self) -> list[float]:
+        """The T levels, falling, then 0. Plain floats: constants of the equations, not state of the network."""
+        return karras_sigmas(self.T, self.sigma_min, self.sigma_max, self.rho, dtype=torch.float64).tolist()
+
+
+class NoPropMAE(nn.Module):
+    """Masked encoder and decoders for the levels sigma_0 > ... > sigma_{T-1} of `karras_sigmas(T, ...)`.
+
+    Images are float [B, C, H, W], normalised. loss_i = weight_i mean over masked patches of |D_i(x + sigma_i eps) - x|^2.
+    The keywords are NoPropConfig's: NoPropMAE(config), NoPropMAE(T=10), NoPropMAE(config, use_checkpoint=True).
+    """
+
+    def __init__(self, config: NoPropConfig | None = None, **keywords):
+        super().__init__()
+        self._config = c = replace(config or NoPropConfig(), **keywords)
+        self.in_chans, self.patch_size, self.T = c.in_chans, c.patch_size, c.T
+        self.target, self.propagate, self.use_checkpoint = c.target, c.propagate, c.use_checkpoint
+        self.sigmas, self.sigma_data = c.sigmas(), c.sigma_data
+        edm = c.loss_weighting == "edm"
+        self.weights = [loss_weight(s, c.sigma_data) if edm else 1.0 for s in self.sigmas[:-1]]
+
+        self.patch_embed = PatchEmbed(c.size, c.patch_size, c.in_chans, c.embed_dim)
         self.grid_size = self.patch_embed.grid_size  # rows, columns
         self.num_patches = self.patch_embed.num_patches
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size), requires_grad=False)
-        self.blocks = transformer(embed_dim, depth, num_heads, mlp_ratio)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(c.embed_dim, self.grid_size), requires_grad=False)
+        self.blocks = transformer(c.embed_dim, c.depth, c.num_heads, c.mlp_ratio)
+        self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
 
-        patch_dim = patch_size**2 * in_chans
         decoder = partial(
             Decoder,
-            patch_dim,
-            embed_dim,
-            decoder_embed_dim,
-            num_heads=decoder_num_heads,
-            mlp_ratio=mlp_ratio,
-            use_checkpoint=use_checkpoint,
+            c.patch_size**2 * c.in_chans,
+            c.embed_dim,
+            c.decoder_embed_dim,
+            num_heads=c.decoder_num_heads,
+            mlp_ratio=c.mlp_ratio,
+            use_checkpoint=c.use_checkpoint,
         )
-        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_embed_dim, self.grid_size), requires_grad=False)
-        self.decoders = nn.ModuleList([decoder(depth=decoder_depth) for _ in range(T)])
-        self.encoder_head = decoder(depth=1, blind=True) if propagate == "none" else None
+        pos = sincos_pos_embed(c.decoder_embed_dim, self.grid_size)
+        self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
+        self.decoders = nn.ModuleList([decoder(depth=c.decoder_depth) for _ in range(c.T)])
+        self.encoder_head = decoder(depth=1, blind=True) if c.propagate == "none" else None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -105,23 +137,21 @@ class NoPropMAE(nn.Module):
 
     def config(self) -> dict:
         """Keywords that rebuild this model, plain values: NoPropMAE(**model.config())."""
-        return dict(self._config)
+        return {**asdict(self._config), "img_size": list(self._config.size)}
 
     # patches and masks
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, N, P]: patches row by row, the values of one ordered (row, column, channel) as MAE's."""
-        (rows, cols), p, C = self.grid_size, self.patch_size, self.in_chans
-        if imgs.shape[1:] != (C, rows * p, cols * p):
-            raise UserError(f"images {list(imgs.shape)}: should be [B, {C}, {rows * p}, {cols * p}]")
-        x = imgs.reshape(-1, C, rows, p, cols, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * cols, p * p * C)
+        (H, W), C, p = self._config.size, self.in_chans, self.patch_size
+        if imgs.shape[1:] != (C, H, W):
+            raise UserError(f"images {list(imgs.shape)}: should be [B, {C}, {H}, {W}]")
+        return rearrange(imgs, "b c (rows p) (cols q) -> b (rows cols) (p q c)", p=p, q=p)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         """Inverse of `patchify`: [B, N, P] -> [B, C, H, W]."""
-        (rows, cols), p, C = self.grid_size, self.patch_size, self.in_chans
-        x = patches.reshape(-1, rows, cols, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, rows * p, cols * p)
+        rows, p = self.grid_size[0], self.patch_size
+        return rearrange(patches, "b (rows cols) (p q c) -> b c (rows p) (cols q)", rows=rows, p=p, q=p)
 
     def random_masking(
         self, batch: int, mask_ratio: float, generator: torch.Generator | None = None
@@ -154,7 +184,7 @@ class NoPropMAE(nn.Module):
         x = take(self.patchify(imgs), ids_keep)  # [B, V, P]
         # The convolution as a matrix product over the gathered patches, brought to its kernel's order (channel, row,
         # column): the few visible pixels move, so that the weight's gradient keeps the weight's memory layout for DDP.
-        x = x.unflatten(2, (-1, self.in_chans)).transpose(2, 3).flatten(2)
+        x = rearrange(x, "b v (p q c) -> b v (c p q)", c=self.in_chans, p=self.patch_size)
         x = F.linear(x, proj.weight.flatten(1), proj.bias)  # [B, V, D]
         x = x + lookup(self.pos_embed, 1 + ids_keep)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
@@ -187,10 +217,28 @@ class NoPropMAE(nn.Module):
         """propagate='none': MAE's loss (0-d), the encoder's own."""
         return F.mse_loss(self.encoder_head(None, latent, pos).to(x.dtype), x)
 
+    @property
+    def loss_names(self) -> list[str]:
+        """Of `losses`, in their order: loss_0 .. loss_{T-1}, and loss_encoder with propagate='none'."""
+        return [f"loss_{i}" for i in range(self.T)] + ["loss_encoder"] * (self.encoder_head is not None)
+
+    def losses(
+        self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor, generator: torch.Generator | None = None
+    ) -> Iterator[Callable[[], torch.Tensor]]:
+        """All that is trained: each loss (0-d) is computed when it is called. Their graphs share nothing but the latent.
+
+        x: the masked targets; pos: `decoder_positions`.
+        """
+        given = latent if self.propagate == "latent" else latent.detach()
+        for i in range(self.T):
+            yield partial(self.decoder_loss, i, x, given, pos, generator)
+        if self.encoder_head is not None:
+            yield partial(self.encoder_loss, x, latent, pos)
+
     def forward(
         self, imgs: torch.Tensor, mask_ratio: float = 0.75, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, per-level losses [T]): their sum, plus the encoder's own loss where propagate is 'none'.
+        """(the sum of all losses, those of the levels [T]).
 
         Holds the activations of all T decoders until the backward pass. Training runs `local_backward` of
         engine_pretrain.py instead: the same gradients with the activations of one.
@@ -198,10 +246,8 @@ class NoPropMAE(nn.Module):
         ids_keep, ids_mask = self.random_masking(len(imgs), mask_ratio, generator)
         latent = self.encode(imgs, ids_keep)
         x, pos = self.targets(imgs, ids_mask), self.decoder_positions(ids_keep, ids_mask)
-        given = latent if self.propagate == "latent" else latent.detach()
-        losses = torch.stack([self.decoder_loss(i, x, given, pos, generator) for i in range(self.T)])
-        loss = losses.sum()
-        return loss if self.encoder_head is None else loss + self.encoder_loss(x, latent, pos), losses
+        losses = torch.stack([loss() for loss in self.losses(x, latent, pos, generator)])
+        return losses.sum(), losses[: self.T]
 
     # pictures
 
@@ -232,7 +278,7 @@ class NoPropMAE(nn.Module):
         mean, std = 0.0, 1.0
         if self.target == "norm_pixel" and ids_keep.shape[1]:
             mean, std = self.guess_statistics(take(patches, ids_keep), ids_keep, ids_mask)
-        index = ids_mask[..., None].expand(-1, -1, patches.shape[-1])
+        index = repeat(ids_mask, "b m -> b m p", p=patches.shape[-1])
 
         def picture(x: torch.Tensor) -> torch.Tensor:
             return self.unpatchify(patches.scatter(1, index, x * std + mean))
@@ -277,8 +323,7 @@ class NoPropMAE(nn.Module):
         maps = []
 
         def compute(attn: nn.Module, inputs: tuple) -> None:
-            B, L, _ = inputs[0].shape
-            q, k, _ = attn.qkv(inputs[0]).reshape(B, L, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).float()
+            q, k, _ = rearrange(attn.qkv(inputs[0]), "b n (qkv h d) -> qkv b h n d", qkv=3, h=attn.num_heads).float()
             maps.append((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1))
 
         hooks = [block.attn.register_forward_pre_hook(compute) for block in self.blocks]
@@ -288,35 +333,3 @@ class NoPropMAE(nn.Module):
             for hook in hooks:
                 hook.remove()
         return torch.stack(maps)
-
-
-SIZES = (
-    "in_chans",
-    "patch_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "decoder_embed_dim",
-    "decoder_depth",
-    "decoder_num_heads",
-    "T",
-)
-
-
-def check_config(config: dict) -> None:
-    """UserError for what no network can be built of; the noise levels are checked by `karras_sigmas`."""
-    for name in SIZES:
-        if config[name] < 1:
-            raise UserError(f"--{name} {config[name]}: should be 1 or more")
-    check_patch(config["img_size"], config["patch_size"])
-    for prefix in ("", "decoder_"):
-        dim, heads = config[f"{prefix}embed_dim"], config[f"{prefix}num_heads"]
-        if dim % heads:
-            raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of --{prefix}num_heads {heads}")
-        if dim % 4:
-            raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of 4, for the position embeddings")
-    if not 0.0 < config["sigma_data"] < float("inf"):
-        raise UserError(f"--sigma_data {config['sigma_data']}: should be positive")
-    for name, known in (("target", TARGETS), ("propagate", PROPAGATE), ("loss_weighting", LOSS_WEIGHTINGS)):
-        if config[name] not in known:
-            raise UserError(f"--{name} {config[name]}: should be one of {', '.join(known)}")

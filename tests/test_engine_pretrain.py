@@ -247,6 +247,33 @@ def test_an_epoch_equals_a_plain_loop_over_the_summed_loss(propagate):
     assert stats["lr"] == pytest.approx(0.18) and {g["lr"] for g in optimizer.param_groups} == {stats["lr"]}
 
 
+def test_a_loss_that_the_network_adds_is_trained_and_recorded():
+    class WithQuietLatent(NoPropMAE):
+        @property
+        def loss_names(self):
+            return [*super().loss_names, "loss_latent"]
+
+        def losses(self, x, latent, pos, generator=None):
+            yield from super().losses(x, latent, pos, generator)
+            yield lambda: latent.square().mean()
+
+    torch.manual_seed(0)
+    net = WithQuietLatent(**SMALL).double()
+    imgs, generator = images().double(), torch.Generator().manual_seed(3)
+    ids = net.random_masking(len(imgs), 0.5, generator)
+    losses = local_backward(net, net.encode, imgs, *ids, generator=generator)
+    got = net.norm.weight.grad.clone()
+    assert losses[3].item() == pytest.approx(net.encode(imgs, ids[0]).square().mean().item())
+    plain = build().double()
+    generator = torch.Generator().manual_seed(3)
+    ids = plain.random_masking(len(imgs), 0.5, generator)
+    local_backward(plain, plain.encode, imgs, *ids, generator=generator)
+    plain.encode(imgs, ids[0]).square().mean().backward()
+    torch.testing.assert_close(got, plain.norm.weight.grad, rtol=1e-8, atol=1e-12)
+    stats, _ = train(WithQuietLatent(**SMALL), new_run())
+    assert stats["loss_latent"] > 0 and len([k for k in stats if k.startswith("loss_")]) == 4
+
+
 def test_an_epoch_stopped_and_resumed_equals_an_uninterrupted_one():
     whole, halves = build(), build()
     want, _ = train(whole, new_run())

@@ -1,5 +1,6 @@
 """NoPropMAE against timm's ViT, a dense implementation without gathering, and hand-derived numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.edm import precondition
-from models.noprop_mae import NoPropMAE
+from models.noprop_mae import NoPropConfig, NoPropMAE
 
 SMALL = dict(
     img_size=(8, 16),
@@ -268,6 +269,14 @@ def test_config_rebuilds_the_model_and_is_plain():
     twin.load_state_dict(model.state_dict())
     assert twin.config() == model.config() and twin.weights == model.weights and twin.sigmas == model.sigmas
     assert torch.equal(twin(images(), 0.5, generator())[1], model(images(), 0.5, generator())[1])
+
+
+def test_a_config_and_keywords_are_two_ways_to_the_same_model():
+    config = NoPropConfig(**SMALL)
+    assert NoPropMAE(config).config() == build().config() == {**dataclasses.asdict(config), "img_size": [8, 16]}
+    assert NoPropMAE(config, img_size=8, T=1).config() == build(img_size=[8, 8], T=1).config()
+    with pytest.raises(TypeError, match="levels"):
+        NoPropMAE(config, levels=3)
 
 
 def test_one_level_trains_and_samples():
