@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import zipfile
+from typing import cast
 
 import numpy as np
 import torch
@@ -229,7 +230,7 @@ def rng_state(device: torch.device) -> dict:
 
     CUDA's only for a run on CUDA: asking for it opens a context there, some 500 MB of the GPU per process.
     """
-    name, keys, pos, has_gauss, cached = np.random.get_state()
+    name, keys, pos, has_gauss, cached = cast(tuple, np.random.get_state())
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

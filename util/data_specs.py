@@ -1,4 +1,7 @@
-"""The one table of data sets by name: image size, channels, normalisation. It needs no torch; util/data/datasets.py reads them."""
+"""The one table of data sets by name: image size, channels, normalisation. It needs no torch.
+
+util/data/datasets.py reads the data sets themselves.
+"""
 
 from dataclasses import dataclass
 

@@ -67,8 +67,9 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-# NCCL's watchdog aborts the process without a word of ours. So it waits longer than gloo, whose timeout ends in one line
-# (`lost_rank`, and Interrupts of util/train/run.py while the main thread stands behind a kernel of NCCL that never ends).
+# NCCL's watchdog aborts the process without a message of ours. So it waits longer than gloo, whose timeout ends in one
+# line (`lost_rank`, and Interrupts of util/train/interrupts.py while the main thread waits for a kernel of NCCL that
+# never ends).
 NCCL_LATER = datetime.timedelta(minutes=2)
 
 
@@ -77,7 +78,8 @@ def init_world(
 ) -> World:
     """Join torchrun's process group (gloo on CPU, nccl on CUDA) if there is one.
 
-    deterministic: only operations whose result is the same each time; one that has no such form raises. A rank that hangs ends the others' collectives after `timeout_minutes`, one that dies at once: see `lost_rank`.
+    deterministic: only operations whose result is the same each time; one that has no such form raises. The others'
+    collectives fail `timeout_minutes` after a rank hangs, and at once when one dies: see `lost_rank`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -99,7 +101,7 @@ def init_world(
         torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and size > 1:
         # gloo beside nccl: objects, flags and barriers travel on the CPU and never wait for a kernel.
-        backend = "cpu:gloo,cuda:nccl" if dev.type == "cuda" else "gloo"
+        backends = "cpu:gloo,cuda:nccl" if dev.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
         try:
             store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
@@ -108,9 +110,10 @@ def init_world(
         # torchrun --max-restarts starts the ranks again but keeps its store, where gloo would find the addresses of the
         # dead: keys of its own for each attempt.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
         if dev.type == "cuda":
-            dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(timeout + NCCL_LATER)
+            backend = dist.group.WORLD._get_backend(torch.device("cuda"))  # type: ignore[union-attr]
+            backend._set_default_timeout(timeout + NCCL_LATER)
     else:
         size, rank = 1, 0
     return World(rank, size, local_rank, dev)
@@ -195,9 +198,10 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
 def computes_bf16(device: torch.device) -> bool:
     """True where matrix products take less time in bf16 than in fp32; elsewhere bf16 gains nothing.
 
-    A CPU needs AMX, or AVX512_BF16 of AMD's kind, which does two bf16 products in the time of one in fp32. Intel's without
-    AMX takes 1.8 times as long as for fp32 (bench/precision.md).
-    The environment's NOISEVIT_BF16, 1 or 0, overrules the machine: each can run what the others run by default.
+    A CPU needs AMX, or AMD's AVX512_BF16, which does two bf16 products in the time of one in fp32. Intel's AVX512_BF16
+    without AMX takes 1.8 times as long as fp32 (bench/precision.md).
+    The environment variable NOISEVIT_BF16, 1 or 0, overrules the machine, so that each machine can run what another one
+    runs by default.
     """
     forced = os.environ.get("NOISEVIT_BF16", "")
     if forced not in ("", "0", "1"):
@@ -229,10 +233,10 @@ def is_amd(description: str) -> bool:
 class Precision:
     """Autocast and loss scaling: `off`, `bf16`, `fp16`, `mixed` (bf16; fp16 on a GPU without it), or None.
 
-    None is the faster one for the kind of `net` on this device (bench/precision.md), always the same for both: on CPU, bf16
-    for networks of matrix products where those are faster in it, fp32 for convolutional ones; on CUDA, bf16 or fp16. Without
-    a net: as for one of matrix products. `why` tells what decided.
-    Only fp16 needs a GradScaler: its gradients underflow, bf16's exponent is fp32's.
+    None takes the faster one for this device and kind of `net` (bench/precision.md), the same each time. On CPU that is
+    bf16 for networks of matrix products, where those are faster in it, and fp32 for convolutional ones; on CUDA, bf16 or
+    fp16. Without a net: as for one of matrix products. `why` tells what decided.
+    Only fp16 needs a GradScaler: its gradients underflow, while bf16 has fp32's exponent.
     """
 
     def __init__(self, amp: str | None, device: torch.device, net: torch.nn.Module | None = None):
@@ -277,7 +281,7 @@ def prepare_net(
         return []
     for module in net.modules():
         if getattr(module, "fused_attn", False):
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[assignment]
     names = keep_out_of_bf16(net, trained_on) if trained_on else []
     return (
         [

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data. The message is one line: what (flag or path), its value, what would be right."""
+    """A mistake in flags, files or data. The message is one line: the flag or path, its value, what would be right."""

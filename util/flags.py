@@ -1,7 +1,7 @@
 """Which flags change a run's results, and in which of them two command lines differ.
 
-Each flag declares it where it is added (Parser in util/cli/parser.py). A resume and the finished folds of a k-fold run are
-compared with the command line by these declarations, and by nothing else.
+Each flag declares it where it is added (Parser in util/cli/parser.py). These declarations alone decide how a resume and
+the finished folds of a k-fold run are compared with the command line.
 """
 
 import json

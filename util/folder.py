@@ -57,8 +57,8 @@ def goes_on_in(folder: str, resume: str) -> bool:
 def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool = False) -> None:
     """UserError if a run of this kind would write over what the folder holds.
 
-    Training goes on by --resume with a checkpoint of the folder, or starts anew by --overwrite. What measures writes over
-    an earlier result of its own, and over nothing else.
+    Training goes on by --resume with a checkpoint of the folder, or starts anew by --overwrite. The other scripts write
+    over an earlier result of their own, and over nothing else.
     """
     if overwrite or not os.path.isdir(folder):
         return
@@ -79,7 +79,7 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
 
 
 def refuse_log_of_other_run(log_dir: str, output_dir: str | None) -> None:
-    """UserError if TensorBoard's files would go among those of another run: it reads them as one, and purges by step."""
+    """UserError if TensorBoard's files would lie beside another run's: it reads them as one, and purges by step."""
     if not os.path.isdir(log_dir) or (output_dir and os.path.realpath(log_dir) == os.path.realpath(output_dir)):
         return
     if (held := kind_of_run(log_dir)) in KINDS:

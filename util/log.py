@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), a progress bar or plain lines."""
+"""What a run reports: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), lines on the terminal."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -44,7 +45,8 @@ class RunLog:
         self.output_dir = output_dir if is_main else None
         self.is_main = is_main
         self.kind, self.anew = kind, anew  # anew: nothing of another run in the folder stays
-        self.writer = self.lock = None
+        self.writer: Any = None  # TensorBoard's SummaryWriter
+        self.lock = None
         self.log_dir = (log_dir or output_dir) if is_main else None
         if self.output_dir:
             make_folder(self.output_dir, "--output_dir")
@@ -73,6 +75,7 @@ class RunLog:
                 self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)
 
     def path(self, name: str) -> str:
+        assert self.output_dir
         return os.path.join(self.output_dir, name)
 
     def write_args(self, options: dict) -> None:
@@ -172,7 +175,7 @@ def claim(
             fault = f"--output_dir {output_dir}: cannot be read ({error.strerror or error})"
     if fault := broadcast_object(fault):
         raise UserError(fault)
-    anew = overwrite and bool(output_dir) and not goes_on_in(output_dir, resume)
+    anew = overwrite and not goes_on_in(output_dir or "", resume)
     return RunLog(output_dir or None, log_dir, is_main=world.is_main, kind=kind, anew=anew)
 
 

@@ -1,6 +1,6 @@
 """Scores of a classifier from its confusion matrix."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,8 +15,8 @@ class Evaluation:
     balanced_acc: float
     macro_f1: float
     confusion: np.ndarray
-    index: np.ndarray = field(default=None)
-    probabilities: np.ndarray = field(default=None)
+    index: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
 
     def scores(self) -> dict[str, float]:
         names = ("loss", "acc1", "acc5", "balanced_acc", "macro_f1")
@@ -24,7 +24,10 @@ class Evaluation:
 
 
 def scores_from_confusion(confusion: np.ndarray) -> tuple[float, float]:
-    """Balanced accuracy and macro F1 in percent, as scikit-learn's: over the classes that occur (F1: or are predicted)."""
+    """(balanced accuracy, macro F1) in percent, as scikit-learn computes them.
+
+    The accuracy is averaged over the classes that occur, the F1 over those that occur or are predicted.
+    """
     right, true, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     recall = right[true > 0] / true[true > 0]
     seen = (true + predicted) > 0

@@ -27,9 +27,10 @@ def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
             return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else last
 
         return {n: vit_layer(n) for n in names}, last
-    if not hasattr(model, "group_matcher"):
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
         return dict.fromkeys(names, 0), 0
-    ids = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    ids = group_parameters(model, matcher(coarse=False), reverse=True)
     ids = {n: ids[n] for n in names}
     order = {old: new for new, old in enumerate(sorted(set(ids.values())))}
     return {n: order[i] for n, i in ids.items()}, len(order) - 1
@@ -43,9 +44,7 @@ def param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 
     Source: MAE util/lr_decay.py's numbers for ViTs; timm's layer map elsewhere.
     """
     layers, last = layer_ids(model)
-    exempt = set(NO_WEIGHT_DECAY)
-    if hasattr(model, "no_weight_decay"):
-        exempt |= set(model.no_weight_decay())
+    exempt = NO_WEIGHT_DECAY | set(getattr(model, "no_weight_decay", set)())
     groups: dict[tuple[int, bool], dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -111,10 +110,10 @@ def optimizer_step(
 
 class Ema(ModelEmaV3):
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: torch.Tensor | None = None) -> None:
-        """After `step` updates of `model`; skipped: bool, 0-d: whether the last one was not made; then nothing is averaged.
+    def update(self, model: nn.Module, step: int | None = None, skipped: torch.Tensor | None = None) -> None:
+        """Take in `model` after its update number `step`. skipped: bool, 0-d; if True, the average stays as it is.
 
-        ModelEmaV3's own update, with its weight as a tensor on the device: no step waits for it.
+        ModelEmaV3's own update, with its weight as a tensor on the device, so that no step waits for it.
         """
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         averages, values = zip(*[(a, v) for a, v in pairs if a.is_floating_point()])

@@ -9,9 +9,9 @@ def is_convolutional(net: nn.Module) -> bool:
     return any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in net.modules())
 
 
-# torch's bf16 weight gradient of a convolution on CPU (oneDNN; torch 2.14 on AVX512_BF16) is not written everywhere where
-# a tap of the kernel meets nothing but padding: its gradient is 0, but what the memory held before may be returned. So
-# with a 3x3 kernel of stride 2 on a 1x1 map, which only its centre meets:
+# torch's bf16 weight gradient of a convolution on CPU (oneDNN; torch 2.14 on AVX512_BF16) is not always written where a
+# tap of the kernel meets nothing but padding: the gradient there is 0, but what the memory held before may be returned.
+# An example is a 3x3 kernel of stride 2 on a 1x1 map, which only its centre meets:
 #
 #     conv, x, wrong = torch.nn.Conv2d(64, 64, 3, 2, 1), torch.randn(8, 64, 1, 1), 0
 #     for _ in range(20):
@@ -23,12 +23,13 @@ def is_convolutional(net: nn.Module) -> bool:
 #         wrong += not conv.weight.grad.isfinite().all()
 #
 # ends with wrong between 5 and 19. With glibc's M_PERTURB filling all fresh memory, 707 of 6096 settings of Conv2d were
-# wrong (kernels 1 to 7, strides 1 to 4, dilations, groups, maps of 1 to 8 pixels, both memory formats), all of them of this
-# kind, and no output or gradient of the input. Conv3d fails as well where the padding is wider than the map.
+# wrong (kernels 1 to 7, strides 1 to 4, dilations, groups, maps of 1 to 8 pixels, both memory formats). All of them are
+# of this kind, and outputs and gradients of the input were right. Conv3d fails as well where the padding is wider than
+# the map.
 
 
 def meets_only_padding(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """True if along one dimension some tap of the kernel never lies on the map, or the padding is as wide as the map."""
+    """True if, in one dimension, a tap of the kernel never lies on the map, or the padding is as wide as the map."""
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     return padding > 0 and (
         padding >= size
@@ -38,8 +39,11 @@ def meets_only_padding(size: int, kernel: int, stride: int, padding: int, dilati
     )
 
 
-class _InFp32:
-    """A convolution of which autocast keeps away."""
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class _InFp32(nn.Module):
+    """Added to a convolution's bases: it computes in fp32 under autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -51,10 +55,11 @@ def keep_out_of_bf16(net: nn.Module, shape: tuple[int, int, int]) -> list[str]:
 
     shape: channels, height, width of net's images; one of them goes through it to see the maps.
     """
-    padded = [(n, m) for n, m in net.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and widths(m)]
-    found, hooks = {}, []
+    padded = [(n, m) for n, m in net.named_modules() if isinstance(m, Conv) and widths(m)]
+    found: dict[str, Conv] = {}
+    hooks = []
 
-    def looks(name: str, conv: nn.Module):
+    def looks(name: str, conv: Conv):
         def look(_, inputs: tuple) -> None:
             where = zip(inputs[0].shape[2:], conv.kernel_size, conv.stride, widths(conv), conv.dilation)
             if any(meets_only_padding(*numbers) for numbers in where):
@@ -78,8 +83,8 @@ def keep_out_of_bf16(net: nn.Module, shape: tuple[int, int, int]) -> list[str]:
     return list(found)
 
 
-def widths(conv: nn.Module) -> tuple[int, ...]:
+def widths(conv: Conv) -> tuple[int, ...]:
     """Its zero padding per dimension; () for none."""
-    if conv.padding == "same":
-        return tuple(-(-d * (k - 1) // 2) for k, d in zip(conv.kernel_size, conv.dilation))
-    return conv.padding if conv.padding != "valid" and any(conv.padding) else ()
+    if isinstance(conv.padding, tuple):
+        return conv.padding if any(conv.padding) else ()
+    return tuple(-(-d * (k - 1) // 2) for k, d in zip(conv.kernel_size, conv.dilation) if conv.padding == "same")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the generator's step
@@ -66,14 +67,14 @@ def sample_rng(seed: int, epoch: int, index: int):
     """
     # numpy copies its state element by element (100 us): exchange the generator under np.random instead. The one
     # thing lost is the second normal of a pair that np.random.randn may have kept for its next call.
-    numpy_before = np.random.get_bit_generator()
+    numpy_before = get_bit_generator()
     random_before, torch_before = random.getstate(), torch.default_generator.get_state()
     try:
-        np.random.set_bit_generator(_numpy_spare)
+        set_bit_generator(_numpy_spare)
         _seed_cpu(mix(seed, epoch, index))
         yield
     finally:
-        np.random.set_bit_generator(numpy_before)
+        set_bit_generator(numpy_before)
         random.setstate(random_before)
         torch.default_generator.set_state(torch_before)
 

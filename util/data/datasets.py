@@ -6,7 +6,7 @@ Two kinds come out: ArrayDataset (one uint8 tensor) and FileDataset (paths, deco
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class FileDataset:
     notes: what lies beside the images and was not read, for the log and the report.
     """
 
-    paths: Sequence[str]
+    paths: Paths  # made of any sequence of strings
     targets: torch.Tensor
     classes: list[str] = field(default_factory=list)
     root: str = ""
@@ -71,7 +71,10 @@ class FileDataset:
         return os.path.relpath(self.paths[i], self.root) if self.root else self.paths[i]
 
 
-def notes_of(*data: ArrayDataset | FileDataset | None) -> list[str]:
+Dataset = ArrayDataset | FileDataset
+
+
+def notes_of(*data: Dataset | None) -> list[str]:
     """The notes of several splits, each once."""
     return list(dict.fromkeys(note for d in data for note in getattr(d, "notes", ())))
 
@@ -79,9 +82,10 @@ def notes_of(*data: ArrayDataset | FileDataset | None) -> list[str]:
 def read_class_folder(root: str, classes: list[str] | None = None, only: Collection[str] | None = None) -> FileDataset:
     """root/class/**/image files. only: names of the classes to read, if not all.
 
-    classes: the training set's, for its validation set; of these it may lack some, which is noted. UserError if it has others.
+    classes: the training set's, when this is its validation set. Classes without images are noted; a class that is not
+    among them is a UserError.
     """
-    folders = defaultdict(list)
+    folders: dict[str, list[str]] = defaultdict(list)
     for folder in class_folders(root):
         folders[class_name(folder)].append(folder)
     if only is not None:
@@ -113,14 +117,15 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
     if lacking := [name for name in classes if name not in present]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         notes.append(
-            f"{printable(root)}: has no images of {', '.join(lacking[:5])}{more}; scored on the {len(present)} classes that it has"
+            f"{printable(root)}: has no images of {', '.join(lacking[:5])}{more}; "
+            f"scored on the {len(present)} classes that it has"
         )
     targets = [torch.full((counts[name],), classes.index(name)) for name in present]
     return FileDataset(Paths.joined(paths), torch.cat(targets), list(classes), root, notes)
 
 
 def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
-    """Every image below root, without labels: for pretraining and prediction. without: folders in root that are not read."""
+    """Every image below root, without labels, for pretraining and prediction. without: folders in root to leave out."""
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
     found = find_images(root, without=without)
@@ -130,7 +135,7 @@ def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
     notes = found.notes(root)
     if without:
         notes.append(f"{printable(root)}: left out, held out beside it: {', '.join(map(printable, without))}")
-    return FileDataset(found.paths, torch.full((len(found.paths),), -1), [], root, notes)
+    return FileDataset(Paths(found.paths), torch.full((len(found.paths),), -1), [], root, notes)
 
 
 def _is_part(folder: str) -> bool:
@@ -168,8 +173,9 @@ def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | Non
         return read_unlabelled(folder, [f for f in splits if not TRAIN_LIKE.search(f.casefold())])
     if splits:
         raise UserError(
-            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not classes; "
-            f"expected {root}/train/<class>/<images> and {root}/val, or give --data_path one of them with --val_split 0.2"
+            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not "
+            f"classes; expected {root}/train/<class>/<images> and {root}/val, or give --data_path one of them with "
+            "--val_split 0.2"
         )
     if split != "train" and classes is None:
         classes = read_class_folder(os.path.join(root, "train") if has_train else root).classes
@@ -186,8 +192,8 @@ def _read_imagenet(
 ) -> FileDataset:
     if not all(os.path.isdir(os.path.join(root, s)) for s in ("train", "val")):
         raise UserError(
-            f"--dataset {name} --data_path {root}: put the images at {root}/train/<wnid>/*.JPEG and {root}/val/<wnid>/*.JPEG "
-            "(it cannot be downloaded without an account)"
+            f"--dataset {name} --data_path {root}: put the images at {root}/train/<wnid>/*.JPEG and "
+            f"{root}/val/<wnid>/*.JPEG (it cannot be downloaded without an account)"
         )
     if split != "train" and classes is None:
         classes = read_class_folder(os.path.join(root, "train"), only=only).classes
@@ -258,7 +264,7 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str
     paths = [os.path.join(images, name) for name, _ in rows]
     extra = sorted(name for name in names - {name for name, _ in rows} if not name.startswith("."))
     notes = [f"{listing}: {len(extra)} files of {images} are not in it and left out, e.g. {extra[0]}"] if extra else []
-    return FileDataset(paths, torch.tensor([number[wnid] for _, wnid in rows]), classes, val, notes)
+    return FileDataset(Paths(paths), torch.tensor([number[wnid] for _, wnid in rows]), classes, val, notes)
 
 
 def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
@@ -313,11 +319,11 @@ def _read_digits(split: str, seed: int = 0) -> ArrayDataset:
 
 def read_split(
     name: str, root: str, split: str, labelled: bool = True, classes: list[str] | None = None
-) -> ArrayDataset | FileDataset | None:
+) -> Dataset | None:
     """The `train` or `val` split of a data set in DATASETS; None where a folder has no val/ of its own.
 
-    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: the training split's,
-    where they are known, for `val`.
+    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: those of the
+    training split, for `val`, where they are known.
     """
     if name == "digits":
         return _read_digits(split)

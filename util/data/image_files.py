@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from util.errors import UserError
 from util.files import composed, printable
@@ -29,8 +30,11 @@ def class_name(folder: str) -> str:
 
 
 class Paths(Sequence):
-    """Paths by number, held in three arrays. Of a list of strings each loader process would come to own a copy: reading a
-    Python object writes its reference count, and memory that is written to is shared no longer."""
+    """A sequence of paths in three arrays, which loader processes share.
+
+    A list of strings would be copied into every process: reading a Python object writes its reference count, and memory
+    that is written to is no longer shared.
+    """
 
     def __init__(self, paths: Iterable[str] = ()):
         import numpy as np
@@ -113,7 +117,7 @@ def kinds(counts: Counter) -> str:
     return shown + (f" and {len(counts) - 8} more kinds" if len(counts) > 8 else "")
 
 
-def _unreadable(error: OSError):
+def _unreadable(error: OSError) -> NoReturn:
     """os.walk's own way is silence: a class would shrink, or a test set, without a word."""
     raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({error.strerror})")
 
@@ -184,8 +188,11 @@ def images_beside(root: str) -> int:
 
 
 def refuse_output_among_images(flag: str, output: str | None, data_path: str) -> None:
-    """UserError for an output folder, below --data_path or the same, that is one of its folders of images: its pictures
-    would be read as photos, or its photos never again. A folder of its own may lie there: it is left out of the images."""
+    """UserError if `output` is a folder of images at or below --data_path.
+
+    The run's pictures would be read as photos, or the photos would never be read again. A folder without images may lie
+    there: it is left out of the data.
+    """
     if not output or not os.path.isdir(output):
         return
     folder, data = os.path.realpath(output), os.path.realpath(data_path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from util.data.datasets import ArrayDataset, FileDataset, notes_of, read_split, read_unlabelled
+from util.data.datasets import Dataset, FileDataset, notes_of, read_split, read_unlabelled
 from util.data.image_files import class_folders, class_name
 from util.errors import UserError
 from util.files import composed, printable
@@ -24,8 +24,11 @@ def without_apostrophe(text: str) -> str:
 
 
 def class_finder(classes: list[str]) -> Callable[[str], int | None]:
-    """text -> number of the class, None if it names none: exactly, else but for spaces at the ends or an apostrophe that
-    a spreadsheet was meant to see. Accents may be written in either of Unicode's forms; those of `classes` are composed."""
+    """text -> number of the class that it names, or None.
+
+    An exact name wins; else spaces at the ends and an apostrophe that was meant for a spreadsheet are ignored. Accents
+    may be written in either of Unicode's forms; those of `classes` are composed.
+    """
     number = {c: i for i, c in enumerate(classes)}
     stripped = defaultdict(list)
     for i, c in enumerate(classes):
@@ -43,14 +46,14 @@ def class_finder(classes: list[str]) -> Callable[[str], int | None]:
     return find
 
 
-def image_id(data: ArrayDataset | FileDataset, i: int) -> str:
+def image_id(data: Dataset, i: int) -> str:
     """The path below --data_path, with forward slashes; bytes that are no UTF-8 as escapes."""
     return printable(data.name(i)).replace(os.sep, "/")
 
 
 def read_images(
     dataset: str, root: str, classes: list[str], labels: str | None = None, *, trained_on: bool = False
-) -> tuple[ArrayDataset | FileDataset, list[str], list[str]]:
+) -> tuple[Dataset, list[str], list[str]]:
     """(data sorted by ID, IDs, notes for the report). data.targets: numbers into `classes`, -1 without a label.
 
     A folder is labelled if every image lies in a subfolder named after a class; a CSV file of labels replaces that.
@@ -58,17 +61,20 @@ def read_images(
     train/ as the root of a folder that has it.
     """
     notes: list[str] = []
+    data: Dataset | None
     if dataset == "folder" and trained_on:
         data = read_split(dataset, root, "train", classes=classes)
     elif dataset == "folder":
-        data = read_unlabelled(root)
-        data.targets = _folder_targets(data, root, classes, notes) if labels is None else data.targets
+        data = images = read_unlabelled(root)
+        images.targets = _folder_targets(images, root, classes, notes) if labels is None else images.targets
     else:
         data = read_split(dataset, root, "train" if trained_on else "val")
+        assert data is not None  # only a folder may lack a split
         if sorted(data.classes) != sorted(classes):
             odd = sorted(set(data.classes) ^ set(classes))[0]
             raise UserError(f"--dataset {dataset}: its classes differ from those of --checkpoints (e.g. {odd})")
         data.targets = torch.tensor([classes.index(c) for c in data.classes])[data.targets]
+    assert data is not None
     ids = [image_id(data, i) for i in range(len(data))]
     order = sorted(range(len(data)), key=ids.__getitem__)
     data, ids = data.subset(torch.tensor(order)), [ids[i] for i in order]
@@ -80,10 +86,10 @@ def read_images(
 
 def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: list[str]) -> torch.Tensor:
     number = {c: i for i, c in enumerate(classes)}
-    tops = [os.path.relpath(path, root).split(os.sep) for path in data.paths]
-    tops = [class_name(parts[0]) if len(parts) > 1 else None for parts in tops]
-    if all(top in number for top in tops):
-        return torch.tensor([number[top] for top in tops])
+    parts = [os.path.relpath(path, root).split(os.sep) for path in data.paths]
+    tops = [number.get(class_name(p[0])) if len(p) > 1 else None for p in parts]
+    if None not in tops:
+        return torch.tensor(tops)
     folders = [class_name(name) for name in class_folders(root)]
     if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
         odd = [f for f in folders if f not in number] or ["images outside of them"]
@@ -94,8 +100,8 @@ def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: lis
 def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str]) -> list[int]:
     """A class number per image, -1 without a label, from a CSV file whose first line has the columns ID and label.
 
-    An ID is the image's path below --data_path, or its file name where that is unique; with or without extension. A name
-    that is written exactly as the image's or class's wins; spaces at its ends and an apostrophe before = + - @ are forgiven.
+    An ID is the image's path below --data_path, or its file name where that is unique, with or without extension. An
+    exact name wins; else spaces at its ends and an apostrophe before = + - @ are ignored.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets put a byte-order mark
@@ -136,7 +142,7 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
 def _finder(ids: list[str], path: str):
     """name -> number of the image, None if there is none. Exact paths win over names without folder or extension, and
     these over what differs in spaces at the ends or in Unicode's forms."""
-    levels = [defaultdict(list) for _ in range(12)]
+    levels: list[dict[str, list[int]]] = [defaultdict(list) for _ in range(12)]
     for i, name in enumerate(ids):
         base = name.rsplit("/", 1)[-1]
         keys = [name, os.path.splitext(name)[0], base, os.path.splitext(base)[0]]

@@ -23,7 +23,8 @@ def fold_of_nets(members: list[Member]) -> list[int]:
             match = re.fullmatch(r"fold-(\d+)", os.path.basename(os.path.dirname(path)))
             if match is None:
                 raise UserError(
-                    f"--out_of_fold: {member.name} is a single network; give the --output_dir of main_finetune.py --kfold"
+                    f"--out_of_fold: {member.name} is a single network; give the --output_dir of main_finetune.py "
+                    "--kfold"
                 )
             folds.append(int(match[1]))
     return folds
@@ -43,7 +44,8 @@ def fold_of_images(members: list[Member], classes: list[str], data: FileDataset,
     for i in np.flatnonzero(folds < 0).tolist():
         if reader[i][2] is None:
             raise UserError(
-                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was trained on"
+                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was "
+                "trained on"
             )
     if folds.max() < 0:
         raise UserError(f"--data_path: none of its {len(ids)} images can be read")

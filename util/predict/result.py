@@ -7,10 +7,11 @@ import numpy as np
 
 @dataclass
 class Prediction:
-    """Probabilities float64 [M, n, C] of the n readable images: each member's mean over its networks, with view 1 alone and
-    over the views, and for stacking the geometric mean over networks and views.
+    """Probabilities float64 [M, n, C] of the n readable images.
 
-    index: int64 [n], ascending, into the data. bad: image number -> why it cannot be read.
+    one_view, all_views: each member's mean over its networks, with view 1 alone and over the views. geometric: the
+    geometric mean over networks and views, for stacking. index: int64 [n], ascending, into the data. bad: image number ->
+    why it cannot be read.
     """
 
     index: np.ndarray

@@ -43,13 +43,12 @@ def linear_probe(
 
         minimise mean cross entropy + l2 / 2 |W|^2
 
-    The features' directions differ in variance by many orders. L-BFGS therefore works on the weights of the decorrelated
-    features, where all directions curve alike; the problem and its solution stay the same.
+    The variance differs by many orders between the features' directions. L-BFGS therefore works on the weights of the
+    decorrelated features, where all directions curve alike; the problem and its solution stay the same.
     """
     N, D = features.shape
     norm, linear = nn.BatchNorm1d(D, affine=False, eps=1e-6), nn.Linear(D, num_classes)
-    norm.running_mean.copy_(features.mean(0))
-    norm.running_var.copy_(features.var(0, correction=0))
+    norm.running_mean, norm.running_var = features.mean(0), features.var(0, correction=0)
     head = nn.Sequential(norm, linear).to(features.device).eval()
     x = norm(features)  # [N, D]
     variance, basis = torch.linalg.eigh((x.T @ x / N).double().cpu())

@@ -1,5 +1,7 @@
 """Frozen features, computed once, and two readings of what they know: a weighted k-NN and a linear probe."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,9 +21,10 @@ def pooled_features(model: nn.Module, images: torch.Tensor, pool: str) -> torch.
     `mean`: average of the final patch tokens; `cls`: the final class token; `head`: what the model's own classifier
     reads. UserError where a model has no such tokens.
     """
-    z = model.forward_features(images)
+    net: Any = model  # nn.Module's attributes are tensors and modules for a type checker
+    z = net.forward_features(images)
     if pool == "head":
-        return model.forward_head(z, pre_logits=True)
+        return net.forward_head(z, pre_logits=True)
     prefix = getattr(model, "num_prefix_tokens", 0)
     if not isinstance(z, torch.Tensor) or z.ndim != 3 or (pool == "cls" and prefix == 0):
         flag, what = ("--cls_token", "class token") if pool == "cls" else ("--global_pool", "patch tokens")

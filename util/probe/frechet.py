@@ -30,7 +30,7 @@ class EncoderFeatures(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torch-fidelity's Inception-v3 pooled features, for grey and colour: uint8 [B, 1 or 3, H, W] -> float32 [B, 2048]."""
+    """torch-fidelity's pooled Inception-v3 features of grey or colour: uint8 [B, 1 or 3, H, W] -> float32 [B, 2048]."""
 
     num_features = 2048
 
@@ -73,9 +73,9 @@ def load_inception(path: str | None) -> InceptionFeatures:
 
 
 def frechet_metric(features: nn.Module, device: torch.device):
-    """torchmetrics: |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) between update(uint8 images, real=True) and real=False.
+    """torchmetrics' |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), mu and S of the features of two sets.
 
-    `reset()` forgets the second set only.
+    update(images uint8, real=True) adds to the first set, real=False to the second; reset() forgets the second only.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import, and few runs need it
 

@@ -34,7 +34,7 @@ def read_content(path: str) -> dict:
 
 
 def resolve_data(args, content: dict) -> None:
-    """--dataset and --data_path where the flags leave them open: those of the run that wrote the checkpoint `content`."""
+    """--dataset and --data_path, where not given: those of the run that wrote the checkpoint `content`."""
     dataset = str((content.get("meta") or {}).get("dataset"))
     if args.dataset is None:
         args.dataset = dataset if dataset in DATASETS else "folder"
@@ -64,10 +64,10 @@ def _noprop(path: str, meta: dict, **changes) -> NoPropMAE:
 
 
 def load_encoder(args, classes: list[str], content: dict) -> tuple[nn.Module, dict, str]:
-    """(model, meta, pooling) that the flags and the checkpoint `content` ({}: none) describe; all of its weights are there.
+    """(model, meta, pooling) that the flags and the checkpoint `content` ({}: none) describe, with all of its weights.
 
-    Pooling, where --global_pool and --cls_token leave it open: `mean` of the patch tokens for an encoder from pretraining,
-    which has no classifier; `head`, what its classifier reads, for any other model.
+    Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has no
+    classifier; for any other model `head`, what its classifier reads.
     """
     source = content.get("meta")
     names = tensor_names(content)

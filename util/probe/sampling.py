@@ -89,7 +89,7 @@ class Study:
             image_grid(images, self.mean, self.std, path.format(sampler), columns=GENERATED_COLUMNS)
 
     def draw_attention(self, images: torch.Tensor, path: str) -> None:
-        """What the class token attends to in whole images: each head of the last block, and the mean head of the blocks.
+        """What the class token attends to in whole images: the heads of the last block, and the mean head of the blocks.
 
         path: with {} for `heads` and `blocks`.
         """
@@ -107,7 +107,7 @@ class Study:
             draw_grid(rows, path.format(name), titles=["original", *titled])
 
     def frechet(self, features: torch.nn.Module, loader: Loader, others: Loader | None) -> dict[str, float]:
-        """Distance from loader's images to other real ones, to their own reconstructions and to as many generated ones."""
+        """Distance of loader's images to `others`, real ones, to their own reconstructions, to as many generated ones."""
         metric = frechet_metric(features, self.net.pos_embed.device)
 
         def distance(batches: Iterable[torch.Tensor]) -> float:

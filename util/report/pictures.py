@@ -9,6 +9,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 from util.files import survive, write_atomic
@@ -21,16 +22,16 @@ INK, FAINT = (20, 20, 20), (90, 90, 90)
 
 def denormalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Normalised [B, C, H, W] -> float32 in [0, 1], what lies outside clipped. mean, std: per channel."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(-1, 1, 1) for v in (mean, std))
-    if x.shape[1] != len(mean):
-        raise ValueError(f"images have {x.shape[1]} channels, mean has {len(mean)}")
-    return (x.float() * std + mean).clamp(0.0, 1.0)
+    m, s = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(-1, 1, 1) for v in (mean, std))
+    if x.shape[1] != len(m):
+        raise ValueError(f"images have {x.shape[1]} channels, mean has {len(m)}")
+    return (x.float() * s + m).clamp(0.0, 1.0)
 
 
 def to_pixels(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised [B, C, H, W] -> uint8 [B, H, W, 3]; grey images get three equal channels."""
     x = denormalize(x.detach(), mean, std).mul(255.0).round().to(torch.uint8)
-    return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return rearrange(x.expand(-1, 3, -1, -1), "b c h w -> b h w c").cpu().numpy()
 
 
 def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -39,8 +40,7 @@ def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows, cols = height // side, width // side
     if (rows * side, cols * side, rows * cols) != (height, width, mask.shape[1]):
         raise ValueError(f"mask: {mask.shape[1]} square patches do not tile {height} x {width} pixels")
-    mask = mask.bool().view(-1, 1, rows, cols)
-    return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+    return repeat(mask.bool(), "b (r c) -> b 1 (r h) (c w)", r=rows, h=side, w=side)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,15 +94,15 @@ def image_grid(
 
 
 def heat_overlay(pixels: np.ndarray, maps: torch.Tensor, strength: float = 0.65) -> np.ndarray:
-    """Maps [B, rows, cols] as heat, each stretched to its own range, over the grey of uint8 [B, H, W, 3] -> the same."""
+    """Maps [B, rows, cols] as heat, each stretched to its own range, over grey images: uint8 [B, H, W, 3] twice."""
     import matplotlib
 
     maps = maps.float().cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    maps = ((maps - low) / (high - low).clamp(min=1e-12)).numpy()
+    maps = (maps - low) / (high - low).clamp(min=1e-12)
     height, width = pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2]
-    maps = maps.repeat(height, axis=1).repeat(width, axis=2)  # a patch is one colour
-    heat = matplotlib.colormaps["inferno"](maps)[..., :3]
+    maps = repeat(maps, "b r c -> b (r h) (c w)", h=height, w=width)  # a patch is one colour
+    heat = np.asarray(matplotlib.colormaps["inferno"](maps.numpy()))[..., :3]
     grey = pixels.mean(axis=3, keepdims=True) / 255.0
     return (255.0 * (strength * heat + (1.0 - strength) * grey)).round().astype(np.uint8)
 
@@ -116,7 +116,7 @@ def draw_grid(
 ) -> np.ndarray:
     """Images uint8 [h, w, 3], all of one size, on white: uint8 [H, W, 3], also saved as PNG unless path is None.
 
-    Small images are enlarged by a whole factor, every pixel a square. titles: above the columns; captions: below images.
+    Small images are enlarged by a whole factor, every pixel a square. titles stand above columns, captions below images.
     """
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // max(height, width)))

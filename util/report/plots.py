@@ -91,7 +91,7 @@ def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) 
 def plot_class_distribution(
     classes: list[str], predicted: np.ndarray, true: np.ndarray | None, path: str, most: int = 40
 ) -> None:
-    """class_distribution.png: images per class, predicted and true [C]; the `most` frequent ones where there are more."""
+    """class_distribution.png: images per class, predicted and true [C], of the `most` frequent classes."""
     shown = np.argsort(-(predicted + (0 if true is None else true)), kind="stable")[:most]
     if len(classes) <= most:
         shown = np.arange(len(classes))
