@@ -20,6 +20,7 @@ CROSS_CUTTING = {
     "test_hostile_images.py",
     "test_imports.py",
     "test_layout.py",
+    "test_recipes.py",
     "test_resume.py",
     "test_self_describing.py",
 }
