@@ -6,8 +6,8 @@
 Each disturbance is SIGKILL, SIGTERM, SIGUSR1 or SIGINT to all ranks, or to one of them alone, drawn by --seed, after a
 random time of up to the undisturbed run's length; then the same line is started again with --resume auto. Compared bit
 for bit: weights, optimizer, EMA, best metric, generators, checkpoint-best.pth, log.txt (but for seconds), and every
-scalar of TensorBoard with its step. Exit code 0 only if all are equal. The ranks are forks (bench/ranks.py); that torchrun
-starts them again by itself is tests/test_faults.py's.
+scalar of TensorBoard with its step. Exit code 0 only if all are equal. The ranks are forks (bench/ranks.py); that
+torchrun starts them again by itself is tests/test_faults.py's.
 """
 
 import argparse
@@ -115,7 +115,7 @@ EXPECTED = {75, 130, 2, *(-s for s in SIGNALS)}
 
 
 def write_photos(folder: str) -> None:
-    """Digits as files, so that loader processes have something to do: 24 for training and 6 for validation per class."""
+    """Digits as files, so that loader processes have work: per class 24 for training and 6 for validation."""
     data = load_digits()
     for c in range(10):
         for i, pixels in enumerate(data.images[data.target == c][:30]):

@@ -221,7 +221,8 @@ def print_table(name: str, results: dict) -> None:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"{name}: {machine()}; load average {load}")
     print(
-        "| variant | s (median) | s (range) | CPU s | images/s | x | x (CPU s) | peak GiB | of it before the first call |"
+        "| variant | s (median) | s (range) | CPU s | images/s | x | x (CPU s) | peak GiB | of it before the first "
+        "call |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     base = results.get("baseline")
@@ -234,7 +235,7 @@ def print_table(name: str, results: dict) -> None:
 
 
 def summary(name: str, results: dict, torch_version: str) -> dict:
-    """The JSON object of the last line; seconds are those of one call. `variants` has every variant with its CPU time and range."""
+    """The JSON object of the last line: seconds of one call; in `variants`, CPU time and range of each variant."""
     rounded = {v: {k: round(x, 4) for k, x in r.items()} for v, r in results.items()}
     product, baseline = rounded.get("product", {}), rounded.get("baseline", {})
     return {

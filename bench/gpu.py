@@ -1,10 +1,10 @@
 """`make gpu`: the tests of tests/test_gpu.py on a GPU, then the product's speed there, in at most 8 minutes.
 
     python -m bench.gpu                          writes bench/GPU.md and bench/GPU.json
-    python -m bench.gpu --device cpu --out DIR   the same code in miniature: DIR/GPU-miniature.md, whose speeds mean nothing
+    python -m bench.gpu --device cpu --out DIR   the same code in miniature: DIR/GPU-miniature.md, without speeds
 
-Every row runs in a fork of this process, which itself never touches the GPU: one that fails, hangs or wants too much memory is
-a line of the table. GPU.json is written anew after each.
+Every row runs in a fork of this process, which itself never touches the GPU: one that fails, hangs or wants too much
+memory is a line of the table. GPU.json is written anew after each.
 """
 
 import argparse
@@ -75,7 +75,8 @@ ROWS = {
     ),
     "tta": (
         "12 views of 500 x 375 photos, ViT-B/16 and ConvNeXt-B, 224 px",
-        f"tta --models vit_base_patch16 convnext_base --img_size 224 --images 256 --batch_size 192 --workers {os.cpu_count()}",
+        "tta --models vit_base_patch16 convnext_base --img_size 224 --images 256 --batch_size 192 --workers "
+        f"{os.cpu_count()}",
         "--models test_vit test_convnext --img_size 160 --photo 60 40 --images 1 --workers 0",
         False,
     ),
@@ -132,8 +133,8 @@ def describe_device(name: str) -> dict:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {
-            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}."
-            f"{properties.minor}, {torch.cuda.device_count()} visible",
+            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, {torch.cuda.device_count()} visible",
             "host": common.machine(),
             "cuda": torch.version.cuda,
         }
@@ -173,7 +174,7 @@ def run_tests(device: str, choice: str, limit: float) -> dict:
 
 
 def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: int) -> dict:
-    """Medians of `rounds` calls of a benchmark's product after those that set up, its peak memory, and the FLOP of a call."""
+    """Medians of `rounds` calls of a benchmark's product after its first ones, its peak memory, the FLOP of a call."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -233,11 +234,11 @@ def write(results: dict, path: Path) -> None:
     lines = [
         "# On a GPU" if not results["miniature"] else "# In miniature, on a CPU: whether it works, not how fast it is",
         "",
-        f"Written by `{results['command']}` (bench/gpu.py) on {results['date']}, commit {results['commit']}, in {results['seconds']:.0f} s.",
+        f"Written by `{results['command']}` (bench/gpu.py) on {results['date']}, commit {results['commit']}, in "
+        f"{results['seconds']:.0f} s.",
         "",
-        f"{about['device']}{'; ' + about['host'] if 'host' in about else ''}; Python {about['python']}, torch {about['torch']}"
-        + (f", CUDA {about['cuda']}" if "cuda" in about else "")
-        + ".",
+        f"{about['device']}{'; ' + about['host'] if 'host' in about else ''}; Python {about['python']}, torch "
+        f"{about['torch']}" + (f", CUDA {about['cuda']}" if "cuda" in about else "") + ".",
         "",
         "A square matrix product reaches "
         + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {d}" for d, r in about["rates"].items())
@@ -257,9 +258,9 @@ def write(results: dict, path: Path) -> None:
         "",
         "## Speed",
         "",
-        "The product at its defaults, from uint8 images or files to the update; medians, and the range of the rounds. Share: the "
-        "model's FLOP/s by torch's counter, of the bfloat16 product's above. Ready: until the first call is done, compilation "
-        "included. Memory is what torch allocated at most.",
+        "The product at its defaults, from uint8 images or files to the update; medians, and the range of the rounds. "
+        "Share: the model's FLOP/s by torch's counter, of the bfloat16 product's above. Ready: until the first call "
+        "is done, compilation included. Memory is what torch allocated at most.",
         "",
         "| work | | images/s | ms per step | range | peak GiB | TFLOP/s | share of bf16 | ready |",
         "|---|---|---|---|---|---|---|---|---|",

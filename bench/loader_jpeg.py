@@ -4,9 +4,9 @@
     python -m bench.loader_jpeg --photo 500 375 --aug mae
     python -m bench.loader_jpeg --photo 2000 1500 --aug pretrain
 
---aug pretrain: crop of 20-100 % and flip, as MAE pretrains. --aug mae: crop of 8-100 %, flip, RandAugment, erasing, as it
-fine-tunes. The photographs are synthetic (bench/photos.py), in a temporary folder, and in the page cache after the first
-round. With --workers 0 all work is done in the measured process, which makes images/s those of one core.
+--aug pretrain: crop of 20-100 % and flip, as MAE pretrains. --aug mae: crop of 8-100 %, flip, RandAugment, erasing, as
+it fine-tunes. The photographs are synthetic (bench/photos.py), in a temporary folder, and in the page cache after the
+first round. With --workers 0 all work is done in the measured process, which makes images/s those of one core.
 """
 
 import tempfile

@@ -3,9 +3,10 @@
     python -m bench.long_run                      # two minutes on a quiet core
     python -m bench.long_run --main pretrain --epochs 1000
 
-Resident memory (VmRSS) and open file descriptors (/proc/self/fd) are read after each epoch in a process of its own, with loader
-processes, checkpoints and TensorBoard as in any run; the least-squares slope is over the second half, when caches are warm. The
-last line is JSON. Exit code 1 if memory grows by more than --limit_kb per epoch, or the descriptors by one or more over the half.
+Resident memory (VmRSS) and open file descriptors (/proc/self/fd) are read after each epoch in a process of its own,
+with loader processes, checkpoints and TensorBoard as in any run; the least-squares slope is over the second half, when
+caches are warm. The last line is JSON. Exit code 1 if memory grows by more than --limit_kb per epoch, or the
+descriptors by one or more over the half.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python -m bench.precision --rows vit_small_patch16:224:4 --output ''
 
 Both steps are of one network with the same weights and images, in turns, in one process with one thread; medians. An
-`x` is the bf16 step's time over the fp32 step's in the same turn, so below 1 where bf16 is faster. Attention is plain in
-bf16 and fused in fp32, as the product has it.
+`x` is the bf16 step's time over the fp32 step's in the same turn, so below 1 where bf16 is faster. Attention is plain
+in bf16 and fused in fp32, as the product has it.
 """
 
 import argparse
@@ -136,17 +136,17 @@ def measure_product(repeats: int, n: int = 1024) -> float:
 
 def table(rows: list[tuple[str, dict]], product: float) -> list[str]:
     lines = [
-        "| kind | network | input | fp32 CPU s | bf16 CPU s | x (CPU) | x (wall) | default here | slower than the better | x by "
-        "calculation, AMD | default there |",
+        "| kind | network | input | fp32 CPU s | bf16 CPU s | x (CPU) | x (wall) | default here | slower than the "
+        "better | x by calculation, AMD | default there |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
         f"| matrix product | 1024 x 1024 |  |  |  | {product:.2f} |  |  |  | {AMD:.2f} |  |",
     ]
     for kind, r in rows:
         lost = (r["x"] if r["default"] == "bf16" else 1.0) / min(r["x"], 1.0) - 1.0
         lines.append(
-            f"| {kind} | {r['network']} | {r['input']} | {r['fp32']:.3f} | {r['bf16']:.3f} | {r['x']:.2f} ({r['range'][0]:.2f} to "
-            f"{r['range'][1]:.2f}) | {r['wall']:.2f} | {r['default']} | {100 * lost:.0f} % | {r['amd']:.2f} | "
-            f"{'off' if r['convolutional'] else 'bf16'} |"
+            f"| {kind} | {r['network']} | {r['input']} | {r['fp32']:.3f} | {r['bf16']:.3f} | {r['x']:.2f} "
+            f"({r['range'][0]:.2f} to {r['range'][1]:.2f}) | {r['wall']:.2f} | {r['default']} | {100 * lost:.0f} % | "
+            f"{r['amd']:.2f} | {'off' if r['convolutional'] else 'bf16'} |"
         )
     return lines
 
@@ -178,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         "",
         "Written by `python -m bench.precision`, whose head says what was measured.",
         "",
-        f"Machine: {machine()}, torch {torch.__version__}; bf16 products are{'' if computes_bf16(CPU) else ' not'} taken for faster; "
-        f"{date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end.",
+        f"Machine: {machine()}, torch {torch.__version__}; bf16 products are{'' if computes_bf16(CPU) else ' not'} "
+        f"taken for faster; {date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} "
+        "at the end.",
         "",
         *table(rows, product),
         "",

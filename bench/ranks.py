@@ -1,5 +1,5 @@
-"""Ranks of one group as forks of this process, where torch is loaded already: starting torchrun and n interpreters takes
-n + 1 times four seconds of CPU."""
+"""Ranks of one group as forks of this process, where torch is loaded already: starting torchrun and n interpreters
+takes n + 1 times four seconds of CPU."""
 
 import multiprocessing
 import os

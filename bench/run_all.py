@@ -25,7 +25,7 @@ COMMON = "--threads 1 --repeats"
 ALL = "--variants product baseline other_attention glibc_default mmap_32mb"
 MEMORY = "--variants product baseline glibc_default mmap_32mb"
 
-# id: (what, module and flags, rounds, goal of issue 5)
+# id: (what, module and flags, rounds, goal)
 ROWS = {
     "finetune_lite0": (
         "fine-tune step, EfficientNet-Lite0 224 px, batch 16",
@@ -105,17 +105,18 @@ def write(results: dict) -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `make bench` (bench/run_all.py) from bench/results.json; the text below the tables is bench/notes.md.",
+        "Written by `make bench` (bench/run_all.py) from bench/results.json; the text below the tables is "
+        "bench/notes.md.",
         "",
         *(
             f"Machine: {machine}, torch {version}."
             for machine, version in sorted({(r["machine"], r["torch"]) for r in results.values()})
         ),
         "",
-        "Product and baseline are two processes that work in turns; medians. **x** is the baseline's time over the product's, "
-        "in wall time and in CPU time: on a machine with other jobs CPU time is the steadier one. Load is the load average "
-        "when the row began; above 0 the wall times are longer than on an idle machine. Goals are those of issue 5, set for a "
-        "CPU that computes bf16.",
+        "Product and baseline are two processes that work in turns; medians. **x** is the baseline's time over the "
+        "product's, in wall time and in CPU time: on a machine with other jobs CPU time is the steadier one. Load is "
+        "the load average when the row began; above 0 the wall times are longer than on an idle machine. Goals are "
+        "for a CPU that computes bf16.",
         "",
         "## Product against baseline",
         "",
@@ -138,9 +139,9 @@ def write(results: dict) -> None:
         "",
         "## Choices inside the product",
         "",
-        "CPU seconds and peak memory of one call. `other_attention`: timm's fused attention where the product takes plain "
-        "attention, and the other way round. `glibc_default`: without util.dist.keep_freed_memory(). `mmap_32mb`: freed memory "
-        "kept, but blocks from 32 MB on mapped.",
+        "CPU seconds and peak memory of one call. `other_attention`: timm's fused attention where the product takes "
+        "plain attention, and the other way round. `glibc_default`: without util.dist.keep_freed_memory(). "
+        "`mmap_32mb`: freed memory kept, but blocks from 32 MB on mapped.",
         "",
         "| work | variant | CPU s | wall s (range) | relative to product (CPU) | peak GiB | GiB above start |",
         "|---|---|---|---|---|---|---|",
@@ -152,7 +153,8 @@ def write(results: dict) -> None:
         for variant, r in variants.items():
             lines.append(
                 f"| {what} | {variant} | {r['cpu_s']:.2f} | {r['s']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | "
-                f"{r['cpu_s'] / variants['product']['cpu_s']:.2f} | {r['peak_gb']:.2f} | {r['peak_gb'] - r['start_gb']:.2f} |"
+                f"{r['cpu_s'] / variants['product']['cpu_s']:.2f} | {r['peak_gb']:.2f} | "
+                f"{r['peak_gb'] - r['start_gb']:.2f} |"
             )
     lines += ["", "## Commands", "", "| work | command | date | commit |", "|---|---|---|---|"]
     for row, (what, *_) in ROWS.items():

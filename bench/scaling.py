@@ -79,8 +79,8 @@ def table(series: dict, base: dict, command: str) -> str:
         "## Growth, measured",
         "",
         f"NoProp step of the product, one thread per process, at {json.dumps(base)} but for the column's quantity; "
-        f"`{command}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {machine()}. Exponents are the slopes k of a fit ~ x^k. "
-        "Ranks are on the same cores, with the batch per rank kept.",
+        f"`{command}`, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {machine()}. Exponents are the slopes k "
+        "of a fit ~ x^k. Ranks are on the same cores, with the batch per rank kept.",
         "",
         "| quantity | value | CPU s per step and rank | wall s | GiB above start |",
         "|---|---|---|---|---|",

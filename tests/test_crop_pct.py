@@ -1,4 +1,4 @@
-"""What evaluation sees of a file: one rule, carried by the checkpoint from training to --eval, the probe and prediction."""
+"""What evaluation sees of a file: one rule, which the checkpoint carries to --eval, the probe and prediction."""
 
 import csv
 import json

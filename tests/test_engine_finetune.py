@@ -172,7 +172,7 @@ def test_balanced_weights_equal_scikit_learns_and_are_zero_for_classes_without_i
 @pytest.mark.parametrize("mixing", [False, True])
 def test_a_rare_class_is_learned_under_balanced_weights_and_smoothing(mixing):
     """Two classes that one threshold on the brightness separates, 25 to 1: all right. The weighted sum over smoothed
-    targets has its minimum, for any image of the frequent class, at 0.05 * 13 / (0.95 * 0.52 + 0.05 * 13) = 57 % rare."""
+    targets has its minimum, for images of the frequent class, at 0.05 * 13 / (0.95 * 0.52 + 0.05 * 13) = 57 % rare."""
     images, targets = torch.full((208, 1, 4, 4), 90, dtype=torch.uint8), torch.zeros(208, dtype=torch.long)
     images[::26], targets[::26] = 165, 1
     data = ArrayDataset(images, targets, ["common", "rare"])
@@ -248,7 +248,7 @@ def norm_net(bad_calls=()):
 
 @pytest.mark.parametrize("accum_iter", [1, 2])
 def test_skipped_step_leaves_statistics_and_average_as_they_were(accum_iter):
-    """The third of 5 micro-steps overflows. Expected: torch.optim's and timm's steps, without its update's micro-steps."""
+    """The third of 5 micro-steps overflows. Expected: torch.optim's and timm's steps, without that update's."""
     data, ours, plain = toy_data(), norm_net({3}), norm_net()
     averages = build_ema(ours, 0.9), ModelEmaV3(plain, decay=0.9, use_warmup=True, warmup_power=2 / 3)
     _, run, _ = fit(ours, data, accum_iter=accum_iter, criterion=Criterion(), ema=averages[0])

@@ -1,4 +1,4 @@
-"""Families of timm that differ from a plain ViT: two heads, no stochastic depth, BatchNorm, no gradient checkpointing."""
+"""Families of timm unlike a plain ViT: two heads, no stochastic depth, BatchNorm, no gradient checkpointing."""
 
 import pytest
 import timm

@@ -388,7 +388,7 @@ def test_ranks_that_are_started_again_do_not_look_for_the_dead(monkeypatch):
 
 
 def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):
-    """Rank 1 stops for good in its second epoch; rank 0 waits the 9 s that it was told to, and longer for nothing else."""
+    """Rank 1 stops for good in its second epoch; rank 0 waits the 9 s that it was told to, and no longer."""
     import torch.utils.tensorboard  # noqa: F401 (seconds on a busy machine: not between the ranks)
 
     real = main_finetune.train_one_epoch

@@ -117,7 +117,7 @@ def test_hostile_values_of_every_numeric_flag_are_refused_or_finite(main):
 
 
 def test_only_times_and_gradient_norms_may_be_astronomical():
-    """1e30 in any other float would overflow float32 sooner or later: NaN hours into a run instead of a line at its start."""
+    """1e30 in any other float would overflow float32: NaN hours into a run instead of a line at its start."""
     accepted = set()
     for main, flag in numeric_flags():
         try:

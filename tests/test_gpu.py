@@ -1,6 +1,6 @@
 """What a GPU must do as the CPU does. DEVICE=cuda or cpu chooses; by default a GPU where there is one.
 
-On the CPU the same code runs with a few images, which shows that the tests work: what is compared with the CPU is equal.
+On the CPU the same code runs with a few images, which shows that the tests work: both sides are then equal.
 """
 
 import os
@@ -201,7 +201,7 @@ def test_fp32_products_have_the_accuracy_of_fp32():
 
 @pytest.mark.parametrize("family", [SMALL_VIT, SMALL_CONV])
 def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
-    """CUDA's own alarm, between the lines of progress; tests/test_host_sync.py counts more kinds of waiting on the CPU."""
+    """CUDA's own alarm, between the lines of progress; tests/test_host_sync.py counts more kinds of waits on a CPU."""
     world, steps = init_world(DEVICE), 8
     sizes = dict(embed_dim=24, depth=2, num_heads=3) if family is SMALL_VIT else {}
     net = create_model(family[1], num_classes=10, img_size=16, drop_path=0.1, **sizes).to(world.device)

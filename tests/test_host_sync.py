@@ -30,7 +30,7 @@ AUGMENTATIONS = {
 
 
 class Setup:
-    """What a main gives its engine, on the device that is not there. `waits`: those of each step, the first one left out."""
+    """What a main gives its engine, on the device that is not there. `waits`: those of each step after the first."""
 
     def __init__(self, net, augmentation: dict, amp: str = "off", **loader):
         self.fake = FakeDevice()

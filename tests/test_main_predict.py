@@ -247,7 +247,7 @@ def test_an_output_folder_among_the_images_is_not_predicted(ensemble, photo_fold
 
 
 def test_stacked_and_validation_weights_change_the_file(ensemble, photo_folder, tmp_path):
-    """The first run's out-of-fold file is right, the second's always wrong: stacking turns the second's voice around."""
+    """The first run's out-of-fold file is right, the second's always wrong: stacking weighs the second negatively."""
     targets = [i % 2 for i in range(20)]
     for run, sign in (("good", 1), ("bad", -1)):
         for fold in (0, 1):

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or given other flags, and go on: they end as if nothing had been, or say what differs."""
+"""Runs that are stopped, killed or given other flags, and go on: they end as undisturbed ones, or say what differs."""
 
 import json
 import os

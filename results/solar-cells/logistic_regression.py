@@ -1,4 +1,4 @@
-"""The plain answer that fine-tuning is compared with: logistic regression on the frozen net's features, in the same folds.
+"""What fine-tuning is compared with: logistic regression on the frozen net's features, in the same folds.
 
     python results/solar-cells/logistic_regression.py solar-cells/train tf_efficientnet_lite0.safetensors
 

@@ -1,4 +1,4 @@
-"""Is stacking calibrated where it is applied? Two small networks by 5 folds on a part of Fashion-MNIST, scored on 1,500 test images.
+"""Is stacking calibrated where it is applied? Two small networks by 5 folds, scored on 1,500 images of Fashion-MNIST.
 
     python results/stacking/measure.py data --images 500 2000 --seeds 4
 

@@ -1,4 +1,4 @@
-"""Files to upright images: what decodes whatever its name, odd EXIF, float pixels, the limit of pixels, whose fault an error is."""
+"""Files to upright images: names that say nothing, odd EXIF, float pixels, too many pixels, whose fault an error is."""
 
 import importlib
 import io
@@ -131,7 +131,7 @@ assert is_image("x.heic")
 
 
 def exif_jpeg(path, orientation: tuple[int, int, bytes], tag: tuple[int, int, bytes] | None = None) -> np.ndarray:
-    """A JPEG whose EXIF has an orientation and one more tag, each (number, type, 4 or more bytes); returns its own pixels."""
+    """A JPEG with an orientation and one more tag, each (number, type, 4 or more bytes); returns its own pixels."""
     file = io.BytesIO()
     picture().save(file, "JPEG", quality=95)
     jpeg, outside = file.getvalue(), b""

@@ -1,4 +1,4 @@
-"""--loader fast: the PIL pipeline's crops and flips, its pixels within a few levels, and itself where it is not faster."""
+"""--loader fast: the PIL pipeline's crops and flips, its pixels within a few levels, and PIL where that is as fast."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Per-image transforms: what is loaded from a file, and that MAE's, the photo and the evaluation pipelines are theirs."""
+"""Per-image transforms: what is loaded from a file; MAE's, the photo and the evaluation pipelines against timm's."""
 
 import math
 import pickle

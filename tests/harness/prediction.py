@@ -1,4 +1,4 @@
-"""Ensembles: members and out-of-fold files as far as prediction reads them, main_predict.py in this process, its table."""
+"""Ensembles: members as far as prediction reads them, main_predict.py in this process, the table that it writes."""
 
 import csv
 import json

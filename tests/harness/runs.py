@@ -41,7 +41,7 @@ def finetune(*argv) -> int:
 def save_member(
     path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, crop_pct=None, **args
 ):
-    """A checkpoint as main_finetune.py writes it; loud enough random weights that images differ. Returns (net, meta)."""
+    """A checkpoint of main_finetune.py, with random weights so large that images differ. Returns (net, meta)."""
     torch.manual_seed(seed)
     mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
     meta = {

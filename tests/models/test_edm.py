@@ -100,7 +100,7 @@ def test_ode_samplers_converge_to_the_closed_form_at_their_order(name):
 
 @pytest.mark.parametrize(("n", "factor"), [(4, 3.9), (10, 1.18), (18, 1.05)])
 def test_heun_overshoots_on_few_levels_by_the_factor_of_the_linear_ode(n, factor):
-    """For N(0, 1) the slope is a x with a = sigma / (sigma^2 + 1): a step multiplies x by 1 + h (a + a' (1 + h a)) / 2."""
+    """For N(0, 1) the slope is a x, a = sigma / (sigma^2 + 1): a step multiplies x by 1 + h (a + a' (1 + h a)) / 2."""
     t = karras_sigmas(n, dtype=torch.float64).tolist()
     growth = 1.0
     for s, u in pairwise(t):

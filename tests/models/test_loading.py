@@ -145,7 +145,7 @@ def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, o
 
 
 def test_dinov2_files_with_registers_come_in_as_timm_takes_them(tmp_path):
-    """Publisher's names: `register_tokens`, which have no positions, a class position, a mask token, `w12` of SwiGLU."""
+    """Publisher's names: `register_tokens` without positions, a class position, a mask token, `w12` of SwiGLU."""
     torch.manual_seed(0)
     model = vit(**REGISTERS, init_values=1e-5, mlp_ratio=2)
     state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}

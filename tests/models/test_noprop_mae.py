@@ -128,7 +128,7 @@ def test_encoder_sees_nothing_of_masked_patches():
 
 
 def dense_losses(model, imgs, keep, mask, eps):
-    """The method on full grids: noise everywhere, tokens in grid order, losses averaged with the mask. eps [T, B, M, P]."""
+    """The method on full grids: noise everywhere, tokens in grid order, losses averaged by mask. eps [T, B, M, P]."""
     B, N = len(imgs), model.num_patches
     removed = torch.zeros(B, N).scatter(1, mask, 1.0)
     x = model.patchify(imgs)

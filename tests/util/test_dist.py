@@ -24,7 +24,8 @@ HANGS, GONE, BROKEN = "waited for another rank longer", "another rank died", "th
 # As torch 2.6 to 2.14 and NCCL 2.21 to 2.28 word them; numbers and names differ each time.
 TEXTS = [
     (
-        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to complete",
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv operation to "
+        "complete",
         HANGS,
     ),
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41267", GONE),
@@ -40,30 +41,32 @@ TEXTS = [
     ("wait timeout after 600000ms, keys: /attempt_0/cuda//cuda//0", HANGS),
     ("Socket Timeout", HANGS),
     (
-        "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
-        "store->get('0') got error: wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
+        "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key "
+        "'0', but store->get('0') got error: wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
         HANGS,
     ),
     (
-        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466119168, "
-        "NumelOut=466119168, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, "
+        "NumelIn=466119168, NumelOut=466119168, Timeout(ms)=600000) ran for 600004 milliseconds before timing out.",
         HANGS,
     ),
     (
-        "NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught collective operation "
-        "timeout: WorkNCCL(SeqNum=7, OpType=BROADCAST, Timeout(ms)=600000) ran for 600071 milliseconds before timing out.",
+        "NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught "
+        "collective operation timeout: WorkNCCL(SeqNum=7, OpType=BROADCAST, Timeout(ms)=600000) ran for 600071 "
+        "milliseconds before timing out.",
         HANGS,
     ),
     ("NCCL communicator was aborted on rank 12. ", GONE),
     (
-        "NCCL communicator encountered error set by ProcessGroupNCCL: NCCL error: remote process exited or there was a network "
-        "error, NCCL version 2.21.5",
+        "NCCL communicator encountered error set by ProcessGroupNCCL: NCCL error: remote process exited or there was "
+        "a network error, NCCL version 2.21.5",
         GONE,
     ),
     (
-        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network error, "
-        "NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
-        "\nLast error:\nsocketProgressOpt: Call to recv from 172.16.0.4<33759> failed : Connection reset by peer",
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a "
+        "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a "
+        "remote process exiting prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 172.16.0.4<33759> "
+        "failed : Connection reset by peer",
         GONE,
     ),
     (
@@ -72,20 +75,22 @@ TEXTS = [
         GONE,
     ),
     (
-        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with NCCL_DEBUG=INFO for "
-        "details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
-        "error. \nLast error:\nError while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384)",
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or "
+        "external library call failed or device error. \nLast error:\nError while creating shared memory segment "
+        "/dev/shm/nccl-EoOvZr (size 7340384)",
         BROKEN,
     ),
     (
-        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled cuda error (run with NCCL_DEBUG=INFO for details),"
-        " NCCL version 2.21.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 'out of memory'",
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled cuda error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.21.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nCuda failure 'out of memory'",
         None,
     ),
     (
-        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL "
-        "version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected "
-        ": rank 0 and rank 1 both on CUDA device 1a000",
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, invalid usage (run with NCCL_DEBUG=WARN for "
+        "details), NCCL version 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast "
+        "error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1a000",
         None,
     ),
     ("CUDA error: the launch timed out and was terminated", None),
@@ -145,7 +150,7 @@ def test_the_watching_thread_ends_with_its_run_and_says_nothing():
 
 
 def test_nccl_waits_longer_than_gloo_and_fp32_is_not_tf32(monkeypatch):
-    """init_world for a CUDA device, with torch's calls replaced: gloo's timeout ends in our line before NCCL's aborts."""
+    """init_world for a CUDA device, torch's calls replaced: gloo's timeout ends in our line before NCCL's aborts."""
     seen = {}
 
     class Backend:

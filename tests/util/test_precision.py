@@ -1,4 +1,4 @@
-"""The precision that a run computes in: what is chosen for a device and a kind of network, and what is kept out of it."""
+"""The precision of a run: what is chosen for a device and a kind of network, and what stays in fp32."""
 
 import copy
 

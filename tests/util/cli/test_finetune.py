@@ -13,7 +13,7 @@ def parse(*argv):
     return args
 
 
-# MAE's main_finetune.py, as published, without the flags that do nothing here: dist_on_itp, local_rank, world_size, resplit.
+# MAE's main_finetune.py as published, without flags that do nothing here: dist_on_itp, local_rank, world_size, resplit.
 MAE_DEFAULTS = dict(
     batch_size=64,
     epochs=50,

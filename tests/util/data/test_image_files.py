@@ -1,4 +1,4 @@
-"""Folders of images: what is found in them and what is left out, the same in every script, and said in log and report."""
+"""Folders of images: what is found and what is left out, the same in every script, and said in log and report."""
 
 import csv
 import os
@@ -98,7 +98,7 @@ def below(root) -> list[str]:
 
 
 def test_paths_are_those_of_the_list_in_arrays_alone():
-    """No Python object per path: a loader process that reads one writes its reference count, and with it gets its own copy."""
+    """No Python object per path: a loader process that reads one writes its reference count and so copies its page."""
     names = [f"/d/{'x' * (i % 7)}{i}.jpg" for i in range(1000)] + [os.fsdecode(b"/d/caf\xe9.jpg"), "/d/caf\u00e9", ""]
     paths = Paths(names)
     assert list(paths) == names == paths and len(paths) == len(names) and paths[-2] == names[-2]

@@ -25,7 +25,7 @@ def test_scores_are_scikit_learns():
 
 
 def test_calibration_error_by_hand():
-    """Four images in two bins: (0.8, 0.8667] holds two at 0.85, one right; (0.5333, 0.6] holds 0.6 right and 0.55 wrong."""
+    """Four images in two bins: (0.8, 0.8667] holds two at 0.85, one right; (0.5333, 0.6] 0.6 right and 0.55 wrong."""
     p = np.array([[0.85, 0.15], [0.15, 0.85], [0.6, 0.4], [0.45, 0.55]])
     targets = np.array([0, 0, 0, 0])
     count, confidence, right = reliability(p, targets)
@@ -38,8 +38,8 @@ def test_calibration_error_by_hand():
 
 @pytest.mark.parametrize("right,images", [(0, 1), (1, 1), (0, 12), (12, 12), (77, 101), (1, 40000)])
 def test_interval_of_an_accuracy_is_wilsons(right, images):
-    """The accuracies a for which |right / images - a| is at most 1.96 standard errors sqrt(a (1 - a) / images): roots of a
-    quadratic (Wilson 1927)."""
+    """The accuracies a for which |right / images - a| is at most 1.96 standard errors sqrt(a (1 - a) / images): roots
+    of a quadratic (Wilson 1927)."""
     p, z2 = right / images, 1.959963984540054**2
     expected = np.sort(np.roots([1 + z2 / images, -(2 * p + z2 / images), p * p]))
     np.testing.assert_allclose(accuracy_interval(right, images), 100 * expected, atol=1e-6)

@@ -107,7 +107,7 @@ def test_stacking_minimises_the_penalised_loss_of_a_weight_per_member_and_a_bias
 
 
 def test_stacking_two_classes_is_scikit_learns_regression_on_log_odds():
-    """With a column sqrt(2) for the two biases, whose difference is what counts and whose squares are both penalised."""
+    """With a column sqrt(2) for the two biases: their difference counts, and the squares of both are penalised."""
     rng = np.random.default_rng(0)
     q = rng.uniform(0.02, 0.98, (2, 300))
     targets = (rng.random(300) < q[0] ** 2 / (q[0] ** 2 + (1 - q[0]) ** 2)).astype(int)  # the first is too timid
@@ -124,8 +124,8 @@ def test_stacking_two_classes_is_scikit_learns_regression_on_log_odds():
 
 
 def test_stacking_stays_calibrated_on_means_over_networks_and_views():
-    """Single networks see the true logits under noise of their own, as in out-of-fold files; what is predicted is the mean
-    of 5 networks x 12 views. The mean of their probabilities is far too flat for a regression that was fitted on one."""
+    """Single networks see the true logits under noise of their own, as in out-of-fold files; what is predicted is the
+    mean of 5 networks x 12 views. The mean of their probabilities is far too flat for a regression fitted on one."""
     rng = np.random.default_rng(0)
     truth = 2.0 * rng.normal(size=(6000, 4))
     targets = (truth + rng.gumbel(size=truth.shape)).argmax(1)

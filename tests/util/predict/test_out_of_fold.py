@@ -63,8 +63,8 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
     true = np.array([n.startswith("red") for n in names])
     for m, name in enumerate("ab"):
         assert accuracy[name, 3] == pytest.approx(100 * (p[m].argmax(1) == true).mean())
-    # Stacked, by scikit-learn: the regression that predicts a fold was fitted on what is predicted of the other fold, with
-    # the same views. Two classes: log-odds, and a column for the two biases.
+    # Stacked, by scikit-learn: the regression that predicts a fold was fitted on what is predicted of the other fold,
+    # with the same views. Two classes: log-odds, and a column for the two biases.
     _, rows = read_csv(tmp_path)
     logs = [
         [np.log(reference(*nets[m, held_out(n)], photo_folder / "val" / n, VIEWS).clip(1e-6)).mean(0) for n in names]

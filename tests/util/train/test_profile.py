@@ -42,8 +42,9 @@ def test_operations_are_counted_by_hand_and_trace_and_table_are_written(tmp_path
     profiler = StepProfiler(2, log, torch.device("cpu"), torch.float32)
     follow(profiler, WARMUP + 1, work)  # an epoch ends in the middle
     follow(profiler, 3, work)
-    # A product of [a, b] and [b, c] is 2abc. Layer 1: forward and weight gradient (its input needs none); layer 2: three
-    # products. Attention: q k^T and its product with v forward; in the backward pass the scores once more, and four gradients.
+    # A product of [a, b] and [b, c] is 2abc. Layer 1: forward and weight gradient (its input needs none); layer 2:
+    # three products. Attention: q k^T and its product with v forward; in the backward pass the scores once more, and
+    # four gradients.
     linear = 2 * (2 * 8 * 6 * 10) + 3 * (2 * 8 * 10 * 4)
     product = 2 * 2 * 5 * 5 * 8
     assert profiler.flops == linear + 7 * product
