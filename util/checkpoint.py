@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import write_atomic
 from util.meta import check_meta
 
@@ -55,8 +55,7 @@ def read_file(path: str | os.PathLike) -> dict:
             ) from None
         if "weights only load failed" in str(error).lower():  # torch's text goes on about how to execute the file
             raise UserError(f"{path}: not a readable checkpoint (no file of torch.save or safetensors)") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({reason_of(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
@@ -109,7 +108,7 @@ def damage(path: str) -> str | None:
             broken = archive.testzip()
         return f"damaged, checksum of {broken} is wrong" if broken else None
     except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, NotImplementedError) as error:
-        return f"damaged or truncated ({error})"
+        return f"damaged or truncated ({reason_of(error)})"
 
 
 class CheckpointWriter:
@@ -135,8 +134,8 @@ class CheckpointWriter:
 
     def _warn(self, name: str, error: Exception) -> None:
         self.failures += 1
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"warning: {self.path(name)}: not written ({reason}); will try again at the next save", file=sys.stderr)
+        where, reason = self.path(name), reason_of(error)
+        print(f"warning: {where}: not written ({reason}); will try again at the next save", file=sys.stderr)
 
     def save_last(self, state: dict) -> bool:
         """checkpoint-last.pth; the one before it stays as checkpoint-previous.pth."""
@@ -167,7 +166,7 @@ class CheckpointWriter:
                 try:
                     os.unlink(old)
                 except OSError as error:
-                    print(f"warning: {old}: not removed ({error.strerror})", file=sys.stderr)
+                    print(f"warning: {old}: not removed ({reason_of(error)})", file=sys.stderr)
         return True
 
     def save_best(self, state: dict) -> bool:
@@ -220,8 +219,7 @@ def resumable(output_dir: str, warn=lambda text: None) -> list[tuple[tuple[int, 
             if head.get("format") == FORMAT and "optimizer" in head:
                 usable.append(((int(head["epoch"]), int(head["step"])), path))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            warn(f"warning: {path}: cannot be read ({reason}); trying the one before")
+            warn(f"warning: {path}: cannot be read ({reason_of(error)}); trying the one before")
     return usable
 
 

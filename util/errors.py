@@ -1,5 +1,10 @@
-"""The one exception type that means "the user can mend this": mains print it as one line and exit with code 2."""
+"""The one exception that means "the user can mend this", which mains print as one line; and other errors in one line."""
 
 
 class UserError(ValueError):
     """A mistake in flags, files or data. The message is one line: the flag or path, its value, what would be right."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why it was raised, in one short line: the system's word for it, else what it says, else the name of its type."""
+    return (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:160]

@@ -7,7 +7,7 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 
 def write_atomic(path: str, write) -> None:
@@ -39,8 +39,8 @@ def survive(path: str, what: str = "not written"):
     except Exception as error:
         if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
             raise
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        print(f"warning: {path}: {what} ({reason})", file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        print(f"warning: {path}: {what} ({kind}{reason_of(error)})", file=sys.stderr, flush=True)
 
 
 class Sturdy:
@@ -69,7 +69,7 @@ def must_write(flag: str, path: str):
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{flag} {path}: cannot be written ({reason_of(error)})") from None
 
 
 def write_text(path: str, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 # Kinds of run, as args.json names them, and how the report.md of one begins.
 KINDS = {
@@ -109,7 +109,7 @@ def make_folder(path: str, flag: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise UserError(f"{flag} {path}: cannot be made ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{flag} {path}: cannot be made ({reason_of(error)})") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: no permission to write there")
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from util.dist import World, broadcast_object
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import must_write, survive, write_atomic
 from util.folder import (
     clear_run,
@@ -172,7 +172,7 @@ def claim(
         except UserError as error:
             fault = str(error)
         except OSError as error:
-            fault = f"--output_dir {output_dir}: cannot be read ({error.strerror or error})"
+            fault = f"--output_dir {output_dir}: cannot be read ({reason_of(error)})"
     if fault := broadcast_object(fault):
         raise UserError(fault)
     anew = overwrite and not goes_on_in(output_dir or "", resume)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from util.data.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import printable
 from util.folder import is_output
 
@@ -298,8 +298,8 @@ def _download(name: str, fetch, by_hand: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             fetch()
     except Exception as error:  # URLError, HTTPError, digests, a read-only folder: all mean the same to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--dataset {name}: not found, and its download failed ({reason}); {by_hand}") from None
+        why = reason_of(error)
+        raise UserError(f"--dataset {name}: not found, and its download failed ({why}); {by_hand}") from None
 
 
 def _read_digits(split: str, seed: int = 0) -> ArrayDataset:

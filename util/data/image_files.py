@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import composed, printable
 from util.folder import is_output
 
@@ -119,7 +119,7 @@ def kinds(counts: Counter) -> str:
 
 def _unreadable(error: OSError) -> NoReturn:
     """os.walk's own way is silence: a class would shrink, or a test set, without a word."""
-    raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({error.strerror})")
+    raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({reason_of(error)})")
 
 
 def is_hidden(folder: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from util.data.datasets import Dataset, FileDataset, notes_of, read_split, read_unlabelled
 from util.data.image_files import class_folders, class_name
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import composed, printable
 
 
@@ -107,7 +107,7 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
         with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets put a byte-order mark
             header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--labels {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"--labels {path}: cannot be read ({reason_of(error)})") from None
     columns = [name.strip().lower() for name in header]
     if not {"id", "label"} <= set(columns):
         raise UserError(

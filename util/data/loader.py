@@ -21,7 +21,7 @@ from augment.transfer import to_device
 from util.data.datasets import ArrayDataset, FileDataset
 from util.data_specs import IN_MEMORY
 from util.dist import World
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import printable
 from util.seed import mix, sample_rng
 
@@ -88,7 +88,7 @@ def choose_loader(loader: str | None, dataset: str, world: World) -> str:
         _ = cv2.IMREAD_COLOR_RGB  # of two wheels at odds an empty package may be left; before 4.11 there was none
         return "fast"
     except Exception as error:  # a broken installation raises anything
-        reason = f"OpenCV cannot be imported ({' '.join(str(error).split())[:160] or type(error).__name__})"
+        reason = f"OpenCV cannot be imported ({reason_of(error)})"
     mend = "`pip uninstall` every opencv package, then `pip install opencv-python-headless`"
     if loader == "fast":
         raise UserError(f"--loader fast: {reason}; {mend}, or give --loader pil")
@@ -135,7 +135,7 @@ class SampleReader:
             try:  # any other error is not the file's
                 return self.read(path, epoch, index, slow), int(self.data.targets[i]), i, bad, slow
             except ImageError as error:
-                bad.append((path, reason_of(error, path)))
+                bad.append((path, image_fault(error, path)))
         return None, -1, index, bad, slow
 
     def read(self, path: str, epoch: int, index: int, slow: list) -> torch.Tensor:
@@ -149,7 +149,7 @@ class SampleReader:
                 failure = error
         image = open_image(path, self.in_chans)
         if failure is not None:
-            slow.append((path, reason_of(failure, path)))
+            slow.append((path, image_fault(failure, path)))
         with sample_rng(self.seed, epoch, index):
             return self.transform(image)
 
@@ -275,10 +275,9 @@ def _start(max_pixels: float, worker: int) -> None:
     limit_pixels(max_pixels)
 
 
-def reason_of(error: ImageError, path: str) -> str:
+def image_fault(error: ImageError, path: str) -> str:
     """Why a file cannot be decoded, in a line without its name."""
-    lines = str(error).replace(repr(path), "").splitlines()
-    return lines[0].strip(": ")[:160] if lines else type(error).__name__
+    return reason_of(ImageError(str(error).replace(repr(path), "").strip(": ")))
 
 
 class Reading:

@@ -9,7 +9,7 @@ from augment.image import build_eval_transform
 from augment.views import saccadic_views
 from util.data.datasets import ArrayDataset, FileDataset
 from util.data.datasets import to_channels as array_to_channels
-from util.data.loader import Reading, reason_of
+from util.data.loader import Reading, image_fault
 
 
 class ViewReader:
@@ -35,7 +35,7 @@ class ViewReader:
         try:  # any other error is not the file's
             images = self.decode(i)
         except ImageError as error:
-            return i, None, reason_of(error, self.data.paths[i])
+            return i, None, image_fault(error, self.data.paths[i])
         return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
 
     def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from augment.batch import normalize
 from models.noprop_mae import NoPropMAE
 from util.checkpoint import read_file
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
 
@@ -63,8 +63,7 @@ def load_inception(path: str | None) -> InceptionFeatures:
     try:
         return InceptionFeatures(NoTrainInceptionV3("inception-v3-compat", ["2048"], path))
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--inception_weights {path}: not torch-fidelity's Inception ({reason})") from None
+        raise UserError(f"--inception_weights {path}: not torch-fidelity's Inception ({reason_of(error)})") from None
     except OSError as error:
         raise UserError(
             f"--inception_weights download: failed ({error}); fetch {INCEPTION_FILE} from torch-fidelity's releases "

@@ -13,7 +13,7 @@ from util.checkpoint import peek_meta, read_file
 from util.choices import is_mae_name
 from util.cli.resolve import resolve_meta
 from util.data_specs import DATASETS
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.seed import seed_all
 from util.train.run import load_exactly
 
@@ -60,7 +60,7 @@ def _noprop(path: str, meta: dict, **changes) -> NoPropMAE:
     try:
         return NoPropMAE(**{**meta["noprop"], "use_checkpoint": False, **changes})
     except (TypeError, RuntimeError) as error:  # keywords of another version, sizes beyond memory
-        raise UserError(f"{path}: its meta describes no model ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{path}: its meta describes no model ({reason_of(error)})") from None
 
 
 def load_encoder(args, classes: list[str], content: dict) -> tuple[nn.Module, dict, str]:
