@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_out
 
-.PHONY: install demo test lint format bench gpu clean
+.PHONY: install demo test lint types format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,9 @@ gpu:
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff format .
