@@ -13,9 +13,6 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
     options.check_command_line(get_args_parser, check_linprobe_options)
 
 import json
-import os
-import shlex
-import sys
 import time
 
 from augment.batch import BatchTransform
@@ -30,13 +27,12 @@ from util.data.splits import load_data
 from util.data_specs import IN_MEMORY
 from util.dist import Precision, World, init_world, prepare_net
 from util.errors import UserError
-from util.files import write_text
 from util.log import claim
 from util.predict.calibration import interval_sentence
 from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
 from util.probe.features import extract
 from util.probe.frozen import load_encoder, read_content, resolve_data
-from util.report.training import note_lines
+from util.report import markdown
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
 
@@ -134,14 +130,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_report(output_dir: str, line: dict, notes: list[str]) -> None:
     text = [
-        f"# Frozen features of {line['model']} on {line['dataset']}",
-        "",
-        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
-        "",
         f"Weights: {line['weights']}. Features: {POOL_NAMES[line['pool']]}, {line['feature_dim']} values, of "
         f"{line['n_train']} training and {line['n_val']} validation images without augmentation.",
         "",
-        *note_lines(notes),
+        *markdown.note_lines(notes),
         "| top-1 accuracy | |",
         "|---|---|",
         f"| weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g} | {line['knn_acc1']:.2f}% |",
@@ -149,13 +141,13 @@ def write_report(output_dir: str, line: dict, notes: list[str]) -> None:
         "",
         f"Of the linear probe, {interval_sentence(line['linear_acc1'], line['n_val'])}",
         "",
-        "The probe is a BatchNorm without affine and a linear layer, fitted by L-BFGS to its optimum on the cached features; "
-        f"the penalty {line['linear_l2']:g} was chosen on a tenth of the training images.",
+        "The probe is a BatchNorm without affine and a linear layer, fitted by L-BFGS to its optimum on the cached "
+        f"features; the penalty {line['linear_l2']:g} was chosen on a tenth of the training images.",
         "",
         "    " + json.dumps(line),
         "",
     ]
-    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+    markdown.write_report(output_dir, f"Frozen features of {line['model']} on {line['dataset']}", text)
 
 
 if __name__ == "__main__":

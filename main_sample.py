@@ -12,8 +12,6 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
     options.check_command_line(get_args_parser, check_sample_options)
 
 import os
-import shlex
-import sys
 
 import torch
 
@@ -26,12 +24,11 @@ from util.data.loader import Loader
 from util.data_specs import IN_MEMORY
 from util.dist import World, init_world
 from util.errors import UserError
-from util.files import write_text
 from util.log import RunLog, claim
 from util.probe.frechet import EncoderFeatures, find_inception, load_inception
 from util.probe.frozen import load_noprop, resolve_data
 from util.probe.sampling import Study
-from util.report.training import note_lines
+from util.report.markdown import note_lines, write_report
 from util.seed import mix
 
 
@@ -115,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     log = claim(args.output_dir, "sample", world)
     log.say(
         f"{args.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
-        f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is not rounded)"
+        f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is "
+        "not rounded)"
     )
     if {"generate", "frechet"} & set(args.mode) and ratios and max(ratios) < 1.0:
         log.say(f"note: trained with mask ratios up to {max(ratios):g}; generating (ratio 1) is new to it")
@@ -158,11 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         log.say("\n".join(rows))
     pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that the disk had room for
     log.epoch(line)
-    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    text = [f"# Samples of {args.checkpoint}", "", f"    {command}", "", *note_lines(notes)]
-    text += [part for rows in tables for part in (*rows, "")]
+    text = [*note_lines(notes), *(part for rows in tables for part in (*rows, ""))]
     text += [f"![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in pictures]
-    write_text(log.path("report.md"), "\n".join(text))
+    write_report(args.output_dir, f"Samples of {args.checkpoint}", text)
     log.say(f"written to {args.output_dir}: {', '.join([*pictures, 'report.md'])}")
     return 0
 

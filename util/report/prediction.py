@@ -2,8 +2,6 @@
 
 import json
 import os
-import shlex
-import sys
 
 import numpy as np
 from PIL import Image
@@ -18,6 +16,7 @@ from util.predict.ensemble import Combiners, Stacked
 from util.predict.members import Member, crop_pct_of, short_names
 from util.predict.result import Prediction
 from util.report.contact_sheet import Entry, draw_sheet
+from util.report.markdown import cell, note_lines, write_report
 from util.report.plots import plot_class_distribution, plot_confusion, plot_reliability
 from util.train.folds import probability
 
@@ -151,11 +150,6 @@ def class_table(rows: list[dict]) -> list[str]:
     return lines + ([f"\nThe {LONGEST} most frequent of {len(rows)} classes."] if len(rows) > LONGEST else [])
 
 
-def cell(text: str) -> str:
-    """Text inside a Markdown table."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|").replace("<", "&lt;")
-
-
 def draw_pictures(
     output_dir: str, data, ids: list[str], classes: list[str], prediction: Prediction, final, targets
 ) -> list[str]:
@@ -262,14 +256,10 @@ def write_all(
     pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
 
     text = [
-        f"# Predictions for {len(ids)} images",
+        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(VIEW_NAMES[v] for v in views)}; "
+        f"{seconds:.0f} s.",
         "",
-        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
-        "",
-        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(VIEW_NAMES[v] for v in views)}; {seconds:.0f} s.",
-        "",
-        *[f"- {cell(note)}" for note in notes],
-        *([""] if notes else []),
+        *note_lines(notes),
         "## Results",
         "",
         *results,
@@ -291,7 +281,7 @@ def write_all(
             "",
         ]
     text += ["## Pictures", "", *[f"![{name[:-4].replace('_', ' ')}]({name})\n" for name in pictures]]
-    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+    write_report(output_dir, f"Predictions for {len(ids)} images", text)
     return "\n".join(results)
 
 

@@ -10,13 +10,9 @@ from util.cli.finetune import get_args_parser
 from util.files import write_text
 from util.log import read_log
 from util.predict.calibration import interval_sentence
+from util.report.markdown import note_lines, write_report
 from util.report.plots import plot_curves
 from util.train.folds import RESULT
-
-
-def note_lines(notes: list[str]) -> list[str]:
-    """What the data set left out, as a list under the report's head."""
-    return [*(f"- {note}" for note in notes), *([""] if notes else [])]
 
 
 def write_finetune_report(output_dir: str, args, meta: dict, position, notes: list[str], images: int) -> None:
@@ -40,10 +36,6 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
         ]
 
     text = [
-        f"# Fine-tuning: {meta['model']} on {meta['dataset']}",
-        "",
-        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
-        "",
         f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
         + (
@@ -66,7 +58,7 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
             f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, args)}` scores it.",
             "",
         ]
-    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+    write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", text)
 
 
 def evaluation_line(output_dir: str, args) -> str:
@@ -104,10 +96,6 @@ def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -
     levels = [k for k in last if k.startswith("train_loss_")]
     names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
     text = [
-        f"# NoProp-MAE pretraining on {meta['dataset']}",
-        "",
-        f"    {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}",
-        "",
         f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; T = {args.T}, "
         f"mask ratio {args.mask_ratio}, propagate {args.propagate}, loss weighting {args.loss_weighting}, "
         f"sigma_data {args.sigma_data:.3f}.",
@@ -125,7 +113,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -
         f"`{_command('main_sample.py', last_checkpoint)}`.",
         "",
     ]
-    write_text(os.path.join(output_dir, "report.md"), "\n".join(text))
+    write_report(output_dir, f"NoProp-MAE pretraining on {meta['dataset']}", text)
 
 
 def _epoch_of(name: str) -> int:
