@@ -20,9 +20,9 @@ import torch
 from timm.data import Mixup
 
 from augment.alpha_blend import AlphaBlend
-from augment.batch import BatchTransform
+from augment.batch import BatchTransform, Erasing
 from augment.decoding import limit_pixels
-from augment.image import PHOTO_JITTER, SCALES, build_eval_transform, build_train_transform
+from augment.image import PHOTO_JITTER, SCALES, Geometry, build_eval_transform, build_train_transform
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
@@ -58,23 +58,23 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
     # Small images keep their pixels under a padded window; resampled crops are for photos, or on demand.
     crop = "none" if aug == "none" else "rrc" if aug == "photo" or args.scale else "pad"
+    geometry = Geometry(
+        crop,
+        padding=min(4, max(1, size[0] // 8)),
+        scale=args.scale or SCALES.get(aug),
+        hflip=0.0 if aug == "none" else hflip,
+        vflip=args.vflip,
+    )
     jitter = PHOTO_JITTER if aug == "photo" and args.color_jitter is None else args.color_jitter
     batch_transform = BatchTransform(
         meta["mean"],
         meta["std"],
         size=size,
         # Files were cropped and flipped in the workers; in-memory sets are augmented here, by the batch.
-        crop=crop if in_memory else "none",
-        hflip=hflip if in_memory and aug != "none" else 0.0,
-        vflip=args.vflip if in_memory else 0.0,
+        geometry=geometry if in_memory else Geometry(),
         aa=args.aa if in_memory else None,
         color_jitter=jitter if in_memory and not args.aa else None,
-        padding=min(4, max(1, size[0] // 8)),
-        scale=args.scale or SCALES["photo"],
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        re_area=(0.02, 0.15) if aug == "photo" else (0.02, 1 / 3),
+        erasing=Erasing(args.reprob, args.remode, args.recount, (0.02, 0.15) if aug == "photo" else (0.02, 1 / 3)),
         seed=args.seed,
     )
     common = dict(
@@ -86,14 +86,7 @@ def build_loaders(args, meta: dict, train, val, world: World) -> tuple[Loader, L
         on_bad_image=args.on_bad_image,
     )
     train_transform = build_train_transform(
-        size,
-        aug,
-        aa=args.aa,
-        color_jitter=args.color_jitter,
-        hflip=hflip,
-        vflip=args.vflip,
-        scale=args.scale,
-        mean=meta["mean"],
+        size, aug, geometry=geometry, aa=args.aa, color_jitter=args.color_jitter, mean=meta["mean"]
     )
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     train_loader = Loader(

@@ -17,7 +17,7 @@ import torch
 
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
-from augment.image import build_eval_transform, build_train_transform
+from augment.image import Geometry, build_eval_transform, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from util.cli.dry_run import describe
@@ -58,7 +58,10 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
     """Loaders of training, of the pictures, and of the images that --sigma_data is measured on, the same on any ranks."""
     in_memory = isinstance(train, ArrayDataset)
     hflip = DATASETS[args.dataset].hflip if args.hflip is None else args.hflip
-    batch_transform = BatchTransform(mean, std, size=size, hflip=hflip if in_memory else 0.0, seed=args.seed)
+    geometry = Geometry(hflip=hflip)
+    batch_transform = BatchTransform(
+        mean, std, size=size, geometry=geometry if in_memory else Geometry(), seed=args.seed
+    )
     common = dict(
         batch_transform=batch_transform,
         seed=args.seed,
@@ -66,7 +69,7 @@ def build_loaders(args, train, held_out, size, in_chans: int, mean, std, world: 
         pin_memory=args.pin_mem,
         on_bad_image=args.on_bad_image,
     )
-    transform, alone = build_train_transform(size, "pretrain", hflip=hflip), World(device=world.device)
+    transform, alone = build_train_transform(size, "pretrain", geometry=geometry), World(device=world.device)
     train_loader = Loader(
         train,
         transform=transform,

@@ -7,17 +7,20 @@ GPU, and every device cuts the same boxes.
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 
-from augment.rand_augment import PillowPolicy, color_jitter, parse_rand_augment, rand_augment
+from augment.image import SCALES, Geometry
+from augment.rand_augment import PillowPolicy, RandAugmentPolicy, color_jitter, parse_rand_augment, rand_augment
 from augment.transfer import to_device
 from util.seed import counted_normal, counted_uniform
 
-CROPS = ("none", "pad", "rrc")
 ERASE_MODES = ("const", "rand", "pixel")
 ATTEMPTS = 10  # draws of a box that fits, as in torchvision's RandomResizedCrop and timm's RandomErasing
 _GEOMETRY, _ERASE, _ERASE_NOISE, _VFLIP = 0, 1, 2, 4  # streams of counted numbers; rand_augment.py uses 3 and 16 on
@@ -141,12 +144,33 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return TVF.resize(x.contiguous(), list(size), InterpolationMode.BICUBIC, antialias=True)
 
 
-def erase_boxes(u: torch.Tensor, height: int, width: int, *, prob, recount, area, aspect) -> torch.Tensor:
-    """timm RandomErasing's boxes from uniforms [B, 2 + 22 recount]: int64 [B, recount, 4] (top, left, h, w), h = 0: none.
+@dataclass(frozen=True)
+class Erasing:
+    """timm RandomErasing's rules (Zhong et al., Random Erasing Data Augmentation, AAAI 2020). ValueError for what cannot be.
 
-    A sample is erased with probability `prob`, in 1..recount boxes; each box has area ~ U(area) / count of the
-    image, log aspect h/w ~ U(log aspect), and is the first of 10 draws that is smaller than the image, or none.
+    A sample is erased with probability `prob`, in 1..recount boxes; each box has area ~ U(area) / count of the image,
+    log aspect h/w ~ U(log aspect), and is the first of 10 draws that is smaller than the image, or none.
+    mode: `const` fills with 0 (the mean colour), `rand` with one normal colour per box, `pixel` with normal noise.
     """
+
+    prob: float = 0.0
+    mode: str = "pixel"
+    recount: int = 1
+    area: tuple[float, float] = (0.02, 1 / 3)
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ERASE_MODES:
+            raise ValueError(f"remode {self.mode!r}: must be one of {', '.join(ERASE_MODES)}")
+        if not 0.0 <= self.prob <= 1.0:
+            raise ValueError(f"reprob {self.prob}: must be in [0, 1]")
+        if self.recount < 1:
+            raise ValueError(f"recount {self.recount}: must be 1 or more")
+
+
+def erase_boxes(u: torch.Tensor, height: int, width: int, erasing: Erasing) -> torch.Tensor:
+    """Boxes from uniforms [B, 2 + 22 recount]: int64 [B, recount, 4] (top, left, h, w), h = 0: none."""
+    prob, recount, area, aspect = erasing.prob, erasing.recount, erasing.area, erasing.aspect
     B, u = len(u), u.double()
     count = 1 + (u[:, 1] * recount).long()  # [B]
     wanted = (u[:, :1] < prob) & (torch.arange(recount, device=u.device) < count[:, None])  # [B, recount]
@@ -162,38 +186,23 @@ def erase_boxes(u: torch.Tensor, height: int, width: int, *, prob, recount, area
     return torch.stack([top, left, h, w], dim=-1) * (fits & wanted)[..., None]
 
 
-def random_erase(
-    x: torch.Tensor,
-    index: torch.Tensor,
-    *,
-    seed: int,
-    epoch: int,
-    prob: float,
-    mode: str = "pixel",
-    recount: int = 1,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> torch.Tensor:
-    """Erase boxes of normalised float images [B, C, H, W] in place: timm RandomErasing's rules, counted numbers.
-
-    mode: `const` fills with 0 (the mean colour), `rand` with one normal colour per box, `pixel` with normal noise.
-    Zhong et al., Random Erasing Data Augmentation, AAAI 2020.
-    """
-    if mode not in ERASE_MODES:
-        raise ValueError(f"erase mode {mode!r}: must be one of {', '.join(ERASE_MODES)}")
+def random_erase(x: torch.Tensor, index: torch.Tensor, erasing: Erasing, *, seed: int, epoch: int) -> torch.Tensor:
+    """Erase boxes of normalised float images [B, C, H, W] in place, by counted numbers."""
     _, C, H, W = x.shape
+    mode, recount = erasing.mode, erasing.recount
     u = counted_uniform(seed, epoch, index, 2 + (2 * ATTEMPTS + 2) * recount, _ERASE)
-    boxes = erase_boxes(u, H, W, prob=prob, recount=recount, area=area, aspect=aspect).tolist()
+    boxes = erase_boxes(u, H, W, erasing).tolist()
     numbers = index.tolist()
     # In turn of k: where a sample's boxes overlap, the later one shows.
     hits = [(i, k, *boxes[i][k]) for k in range(recount) for i in range(len(boxes)) if all(boxes[i][k][2:])]
     if not hits:
         return x
+    fills: Sequence[float | torch.Tensor]
     if mode == "const":
         fills = [0.0] * len(hits)
     elif mode == "rand":
-        counters = torch.tensor([numbers[i] * recount + k for i, k, *_ in hits])
-        normal = to_device(counted_normal(seed, epoch, counters, C, _ERASE_NOISE), x.device)
+        boxes_numbers = torch.tensor([numbers[i] * recount + k for i, k, *_ in hits])
+        normal = to_device(counted_normal(seed, epoch, boxes_numbers, C, _ERASE_NOISE), x.device)
         fills = normal[:, :, None, None].unbind()  # each [C, 1, 1]
     else:
         counters = []  # a number for each pixel of each sample; only the erased ones are visited
@@ -202,7 +211,7 @@ def random_erase(
             counters.append((row + torch.arange(left, left + w, device=x.device)).flatten())
         normal = counted_normal(seed, epoch, torch.cat(counters), C, _ERASE_NOISE)
         patches = normal.split([len(c) for c in counters])
-        fills = [p.unflatten(0, hit[-2:]).permute(2, 0, 1) for p, hit in zip(patches, hits)]  # each [C, h, w]
+        fills = [rearrange(p, "(h w) c -> c h w", h=hit[-2]) for p, hit in zip(patches, hits)]
     for (i, _, top, left, h, w), fill in zip(hits, fills):
         x[i, :, top : top + h, left : left + w] = fill
     return x
@@ -214,57 +223,32 @@ class BatchTransform:
     Training: crop and flip, RandAugment or colour jitter, resize to `size`, normalise, erase. Evaluation: resize, normalise.
     File data sets arrive cropped and flipped by augment/image.py; for them only normalise and erase are set.
 
-    Args:
-        mean, std: per channel, of pixels in [0, 1].
-        size: output (h, w) or side; None keeps the stored size.
-        crop: `none`, `pad` (zero padding, then a window of the stored size) or `rrc` (random resized crop to `size`).
-        padding: pixels, for `pad`.
-        scale, ratio: area fraction and aspect range, for `rrc`.
-        hflip, vflip: probability of a mirror image, of one upside down.
-        aa: a policy as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none. RandAugment with its usual set of
-            operations works on the batch, any other policy image by image.
-        color_jitter: strength of brightness, contrast and saturation changes; None for none.
-        reprob, remode, recount, re_area: random erasing (see random_erase).
+    mean, std: per channel, of pixels in [0, 1].
+    size: output (h, w) or side; None keeps the stored size.
+    aa: a policy as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none. RandAugment with its usual set of
+        operations works on the batch, any other policy image by image.
+    color_jitter: strength of brightness, contrast and saturation changes; None for none.
     """
 
     def __init__(
         self,
-        mean,
-        std,
+        mean: Sequence[float],
+        std: Sequence[float],
         *,
         size: int | tuple[int, int] | None = None,
-        crop: str = "none",
-        padding: int = 4,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        hflip: float = 0.0,
-        vflip: float = 0.0,
+        geometry: Geometry = Geometry(),  # noqa: B008 (frozen)
         aa: str | None = None,
         color_jitter: float | None = None,
-        reprob: float = 0.0,
-        remode: str = "pixel",
-        recount: int = 1,
-        re_area: tuple[float, float] = (0.02, 1 / 3),
+        erasing: Erasing = Erasing(),
         seed: int = 0,
     ):
-        if crop not in CROPS:
-            raise ValueError(f"crop {crop!r}: must be one of {', '.join(CROPS)}")
-        if remode not in ERASE_MODES:
-            raise ValueError(f"remode {remode!r}: must be one of {', '.join(ERASE_MODES)}")
-        for name, p in (("hflip", hflip), ("vflip", vflip), ("reprob", reprob)):
-            if not 0.0 <= p <= 1.0:
-                raise ValueError(f"{name} {p}: must be in [0, 1]")
-        if recount < 1:
-            raise ValueError(f"recount {recount}: must be 1 or more")
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = (size, size) if isinstance(size, int) else size
-        self.crop, self.padding, self.scale, self.ratio = crop, padding, scale, ratio
-        self.hflip, self.vflip = hflip, vflip
-        batched = aa is not None and re.fullmatch(r"rand(-[^t][^-]*)*", aa)  # -t names another set of operations
-        self.aa = parse_rand_augment(aa) if batched else PillowPolicy(aa, self.mean) if aa else None
-        self.color_jitter = color_jitter
-        self.erase = {"prob": reprob, "mode": remode, "recount": recount, "area": re_area}
-        self.seed = seed
+        self.geometry, self.color_jitter, self.erasing, self.seed = geometry, color_jitter, erasing, seed
+        self.aa: RandAugmentPolicy | PillowPolicy | None = None
+        if aa:  # -t names another set of operations
+            batched = re.fullmatch(r"rand(-[^t][^-]*)*", aa)
+            self.aa = parse_rand_augment(aa) if batched else PillowPolicy(aa, self.mean)
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor | None, epoch: int, train: bool) -> torch.Tensor:
@@ -273,34 +257,40 @@ class BatchTransform:
         if x.shape[1] != len(self.mean):
             raise ValueError(f"images have {x.shape[1]} channels, mean has {len(self.mean)}")
         if train:
-            x = self._geometry(x, index, epoch)
-            if self.vflip > 0:
-                flip = counted_uniform(self.seed, epoch, index, 1, _VFLIP)[:, 0] < self.vflip
-                x = torch.where(to_device(flip, x.device)[:, None, None, None], x.flip(-2), x)
-            if isinstance(self.aa, PillowPolicy):
-                x = self.aa(x, seed=self.seed, epoch=epoch, index=index)
-            elif self.aa is not None:
-                fill = [min(255, round(255 * m)) for m in self.mean]
-                x = rand_augment(x, self.aa, seed=self.seed, epoch=epoch, index=index, fill=fill)
-            if self.color_jitter:
-                x = color_jitter(x, self.color_jitter, seed=self.seed, epoch=epoch, index=index)
+            assert index is not None, "training draws by the samples' numbers"
+            x = self._augment(x, index, epoch)
         if self.size is not None:
             x = resize(x, self.size)
         if x.device not in self._constants:
             self._constants[x.device] = _scale_shift(self.mean, self.std, x.device)
         x = _affine(x, *self._constants[x.device])
-        if train and self.erase["prob"] > 0:
-            x = random_erase(x, index, seed=self.seed, epoch=epoch, **self.erase)
+        if train and index is not None and self.erasing.prob > 0:
+            x = random_erase(x, index, self.erasing, seed=self.seed, epoch=epoch)
         return x
 
-    def _geometry(self, x: torch.Tensor, index: torch.Tensor, epoch: int) -> torch.Tensor:
-        if self.crop == "none" and self.hflip == 0:
+    def _augment(self, x: torch.Tensor, index: torch.Tensor, epoch: int) -> torch.Tensor:
+        x = self._crop_and_mirror(x, index, epoch)
+        if self.geometry.vflip > 0:
+            flip = counted_uniform(self.seed, epoch, index, 1, _VFLIP)[:, 0] < self.geometry.vflip
+            x = torch.where(to_device(flip, x.device)[:, None, None, None], x.flip(-2), x)
+        if isinstance(self.aa, PillowPolicy):
+            x = self.aa(x, seed=self.seed, epoch=epoch, index=index)
+        elif self.aa is not None:
+            fill = [min(255, round(255 * m)) for m in self.mean]
+            x = rand_augment(x, self.aa, seed=self.seed, epoch=epoch, index=index, fill=fill)
+        if self.color_jitter:
+            x = color_jitter(x, self.color_jitter, seed=self.seed, epoch=epoch, index=index)
+        return x
+
+    def _crop_and_mirror(self, x: torch.Tensor, index: torch.Tensor, epoch: int) -> torch.Tensor:
+        g, (H, W) = self.geometry, x.shape[-2:]
+        if g.crop == "none" and g.hflip == 0:
             return x
-        u = counted_uniform(self.seed, epoch, index, 1 + 2 * ATTEMPTS + 2 if self.crop == "rrc" else 3, _GEOMETRY)
-        flip = u[:, 0] < self.hflip
-        if self.crop == "rrc":
-            box = rrc_boxes(u[:, 1:], *x.shape[-2:], self.scale, self.ratio)
-            return resized_crop(x, box, flip, self.size or tuple(x.shape[-2:]))
-        padding = self.padding if self.crop == "pad" else 0
+        u = counted_uniform(self.seed, epoch, index, 1 + 2 * ATTEMPTS + 2 if g.crop == "rrc" else 3, _GEOMETRY)
+        flip = u[:, 0] < g.hflip
+        if g.crop == "rrc":
+            box = rrc_boxes(u[:, 1:], H, W, g.scale or SCALES["mae"], g.ratio)
+            return resized_crop(x, box, flip, self.size or (H, W))
+        padding = g.padding if g.crop == "pad" else 0
         top, left = (u[:, 1:] * (2 * padding + 1)).long().unbind(1)
         return crop_flip(x, top, left, flip, padding)

@@ -4,7 +4,8 @@ Normalisation and erasing come later, for the whole batch on its device (augment
 global generators of random, numpy and torch, which util.seed.sample_rng sets per sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -17,25 +18,51 @@ from augment.decoding import open_file, open_image, to_channels  # noqa: F401 (p
 from util.data_specs import IMAGENET_MEAN
 
 PRESETS = ("mae", "photo", "light", "pretrain", "none")
-RATIO = (3 / 4, 4 / 3)
+CROPS = ("none", "pad", "rrc")
 # Area fraction of the random resized crop: MAE's fine-tuning and pretraining, and the photo-folder recipe.
 SCALES = {"mae": (0.08, 1.0), "light": (0.08, 1.0), "pretrain": (0.2, 1.0), "photo": (0.7, 1.0)}
 PHOTO_JITTER = 0.3  # of brightness, contrast and saturation, in the photo-folder recipe
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Crops and flips of training. ValueError for what cannot be.
+
+    crop: `none`, `pad` (zero padding, then a window of the stored size) or `rrc` (random resized crop), of images in
+        memory; image files get the crop of their preset.
+    padding: pixels, for `pad`.
+    scale, ratio: area fraction and aspect range of a random resized crop; scale None: the preset's.
+    hflip, vflip: probability of a mirror image, of one upside down.
+    """
+
+    crop: str = "none"
+    padding: int = 4
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.0
+    vflip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop {self.crop!r}: must be one of {', '.join(CROPS)}")
+        for name, p in (("hflip", self.hflip), ("vflip", self.vflip)):
+            if not 0.0 <= p <= 1.0:
+                raise ValueError(f"{name} {p}: must be in [0, 1]")
+
+
+MIRRORED = Geometry(hflip=0.5)
 
 
 def build_train_transform(
     size: tuple[int, int],
     preset: str = "mae",
     *,
+    geometry: Geometry = MIRRORED,
     aa: str | None = None,
     color_jitter: float | None = None,
     interpolation: str = "bicubic",
-    hflip: float = 0.5,
-    vflip: float = 0.0,
-    scale: tuple[float, float] | None = None,
-    ratio: tuple[float, float] = RATIO,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-) -> Callable[[Image.Image], torch.Tensor]:
+    mean: Sequence[float] = IMAGENET_MEAN,
+) -> transforms.Compose:
     """PIL image -> uint8 [C, h, w] with size = (h, w), randomly augmented.
 
     Presets:
@@ -46,9 +73,9 @@ def build_train_transform(
         light     crop and flip.          pretrain   MAE's pretraining: crop of 20-100 % and flip.
         none      what evaluation sees, without its border cut.
 
-    aa: timm's policy string, `mae` only. color_jitter: strength for `mae` (without aa) and `photo`.
-    hflip, vflip: probability of a mirror image, of one upside down. scale, ratio: the crop's area fraction, and its
-    aspect over size's. mean: pixel mean in [0, 1] per channel; geometric operations fill uncovered corners with it.
+    geometry: its scale (None: as above), ratio (the crop's aspect over size's) and flips. aa: timm's policy string,
+    `mae` only. color_jitter: strength for `mae` (without aa) and `photo`. mean: pixel mean in [0, 1] per channel;
+    geometric operations fill uncovered corners with it.
     """
     if preset not in PRESETS:
         raise ValueError(f"aug {preset!r}: must be one of {', '.join(PRESETS)}")
@@ -58,17 +85,17 @@ def build_train_transform(
         raise ValueError(f"color_jitter {color_jitter}: belongs to aug mae or photo, not to {preset}")
     if preset == "none":
         return build_eval_transform(size, crop_pct=1.0, interpolation=interpolation)
-    scale = scale or SCALES[preset]
+    scale = geometry.scale or SCALES[preset]
     # The crop's aspect varies around the input's own: a wide input must not stretch square crops.
-    ratio = tuple(r * size[1] / size[0] for r in ratio)
+    low, high = (r * size[1] / size[0] for r in geometry.ratio)
     if preset != "photo":
         transform = create_transform(
             tuple(size),
             is_training=True,
             scale=scale,
-            ratio=ratio,
-            hflip=hflip,
-            vflip=vflip,
+            ratio=(low, high),
+            hflip=geometry.hflip,
+            vflip=geometry.vflip,
             color_jitter=color_jitter,
             auto_augment=aa,
             interpolation=interpolation,
@@ -82,9 +109,9 @@ def build_train_transform(
     # box is a fraction of the image, and the same with or without it.
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, scale, ratio, InterpolationMode(interpolation)),
-            transforms.RandomHorizontalFlip(hflip),
-            transforms.RandomVerticalFlip(vflip),
+            transforms.RandomResizedCrop(size, scale, (low, high), InterpolationMode(interpolation)),
+            transforms.RandomHorizontalFlip(geometry.hflip),
+            transforms.RandomVerticalFlip(geometry.vflip),
             transforms.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR, fill=fill),
             transforms.ColorJitter(strength, strength, strength, 0.05),
             transforms.PILToTensor(),

@@ -42,7 +42,7 @@ def build(variant: str, args):
 def product(variant: str, paths: list[str], args):
     import torch
 
-    from augment.batch import BatchTransform
+    from augment.batch import BatchTransform, Erasing
     from augment.image import build_train_transform
     from util.data.datasets import FileDataset
     from util.data.loader import Loader
@@ -53,7 +53,9 @@ def product(variant: str, paths: list[str], args):
     loader = Loader(
         FileDataset(paths, torch.zeros(len(paths), dtype=torch.long)),
         transform=build_train_transform((args.img_size, args.img_size), args.aug, aa=AA if mae else None),
-        batch_transform=BatchTransform(IMAGENET_MEAN, IMAGENET_STD, size=args.img_size, reprob=0.25 if mae else 0.0),
+        batch_transform=BatchTransform(
+            IMAGENET_MEAN, IMAGENET_STD, size=args.img_size, erasing=Erasing(0.25 if mae else 0.0)
+        ),
         fast=True,
         batch_size=args.batch_size,
         train=True,

@@ -37,12 +37,14 @@ def product(variant: str, images, mean, std, args):
     import torch
 
     from augment.batch import BatchTransform
+    from augment.image import Geometry
     from util.data.datasets import ArrayDataset
     from util.data.loader import Loader
 
     world = common.start_up(variant, args.device)
     data = ArrayDataset(images, torch.zeros(len(images), dtype=torch.long), [""])
-    transform = BatchTransform(mean, std, size=args.img_size, crop="pad" if args.crop else "none", hflip=0.5)
+    geometry = Geometry("pad" if args.crop else "none", hflip=0.5)
+    transform = BatchTransform(mean, std, size=args.img_size, geometry=geometry)
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)
     return lambda: (batch.images for batch in loader.epoch())
 

@@ -37,6 +37,7 @@ def build_product(variant: str, args):
     import torch
 
     from augment.batch import BatchTransform
+    from augment.image import Geometry
     from engine_pretrain import EncoderFirst, train_one_epoch
     from models.noprop_mae import NoPropMAE
     from util.data.datasets import ArrayDataset
@@ -57,7 +58,7 @@ def build_product(variant: str, args):
     n = args.batch_size * args.steps * world.size
     images = torch.randint(0, 256, (n, 3, args.img_size, args.img_size), dtype=torch.uint8)
     spec = DATASETS["cifar10"]
-    transform = BatchTransform(spec.mean, spec.std, size=args.img_size, hflip=spec.hflip)
+    transform = BatchTransform(spec.mean, spec.std, size=args.img_size, geometry=Geometry(hflip=spec.hflip))
     data = ArrayDataset(images, torch.zeros(n, dtype=torch.long), [""])
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)
     optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1.5e-4, betas=(0.9, 0.95))

@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 import main_finetune
 import main_predict
 import main_pretrain_noprop
-from augment.batch import BatchTransform
+from augment.batch import BatchTransform, Erasing
+from augment.image import Geometry
 from bench.ranks import Ranks
 from engine_finetune import Criterion, train_one_epoch
 from models import create_model
@@ -210,7 +211,9 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
         torch.arange(steps * 16) % 10,
         list("0123456789"),
     )
-    transform = BatchTransform((0.5,) * 3, (0.2,) * 3, size=16, crop="rrc", hflip=0.5, color_jitter=0.4, reprob=0.5)
+    transform = BatchTransform(
+        (0.5,) * 3, (0.2,) * 3, size=16, geometry=Geometry("rrc", hflip=0.5), color_jitter=0.4, erasing=Erasing(0.5)
+    )
     loader = Loader(data, batch_transform=transform, batch_size=16, train=True, world=world)
     optimizer, ema = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-3), build_ema(net, 0.9)
     run = SimpleNamespace(position=Position(), log=RunLog(None, is_main=False), world=world, names=lambda i: [])
@@ -362,8 +365,10 @@ def test_a_hanging_rank_ends_the_other_with_a_message_before_nccl_aborts(tmp_pat
 @pytest.mark.parametrize(
     "options",
     [
-        dict(crop="pad", hflip=0.5, vflip=0.5, aa="rand-m9-mstd0.5-inc1", reprob=0.5, recount=2),
-        dict(crop="rrc", size=16, hflip=0.5, color_jitter=0.4, reprob=0.5),
+        dict(
+            geometry=Geometry("pad", hflip=0.5, vflip=0.5), aa="rand-m9-mstd0.5-inc1", erasing=Erasing(0.5, recount=2)
+        ),
+        dict(geometry=Geometry("rrc", hflip=0.5), size=16, color_jitter=0.4, erasing=Erasing(0.5)),
     ],
 )
 def test_augmentation_is_the_cpus(options):

@@ -7,7 +7,8 @@ import torch
 from timm.data import Mixup
 
 from augment.alpha_blend import AlphaBlend
-from augment.batch import BatchTransform
+from augment.batch import BatchTransform, Erasing
+from augment.image import Geometry
 from engine_finetune import Criterion, evaluate, train_one_epoch
 from engine_pretrain import EncoderFirst
 from engine_pretrain import train_one_epoch as pretrain_one_epoch
@@ -23,8 +24,10 @@ from util.train.run import Position
 
 STEPS, PRINT_FREQ, BATCH, CLASSES = 8, 4, 6, 10
 AUGMENTATIONS = {
-    "small": dict(crop="pad", hflip=0.5, vflip=0.5, aa="rand-m9-mstd0.5-inc1", reprob=0.5, recount=2),
-    "photo": dict(crop="rrc", hflip=0.5, color_jitter=0.4, reprob=0.5, remode="rand"),
+    "small": dict(
+        geometry=Geometry("pad", hflip=0.5, vflip=0.5), aa="rand-m9-mstd0.5-inc1", erasing=Erasing(0.5, recount=2)
+    ),
+    "photo": dict(geometry=Geometry("rrc", hflip=0.5), color_jitter=0.4, erasing=Erasing(0.5, "rand")),
     "none": dict(),
 }
 
@@ -110,7 +113,7 @@ def test_a_pretraining_step_does_not_wait_for_the_device():
         decoder_num_heads=2,
         T=2,
     )
-    setup = Setup(net, dict(hflip=0.5), train=True)
+    setup = Setup(net, dict(geometry=Geometry(hflip=0.5)), train=True)
     with setup.fake:
         pretrain_one_epoch(
             EncoderFirst(net),

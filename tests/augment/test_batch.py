@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchvision.transforms import functional as TF
 
 from augment.batch import (
     BatchTransform,
+    Erasing,
     crop_flip,
     erase_boxes,
     normalize,
@@ -23,6 +25,7 @@ from augment.batch import (
     resized_crop,
     rrc_boxes,
 )
+from augment.image import Geometry
 from tests.harness.pictures import pictures, to_pil, to_tensor
 from util.seed import counted_uniform
 
@@ -77,7 +80,10 @@ def test_crop_flip_reads_any_memory_format():
 def test_pad_crop_offsets_are_uniform_and_flips_have_their_probability():
     """A picture whose every pixel is unique shows which window it became."""
     x = torch.arange(100, dtype=torch.uint8).view(1, 1, 10, 10).add(100).repeat(8000, 1, 1, 1)
-    y = BatchTransform((0.0,), (1.0,), crop="pad", padding=2, hflip=0.3)(x, torch.arange(8000), 0, True) * 255
+    y = (
+        BatchTransform((0.0,), (1.0,), geometry=Geometry("pad", padding=2, hflip=0.3))(x, torch.arange(8000), 0, True)
+        * 255
+    )
     y = y.round().long()[:, 0]
     flipped = y[:, 5, 5] < y[:, 5, 4]
     assert abs(flipped.float().mean() - 0.3) < 0.02
@@ -91,7 +97,12 @@ def test_pad_crop_offsets_are_uniform_and_flips_have_their_probability():
 
 def test_vflip_turns_its_share_upside_down_and_nothing_else():
     x = torch.arange(12, dtype=torch.uint8).view(1, 1, 4, 3).repeat(4000, 1, 1, 1)
-    y = BatchTransform((0.0,), (1.0,), vflip=0.3)(x, torch.arange(4000), 0, True).mul(255).round().to(torch.uint8)
+    y = (
+        BatchTransform((0.0,), (1.0,), geometry=Geometry(vflip=0.3))(x, torch.arange(4000), 0, True)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+    )
     turned = (y == x.flip(-2)).flatten(1).all(1)
     assert (turned | (y == x).flatten(1).all(1)).all()
     assert abs(turned.float().mean() - 0.3) < 0.03
@@ -165,15 +176,15 @@ def test_resize_equals_pillow_bicubic(size):
 
 # ---- the whole transform
 
-FULL = dict(crop="pad", hflip=0.5, aa="rand-m9-mstd0.5-inc1", reprob=0.25, recount=2)
+FULL = dict(geometry=Geometry("pad", hflip=0.5), aa="rand-m9-mstd0.5-inc1", erasing=Erasing(0.25, recount=2))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         FULL,
-        dict(crop="rrc", size=16, hflip=0.5, color_jitter=0.4),
-        dict(crop="pad", size=(20, 30), remode="rand", reprob=1.0),
+        dict(geometry=Geometry("rrc", hflip=0.5), size=16, color_jitter=0.4),
+        dict(geometry=Geometry("pad"), size=(20, 30), erasing=Erasing(1.0, "rand")),
     ],
 )
 def test_transform_depends_on_seed_epoch_and_index_only(options):
@@ -196,26 +207,28 @@ def test_evaluation_only_resizes_and_normalises():
     x = pictures(3)
     y = BatchTransform(MEAN, STD, **FULL)(x, None, 0, False)
     assert torch.allclose(y, normalize(x, MEAN, STD))
-    y = BatchTransform(MEAN, STD, crop="rrc", hflip=1.0, reprob=1.0, size=(12, 16))(x, None, 0, False)
+    y = BatchTransform(MEAN, STD, geometry=Geometry("rrc", hflip=1.0), erasing=Erasing(1.0), size=(12, 16))(
+        x, None, 0, False
+    )
     expected = torch.stack([to_tensor(to_pil(i).resize((16, 12), Image.BICUBIC)) for i in x])
     assert (y - normalize(expected, MEAN, STD)).abs().max() <= 1.01 / 255 / min(STD)
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    "build,options,message",
     [
-        (dict(crop="random"), "crop 'random'"),
-        (dict(remode="black"), "remode 'black'"),
-        (dict(hflip=1.2), r"hflip 1\.2"),
-        (dict(vflip=-0.1), r"vflip -0\.1"),
-        (dict(reprob=-0.1), r"reprob -0\.1"),
-        (dict(recount=0), "recount 0"),
-        (dict(aa="rand-x"), "aa 'rand-x'"),
+        (Geometry, dict(crop="random"), "crop 'random'"),
+        (Erasing, dict(mode="black"), "remode 'black'"),
+        (Geometry, dict(hflip=1.2), r"hflip 1\.2"),
+        (Geometry, dict(vflip=-0.1), r"vflip -0\.1"),
+        (Erasing, dict(prob=-0.1), r"reprob -0\.1"),
+        (Erasing, dict(recount=0), "recount 0"),
+        (partial(BatchTransform, MEAN, STD), dict(aa="rand-x"), "aa 'rand-x'"),
     ],
 )
-def test_wrong_options_name_themselves(options, message):
+def test_wrong_options_name_themselves(build, options, message):
     with pytest.raises(ValueError, match=message):
-        BatchTransform(MEAN, STD, **options)
+        build(**options)
 
 
 def test_channel_mismatch_is_an_error():
@@ -247,7 +260,7 @@ def naive_erase(u: list[float], height: int, width: int, prob, recount, area, as
 def test_erase_boxes_equal_the_naive_loop(height, width, recount):
     u = counted_uniform(0, 0, torch.arange(300), 2 + 22 * recount)
     args = dict(prob=0.6, recount=recount, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3))
-    boxes = erase_boxes(u, height, width, **args)
+    boxes = erase_boxes(u, height, width, Erasing(**args))
     expected = [naive_erase(row, height, width, **args) for row in u.double().tolist()]
     for mine, theirs in zip(boxes.tolist(), expected):
         assert [b if b[2] and b[3] else [0] * 4 for b in mine] == [b if b[2] and b[3] else [0] * 4 for b in theirs]
@@ -258,8 +271,8 @@ def test_erased_area_and_place_have_timms_distribution(recount):
     n = 1500
     random.seed(0)
     theirs = RandomErasing(0.5, max_count=recount, device="cpu")(torch.ones(n, 1, 24, 30))[:, 0] == 0
-    args = dict(seed=0, epoch=0, prob=0.5, mode="const", recount=recount)
-    ours = random_erase(torch.ones(n, 1, 24, 30), torch.arange(n), **args)[:, 0] == 0
+    erasing = Erasing(0.5, "const", recount)
+    ours = random_erase(torch.ones(n, 1, 24, 30), torch.arange(n), erasing, seed=0, epoch=0)[:, 0] == 0
     for statistic in (lambda m: m.sum((1, 2)), lambda m: m.any(2).sum(1), lambda m: m.any(1).sum(1)):
         a, b = statistic(ours), statistic(theirs)
         assert abs((a > 0).float().mean() - (b > 0).float().mean()) < 0.06
@@ -275,10 +288,10 @@ def test_fill_of_each_mode_inside_the_boxes_and_nothing_outside(mode, recount):
     B, C, H, W = 200, 3, 20, 24
     x = torch.full((B, C, H, W), 100.0)
     index = torch.arange(B) * 7 + 1000
-    args = dict(seed=3, epoch=1, prob=0.7, recount=recount)
-    y = random_erase(x.clone(), index, mode=mode, **args)
+    erasing = Erasing(0.7, mode, recount)
+    y = random_erase(x.clone(), index, erasing, seed=3, epoch=1)
     u = counted_uniform(3, 1, index, 2 + 22 * recount, 1)
-    boxes = erase_boxes(u, H, W, prob=0.7, recount=recount, area=(0.02, 1 / 3), aspect=(0.3, 1 / 0.3))
+    boxes = erase_boxes(u, H, W, erasing)
     erased = []
     for i in range(B):
         inside = torch.zeros(H, W, dtype=torch.bool)
@@ -304,10 +317,10 @@ def test_fill_of_each_mode_inside_the_boxes_and_nothing_outside(mode, recount):
 @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
 def test_erasing_is_in_place_and_depends_on_the_sample_only(mode):
     x, index = torch.randn(40, 2, 16, 16), torch.arange(40) + 5
-    args = dict(seed=0, epoch=0, prob=0.8, mode=mode, recount=2)
+    erase = partial(random_erase, erasing=Erasing(0.8, mode, recount=2), seed=0, epoch=0)
     whole = x.clone()
-    assert random_erase(whole, index, **args) is whole
+    assert erase(whole, index) is whole
     order = torch.randperm(40)
-    assert torch.equal(random_erase(x[order].clone(), index[order], **args), whole[order])
+    assert torch.equal(erase(x[order].clone(), index[order]), whole[order])
     last = x.contiguous(memory_format=torch.channels_last).clone()
-    assert torch.equal(random_erase(last, index, **args), whole)
+    assert torch.equal(erase(last, index), whole)

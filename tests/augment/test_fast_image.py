@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import stats
 
 from augment.fast_image import FastTrainTransform, decode_crop, is_plain_jpeg, reduction
-from augment.image import build_train_transform, open_file, open_image
+from augment.image import Geometry, build_train_transform, open_file, open_image
 from bench.photos import make_photos
 from util.data.datasets import FileDataset
 from util.data.loader import SampleReader
@@ -52,7 +52,7 @@ def test_reduction_leaves_at_least_the_outputs_pixels():
     "preset,size,scales", [("pretrain", (40, 40), {4, 8}), ("light", (96, 64), {1, 2}), ("pretrain", (224, 224), {1})]
 )
 def test_crops_and_flips_are_those_of_the_pil_pipeline(ramp, preset, size, scales):
-    transform = build_train_transform(size, preset, vflip=0.3)
+    transform = build_train_transform(size, preset, geometry=Geometry(hflip=0.5, vflip=0.3))
     crop, seen = transform.transforms[0], set()
     for seed in range(20):
         plain, fast = both(ramp, transform, seed)
@@ -67,7 +67,7 @@ def test_crops_and_flips_are_those_of_the_pil_pipeline(ramp, preset, size, scale
 
 def test_the_box_is_drawn_from_the_full_size_image_whatever_the_decoding_scale(ramp):
     """Many crops by different seeds: their mean colours and left-right differences follow one distribution."""
-    transform = build_train_transform((16, 16), "pretrain", hflip=0.0)
+    transform = build_train_transform((16, 16), "pretrain", geometry=Geometry())
     fast = FastTrainTransform(transform, 3)
     centres = {"pil": [], "fast": []}
     image = open_image(ramp, 3)

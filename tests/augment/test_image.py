@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from augment.batch import normalize
-from augment.image import PRESETS, build_eval_transform, build_train_transform, open_image, to_channels
+from augment.image import PRESETS, Geometry, build_eval_transform, build_train_transform, open_image, to_channels
 from util.seed import sample_rng
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,7 +161,7 @@ def test_photo_preset_moves_within_its_limits():
     array = np.zeros((100, 100, 3), np.uint8)
     array[45:55, 45:55] = 255
     ours = build_train_transform(
-        (100, 100), "photo", color_jitter=0.0, hflip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), mean=(0.0,) * 3
+        (100, 100), "photo", color_jitter=0.0, geometry=Geometry(scale=(1.0, 1.0), ratio=(1.0, 1.0)), mean=(0.0,) * 3
     )
     areas, shifts = [], []
     y, x = np.mgrid[0:100, 0:100]
@@ -211,8 +211,8 @@ def test_presets_give_uint8_of_the_size_and_repeat_with_the_sample(preset, in_ch
 def test_flips_turn_a_ramp_exactly_when_they_are_asked_for(preset, hflip, vflip):
     ramp = np.arange(0, 120, 2, dtype=np.uint8)
     ramp = Image.fromarray(ramp[:, None] + ramp)  # rises to the right and downwards
-    jitter = 0.0 if preset == "photo" else None
-    transform = build_train_transform((20, 20), preset, hflip=hflip, vflip=vflip, color_jitter=jitter, mean=(0.5,))
+    jitter, geometry = 0.0 if preset == "photo" else None, Geometry(hflip=hflip, vflip=vflip)
+    transform = build_train_transform((20, 20), preset, geometry=geometry, color_jitter=jitter, mean=(0.5,))
     for index in range(10):
         with sample_rng(0, 0, index):
             out = transform(ramp).float()[0]
@@ -223,7 +223,7 @@ def test_flips_turn_a_ramp_exactly_when_they_are_asked_for(preset, hflip, vflip)
 def test_scale_is_the_area_share_of_the_crop():
     """A crop of exactly a quarter of a ramp spans half of its values; the preset's own may not."""
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1)))
-    transform = build_train_transform((50, 50), "light", hflip=0.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+    transform = build_train_transform((50, 50), "light", geometry=Geometry(scale=(0.25, 0.25), ratio=(1.0, 1.0)))
     for index in range(5):
         with sample_rng(0, 0, index):
             out = transform(ramp).int()[0]
@@ -285,7 +285,7 @@ def test_wide_inputs_are_cropped_wide_not_stretched(preset):
     """A square drawn in the image stays a square on average: its width and height shrink alike."""
     image = Image.new("L", (400, 200))
     image.paste(255, (160, 60, 240, 140))
-    transform = build_train_transform((100, 200), preset, mean=(0.0,), scale=(0.7, 1.0))
+    transform = build_train_transform((100, 200), preset, mean=(0.0,), geometry=Geometry(scale=(0.7, 1.0)))
     logs = []
     for seed in range(60):
         random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)

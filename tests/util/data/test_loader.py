@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from augment.batch import BatchTransform
-from augment.image import build_eval_transform, build_train_transform
+from augment.batch import BatchTransform, Erasing
+from augment.image import Geometry, build_eval_transform, build_train_transform
 from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import EpochOrder, Loader
 from util.dist import World
@@ -52,7 +52,7 @@ def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
     return Loader(
         read_split("folder", str(root), split),
         transform=build_train_transform((16, 16), "mae", aa="rand-m9") if train else build_eval_transform((16, 16)),
-        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, reprob=0.5, seed=5),
+        batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3, erasing=Erasing(0.5), seed=5),
         batch_size=4,
         train=train,
         world=World(),
@@ -80,7 +80,12 @@ def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_fold
     images = torch.arange(32 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(32, 1, 8, 8)
     data = ArrayDataset(images, torch.arange(32), [str(i) for i in range(32)])
     transform = BatchTransform(
-        (0.5,), (0.5,), crop="rrc", hflip=0.5, vflip=0.5, reprob=0.5, aa="rand-m9", color_jitter=0.3
+        (0.5,),
+        (0.5,),
+        geometry=Geometry("rrc", hflip=0.5, vflip=0.5),
+        erasing=Erasing(0.5),
+        aa="rand-m9",
+        color_jitter=0.3,
     )
     plain = Loader(data, batch_transform=transform, batch_size=8, train=True, world=World())
     next(iter(plain.epoch(0)))  # constants are copied once
