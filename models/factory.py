@@ -5,6 +5,7 @@ from numbers import Integral
 import timm
 from torch import nn
 
+import models.families  # noqa: F401 (registers them with timm)
 from models.vit import attach_noise, mae_vit, timm_classifier
 from util.choices import MAE_NAMES, is_mae_name
 from util.errors import UserError

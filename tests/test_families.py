@@ -1,5 +1,7 @@
 """Families of timm unlike a plain ViT: two heads, no stochastic depth, BatchNorm, no gradient checkpointing."""
 
+import shutil
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from main_predict import main as predict
 from models import create_model
 from models.loading import load_classifier
 from models.vit import classifiers
+from tests.harness import ROOT
 from tests.harness.runs import finetune
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
@@ -166,3 +169,15 @@ def test_the_trial_pass_leaves_running_statistics_and_generators_alone():
     try_forward(net, {"model": "resnet10t", "in_chans": 1, "img_size": [32, 32], "num_classes": 3}, 2)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_family_that_timm_lacks_is_one_file(run, tmp_path):
+    """In a copy of the product with that file in models/families; what it can do is asserted there."""
+    for room in ("models", "augment", "util"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in (*ROOT.glob("main_*.py"), *ROOT.glob("engine_*.py"), ROOT / "tests/harness/tiny_cells_works.py"):
+        shutil.copy(script, tmp_path)
+    shutil.copy(ROOT / "tests/harness/tiny_cells.py", tmp_path / "models" / "families")
+    run("tiny_cells_works.py", cwd=tmp_path)
+    wrong = run("main_finetune.py", "--dataset", "digits", "--model", "tiny_cell", cwd=tmp_path, check=2)
+    assert "tiny_cells" in wrong.stderr and wrong.stderr.count("\n") == 1

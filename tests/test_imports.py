@@ -31,7 +31,7 @@ FLOORS = {
 ALLOWED = {("models/loading.py", "util/checkpoint.py")}
 FILES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("main_*.py", "engine_*.py", "util/**/*.py", "models/*.py", "augment/*.py")
+    for pattern in ("main_*.py", "engine_*.py", "util/**/*.py", "models/**/*.py", "augment/*.py")
     for path in ROOT.glob(pattern)
 )
 

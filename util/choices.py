@@ -50,15 +50,17 @@ def is_mae_name(name: str) -> bool:
 
 @cache
 def timm_names() -> frozenset[str]:
-    """Names of timm's models without their weights' tags, read from its source: importing timm takes seconds.
+    """Names of timm's models and of models/families, without their weights' tags, read from the source files.
 
-    The same set as timm's own registry (tests/util/test_choices.py); empty where its source is not there to read.
+    The same set as timm's own registry, without importing timm, which takes seconds; empty where timm's source is not
+    there to read.
     """
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         return frozenset()
     names = set()
-    for path in (Path(spec.origin).parent / "models").glob("*.py"):
+    families = Path(__file__).parent.parent / "models" / "families"
+    for path in [*(Path(spec.origin).parent / "models").glob("*.py"), *families.glob("*.py")]:
         source = path.read_text("utf-8")
         names.update(re.findall(r"^@register_model\n(?:@.*\n)*def (\w+)\(", source, re.MULTILINE))
         for renamed in re.findall(r"register_model_deprecations\(__name__, \{(.*?)\}\)", source, re.DOTALL):

@@ -80,14 +80,14 @@ def copy_first_epoch(run, to) -> None:
         (to / path.name).write_bytes(path.read_bytes())
 
 
-def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240, env: dict | None = None):
-    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in the repository; returns the result."""
+def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240, env: dict | None = None, cwd=ROOT):
+    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in the repository, or in `cwd`; returns the result."""
     command = [sys.executable]
     if nproc:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     result = subprocess.run(
-        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment
+        [*command, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=environment
     )
     if check is not None:
         assert result.returncode == check, f"exit {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
