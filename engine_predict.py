@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from augment.batch import normalize
 from util.data.datasets import ArrayDataset, FileDataset
-from util.data.loader import loader_processes, worker_init
-from util.data.views import ViewReader, collate
+from util.data.loader import read_in_processes, refuse_bad_image
+from util.data.views import ViewReader
 from util.dist import World, gather_objects
 from util.errors import UserError
 from util.files import printable
@@ -42,23 +41,16 @@ def predict(
     per_batch = max(1, batch_size // V)
     batches = [list(range(i, min(i + per_batch, len(data)))) for i in range(0, len(data), per_batch)]
     mine = batches[world.rank :: world.size]
-    workers = loader_processes(num_workers)
-    loader = DataLoader(
-        ViewReader(data, inputs, computed, margin, workers),
-        batch_sampler=mine,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=worker_init(),
-    )
+    reader = ViewReader(data, inputs, computed, margin)
+    loader = read_in_processes(reader, mine, world.device, num_workers=num_workers, ahead=2)
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
-    done, bad = [], {}
-    for index, images, unreadable in loader:
-        for i, reason in unreadable.items():
-            if on_bad_image == "error":
-                name = printable(data.name(i))
-                raise UserError(f"{name}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
-        bad.update(unreadable)
+    done: list[tuple[np.ndarray, ...]] = []
+    bad: dict[int, str] = {}
+    for index, images, unreadable, _ in loader:
+        if unreadable and on_bad_image == "error":
+            i, reason = next(iter(unreadable.items()))
+            refuse_bad_image(reader.path(i), reason)
+        bad |= unreadable
         if len(index):
             probabilities = forward(nets, inputs, images, world.device)  # [nets, b, V, C]
             require_finite(probabilities, nets, data, index)

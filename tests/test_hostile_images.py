@@ -89,8 +89,8 @@ def test_long_and_tiny_images_become_inputs_in_little_memory(tmp_path, size):
         image = open_image(path, 3)
         assert build_eval_transform((224, 224))(image).shape == (3, 224, 224)
         assert build_eval_transform((64, 32))(image).shape == (3, 64, 32)
-        _, views, reason = ViewReader(FileDataset([path], torch.tensor([-1])), [(64, 64, 3)], list(range(12)))[0]
-    assert reason is None and views[0].shape == (12, 3, 64, 64)
+        _, views, bad, _ = ViewReader(FileDataset([path], torch.tensor([-1])), [(64, 64, 3)], list(range(12)))[0]
+    assert not bad and views[0].shape == (12, 3, 64, 64)
 
 
 def test_only_images_longer_than_16_to_1_are_cut_and_the_crop_is_the_same():

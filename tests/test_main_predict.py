@@ -94,8 +94,8 @@ def test_view_1_is_what_validation_sees_bit_for_bit(photo_folder, size, crop_pct
     """Through both readers, from the file; the crop itself against Pillow's resize of the side that has to cover."""
     data = read_split("folder", str(photo_folder), "val")
     transform = build_eval_transform(size, crop_pct)
-    validated = SampleReader(data, transform, in_chans=3, seed=0, train=False)[0, 3][0]
-    _, views, _ = ViewReader(data, [(*size, 3, crop_pct)], [0, 1])[3]
+    validated = SampleReader(data, transform, in_chans=3, seed=0, train=False)[0, 3][1][0]
+    _, views, *_ = ViewReader(data, [(*size, 3, crop_pct)], [0, 1])[3]
     assert torch.equal(views[0][0], validated) and torch.equal(views[0][1], validated.flip(-1))
     share = crop_pct or (1.0 if max(size) > 224 else 0.875)
     cover = [int(s / share) for s in size]
@@ -115,7 +115,7 @@ def test_view_1_of_an_image_in_memory_is_what_validation_sees(size):
         data, batch_transform=BatchTransform((0.0,), (1.0,), size=size), batch_size=4, train=False, world=World()
     )
     validated = next(loader.epoch()).images[3]
-    _, views, _ = ViewReader(data, [(*size, 1, 1.0)], [0])[3]
+    _, views, *_ = ViewReader(data, [(*size, 1, 1.0)], [0])[3]
     assert torch.equal(normalize(views[0], (0.0,), (1.0,))[0], validated)
 
 
@@ -178,8 +178,8 @@ def test_each_image_is_decoded_once(ensemble, photo_folder, tmp_path, monkeypatc
     opened, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, *a, **k: opened.append(path) or real(path, *a, **k))
     data = read_unlabelled(str(photo_folder / "val"))
-    _, views, reason = ViewReader(data, [(32, 32, 3), (40, 24, 1)], [0, 5])[3]
-    assert reason is None and [tuple(v.shape) for v in views] == [(2, 3, 32, 32), (2, 1, 40, 24)] and len(opened) == 1
+    _, views, bad, _ = ViewReader(data, [(32, 32, 3), (40, 24, 1)], [0, 5])[3]
+    assert not bad and [tuple(v.shape) for v in views] == [(2, 3, 32, 32), (2, 1, 40, 24)] and len(opened) == 1
 
 
 def test_unreadable_image_is_an_error_that_names_it_or_an_empty_row(ensemble, tmp_path, capsys):

@@ -8,9 +8,10 @@ and resumes do not change which samples a step sees. Augmentation is counted by 
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn, cast
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from augment.decoding import ImageError, limit_pixels, open_image
 from augment.transfer import to_device
-from util.data.datasets import ArrayDataset, FileDataset
+from util.data.datasets import ArrayDataset, Dataset, FileDataset
 from util.data_specs import IN_MEMORY
 from util.dist import World
 from util.errors import UserError, reason_of
@@ -28,7 +29,7 @@ from util.seed import mix, sample_rng
 
 @dataclass
 class Batch:
-    """images float32 [B, C, H, W] normalised, targets int64 [B], on the device; index int64 [B] into the data set (CPU)."""
+    """images float32 [B, C, H, W] normalised, targets int64 [B], on the device; index int64 [B], their numbers (CPU)."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -79,7 +80,7 @@ class EpochOrder:
 
 
 def choose_loader(loader: str | None, dataset: str, world: World) -> str:
-    """--loader: `pil`, or `fast`, which needs OpenCV. Not given: fast; pil, with a warning, where OpenCV cannot be imported."""
+    """--loader: `pil`, or `fast`, which needs OpenCV. Without the flag: fast, or pil with a warning without OpenCV."""
     if loader == "pil" or (loader is None and dataset in IN_MEMORY):
         return loader or "fast"
     try:
@@ -97,28 +98,56 @@ def choose_loader(loader: str | None, dataset: str, world: World) -> str:
     return "pil"
 
 
-class SampleReader:
-    """Decode and augment one file: (epoch, index) -> (uint8 [C, H, W], target, index, bad, slow), in a loader worker.
+class Reader(torch.utils.data.Dataset):
+    """A data set as loader processes read it: reader[key] -> (number, images, bad, slow).
 
-    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes the
-    plain way. bad and slow list (path, reason) of images that could not be read, and of those that only OpenCV could not.
-    In training the next readable image takes the place of a bad one, so that batches keep their size on every rank; in
-    evaluation the image is None and drops out.
+    images: a list of uint8 tensors, [] if none can be read. bad, slow: number -> why the image cannot be read, or not by
+    OpenCV. What each process began with last stands in memory that it shares with this one: process id, image number.
     """
 
-    def __init__(
-        self,
-        data: FileDataset,
-        transform,
-        *,
-        in_chans: int,
-        seed: int,
-        train: bool,
-        fast: bool = False,
-        workers: int = 0,
-    ):
-        self.data, self.transform, self.in_chans, self.seed, self.train = data, transform, in_chans, seed, train
-        self.reading = Reading(data.paths, workers)
+    def __init__(self, data: Dataset):
+        self.data = data
+        self.begun = torch.zeros(loader_processes(), 2, dtype=torch.int64).share_memory_()
+        _alive.add(self)
+
+    def note(self, i: int) -> None:
+        """Called in a loader process before it opens image `i`; about 10 microseconds."""
+        worker = get_worker_info()
+        if worker is not None:
+            self.begun[worker.id] = torch.tensor([os.getpid(), i])
+
+    def path(self, i: int) -> str:
+        """Where image `i` is; '' if it is in memory."""
+        return self.data.paths[i] if isinstance(self.data, FileDataset) else ""
+
+    def fault(self, error: ImageError, i: int) -> str:
+        """Why image `i` cannot be decoded, in a line without its path."""
+        return reason_of(ImageError(str(error).replace(repr(self.path(i)), "").strip(": ")))
+
+
+_alive: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def file_of_process(pid: int) -> str | None:
+    """The path that loader process `pid` began with last; None if it is none of this process's."""
+    for reader in _alive:
+        for its, i in reader.begun.tolist():
+            if its == pid:
+                return reader.path(i) or None
+    return None
+
+
+class SampleReader(Reader):
+    """Decodes and augments one file: reader[epoch, number].
+
+    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes the
+    plain way. In training the next readable image takes the place of a bad one, so that batches keep their size on every
+    rank; in evaluation it is left out.
+    """
+
+    def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False):
+        super().__init__(data)
+        self.transform, self.in_chans, self.seed, self.train = transform, in_chans, seed, train
         self.fast = None
         if fast and train:
             from augment.fast_image import FastTrainTransform, can_be_fast  # OpenCV
@@ -127,38 +156,76 @@ class SampleReader:
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        bad, slow = [], []
+        bad: dict[int, str] = {}
+        slow: dict[int, str] = {}
         for attempt in range(16 if self.train else 1):
             i = (index + attempt) % len(self.data)
-            path = self.data.paths[i]
-            self.reading.note(i)
+            self.note(i)
             try:  # any other error is not the file's
-                return self.read(path, epoch, index, slow), int(self.data.targets[i]), i, bad, slow
+                return i, [self.read(i, epoch, index, slow)], bad, slow
             except ImageError as error:
-                bad.append((path, image_fault(error, path)))
-        return None, -1, index, bad, slow
+                bad[i] = self.fault(error, i)
+        return index, [], bad, slow
 
-    def read(self, path: str, epoch: int, index: int, slow: list) -> torch.Tensor:
+    def read(self, i: int, epoch: int, index: int, slow: dict[int, str]) -> torch.Tensor:
         """One file's pixels, augmented with the random numbers of (seed, epoch, index)."""
         failure = None
         if self.fast is not None:
             try:
                 with sample_rng(self.seed, epoch, index):
-                    return self.fast(path)
+                    return self.fast(self.path(i))
             except ImageError as error:
                 failure = error
-        image = open_image(path, self.in_chans)
+        image = open_image(self.path(i), self.in_chans)
         if failure is not None:
-            slow.append((path, image_fault(failure, path)))
+            slow[i] = self.fault(failure, i)
         with sample_rng(self.seed, epoch, index):
             return self.transform(image)
 
 
-def collate(samples: list) -> tuple:
-    good = [s for s in samples if s[0] is not None]
-    bad, slow = ([file for s in samples for file in s[k]] for k in (3, 4))
-    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
-    return images, torch.tensor([s[1] for s in good]), torch.tensor([s[2] for s in good], dtype=torch.long), bad, slow
+def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str], dict[int, str]]:
+    """A Reader's samples as a batch: (numbers [b] of the readable ones, per kind of image all b stacked, bad, slow)."""
+    good = [sample for sample in samples if sample[1]]
+    images = [torch.stack(kind) for kind in zip(*(images for _, images, *_ in good))]
+    bad, slow = ({i: why for sample in samples for i, why in sample[k].items()} for k in (2, 3))
+    return torch.tensor([sample[0] for sample in good], dtype=torch.long), images, bad, slow
+
+
+def read_in_processes(
+    reader: Reader, batches, device: torch.device, *, num_workers: int, pin_memory: bool = True, ahead: int = 4
+) -> DataLoader:
+    """Batches of a reader, collated; `batches` yields lists of its keys. ahead: batches that each process reads ahead."""
+    workers = loader_processes(num_workers)
+    return DataLoader(
+        reader,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory and device.type == "cuda",
+        persistent_workers=workers > 0,
+        prefetch_factor=ahead if workers else None,
+        # Where processes are not forked they know nothing of this one's limit of pixels.
+        worker_init_fn=partial(_start, int(2 * cast(float, Image.MAX_IMAGE_PIXELS))),
+        # Each pass draws a seed for its workers, which nothing here uses: not from the run's own generator, or a
+        # resumed run, which makes one pass more, would end with another state of it.
+        generator=torch.Generator(),
+    )
+
+
+def loader_processes(wanted: int = sys.maxsize) -> int:
+    """`--num_workers`, at most one per core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
+
+
+def _start(max_pixels: int, worker: int) -> None:
+    """A loader process's first call."""
+    torch.set_num_threads(1)
+    limit_pixels(max_pixels)
+
+
+def refuse_bad_image(path: str, reason: str) -> NoReturn:
+    raise UserError(f"{printable(path)}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
 
 
 class Loader:
@@ -169,7 +236,7 @@ class Loader:
 
     def __init__(
         self,
-        data: ArrayDataset | FileDataset,
+        data: Dataset,
         *,
         batch_transform,
         transform=None,
@@ -186,24 +253,16 @@ class Loader:
     ):
         self.data, self.batch_transform, self.world, self.train = data, batch_transform, world, train
         self.order = EpochOrder(len(data), batch_size, world=world, seed=seed, train=train, even=even)
-        self.on_bad_image, self.bad_images = on_bad_image, {}
-        self.files = None
+        self.on_bad_image = on_bad_image
+        self.bad_images: dict[str, str] = {}  # path -> why it cannot be read
+        self.targets = data.targets.to(world.device)
+        self.files: DataLoader | None = None
         if isinstance(data, ArrayDataset):
-            self.images, self.targets = data.images.to(world.device), data.targets.to(world.device)
+            self.images = data.images.to(world.device)
         else:
-            workers = loader_processes(num_workers)
-            self.files = DataLoader(
-                SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast, workers=workers),
-                batch_sampler=self.order,
-                collate_fn=collate,
-                num_workers=workers,
-                pin_memory=pin_memory and world.device.type == "cuda",
-                persistent_workers=workers > 0,
-                prefetch_factor=4 if workers else None,
-                worker_init_fn=worker_init(),
-                # Each pass draws a seed for its workers, which nothing here uses: not from the run's own generator, or a
-                # resumed run, which makes one pass more, would end with another state of it.
-                generator=torch.Generator(),
+            reader = SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast)
+            self.files = read_in_processes(
+                reader, self.order, world.device, num_workers=num_workers, pin_memory=pin_memory
             )
 
     def __len__(self) -> int:
@@ -213,92 +272,45 @@ class Loader:
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from step `start_step` on."""
         self.order.start(epoch, start_step)
-        device = self.world.device
-        if self.files is None:
-            for keys in self.order:
-                index = torch.tensor([i for _, i in keys])
-                where = to_device(index, device)
-                images = self.batch_transform(self.images.index_select(0, where), index, epoch, self.train)
-                yield Batch(images, self.targets.index_select(0, where), index)
-            return
-        read, slow = 0, []
-        for images, targets, index, bad, slower in self.files:
-            self._report(bad)
-            slow += slower
+        for index, images in self._gathered() if self.files is None else self._read(self.files, epoch):
+            images = self.batch_transform(images, index, epoch, self.train)
+            yield Batch(images, self.targets.index_select(0, to_device(index, self.world.device)), index)
+
+    def _gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(numbers, uint8 images on the device) of each batch of a set in memory."""
+        for keys in self.order:
+            index = torch.tensor([i for _, i in keys])
+            yield index, self.images.index_select(0, to_device(index, self.world.device))
+
+    def _read(self, files: DataLoader, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same of a set of files; tells which cannot be read, and which could not be read fast."""
+        read, slow, path = 0, dict[int, str](), files.dataset.path  # type: ignore[attr-defined]
+        for index, images, bad, slower in files:
+            self._report({path(i): reason for i, reason in bad.items()})
+            slow |= slower
             if self.train and len(index) < self.order.batch_size:
-                raise UserError(f"{printable(bad[-1][0])}: the last of 16 images in a row that cannot be read")
+                last = printable(path(list(bad)[-1]))
+                raise UserError(f"{last}: the last of 16 images in a row that cannot be read")
             if len(index) == 0:
                 continue
             read += len(index)
-            images = images.to(device, non_blocking=True)
-            images = self.batch_transform(images, index, epoch, self.train)
-            yield Batch(images, targets.to(device, non_blocking=True), index)
+            yield index, images[0].to(self.world.device, non_blocking=True)
         if slow:
-            path, reason = slow[0]
+            i, reason = next(iter(slow.items()))
             print(
                 f"warning: epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
-                f"e.g. {printable(path)} ({reason})",
+                f"e.g. {printable(path(i))} ({reason})",
                 file=sys.stderr,
             )
         if not self.train and read == 0 and self.world.size == 1:  # on more ranks, others may have had readable ones
-            raise UserError(f"--data_path: none of the {len(self.data)} images{self._below()} can be read")
+            root = getattr(self.data, "root", "")
+            where = f" in {printable(root)}" if root else ""
+            raise UserError(f"--data_path: none of the {len(self.data)} images{where} can be read")
 
-    def _below(self) -> str:
-        return f" in {printable(self.data.root)}" if self.data.root else ""
-
-    def _report(self, bad: list[tuple[str, str]]) -> None:
-        for path, reason in bad:
-            name = printable(path)
+    def _report(self, bad: dict[str, str]) -> None:
+        for path, reason in bad.items():
             if self.on_bad_image == "error":
-                raise UserError(f"{name}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
+                refuse_bad_image(path, reason)
             if path not in self.bad_images:
                 self.bad_images[path] = reason
-                print(f"warning: {name}: skipped, cannot be read as an image ({reason})", file=sys.stderr)
-
-
-_alive: weakref.WeakSet = weakref.WeakSet()
-
-
-def loader_processes(wanted: int) -> int:
-    """`--num_workers`, at most one per core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(wanted, cores)
-
-
-def worker_init() -> Callable[[int], None]:
-    """A loader process's first call: one thread, and this process's limit of pixels, wherever processes are not forked."""
-    return partial(_start, 2 * Image.MAX_IMAGE_PIXELS)
-
-
-def _start(max_pixels: float, worker: int) -> None:
-    torch.set_num_threads(1)
-    limit_pixels(max_pixels)
-
-
-def image_fault(error: ImageError, path: str) -> str:
-    """Why a file cannot be decoded, in a line without its name."""
-    return reason_of(ImageError(str(error).replace(repr(path), "").strip(": ")))
-
-
-class Reading:
-    """A row for each of `workers` processes in memory that they share with this one: process id, number of its sample."""
-
-    def __init__(self, paths: Sequence[str], workers: int):
-        self.paths = paths
-        self.table = torch.zeros(max(1, workers), 2, dtype=torch.int64).share_memory_()
-        _alive.add(self)
-
-    def note(self, index: int) -> None:
-        """Called in a loader process before it opens sample `index`; about 10 microseconds."""
-        worker = get_worker_info()
-        if worker is not None:
-            self.table[worker.id] = torch.tensor([os.getpid(), index])
-
-
-def file_of_process(pid: int) -> str | None:
-    """The path that loader process `pid` began with last; None if it is none of this process's."""
-    for reading in _alive:
-        for its, index in reading.table.tolist():
-            if its == pid:
-                return reading.paths[index] if reading.paths else None
-    return None
+                print(f"warning: {printable(path)}: skipped, cannot be read as an image ({reason})", file=sys.stderr)

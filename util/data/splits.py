@@ -68,4 +68,5 @@ def load_data(
 
 def read_both(name: str, root: str):
     train = read_split(name, root, "train")
+    assert train is not None  # only val/ may be missing
     return train, read_split(name, root, "val", classes=train.classes)

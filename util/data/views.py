@@ -7,36 +7,29 @@ from augment.decoding import ImageError, open_file
 from augment.decoding import to_channels as image_to_channels
 from augment.image import build_eval_transform
 from augment.views import saccadic_views
-from util.data.datasets import ArrayDataset, FileDataset
+from util.data.datasets import ArrayDataset, Dataset
 from util.data.datasets import to_channels as array_to_channels
-from util.data.loader import Reading, image_fault
+from util.data.loader import Reader
 
 
-class ViewReader:
-    """image number -> (number, its views uint8 [V, C, h, w] for each kind of input, None), or (number, None, reason).
+class ViewReader(Reader):
+    """reader[number]: an image's views uint8 [V, C, h, w] for each kind of input.
 
     inputs: (height, width, channels, crop_pct), each kind once; members that take the same share the tensor.
     margin: in place of each crop_pct, the pixels that the centre views cut off.
     """
 
-    def __init__(
-        self,
-        data: ArrayDataset | FileDataset,
-        inputs: list[tuple],
-        views: list[int],
-        margin: int | None = None,
-        workers: int = 0,
-    ):
-        self.data, self.inputs, self.views, self.margin = data, inputs, views, margin
-        self.reading = Reading(getattr(data, "paths", []), workers)
+    def __init__(self, data: Dataset, inputs: list[tuple], views: list[int], margin: int | None = None):
+        super().__init__(data)
+        self.inputs, self.views, self.margin = inputs, views, margin
 
     def __getitem__(self, i: int):
-        self.reading.note(i)
+        self.note(i)
         try:  # any other error is not the file's
             images = self.decode(i)
         except ImageError as error:
-            return i, None, image_fault(error, self.data.paths[i])
-        return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], None
+            return i, [], {i: self.fault(error, i)}, {}
+        return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], {}, {}
 
     def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
         """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
@@ -55,16 +48,5 @@ class ViewReader:
         if isinstance(self.data, ArrayDataset):
             one = self.data.subset(torch.tensor([i]))
             return {c: array_to_channels(one, c).images[0] for c in wanted}
-        with open_file(self.data.paths[i]) as image:
+        with open_file(self.path(i)) as image:
             return {c: image_to_channels(image, c) for c in wanted}
-
-
-def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str]]:
-    """(numbers [b] of the readable images, per input their views [b, V, C, h, w], {number: reason} of the others)."""
-    good = [s for s in samples if s[2] is None]
-    views = [torch.stack(per_input) for per_input in zip(*(s[1] for s in good))]
-    return (
-        torch.tensor([s[0] for s in good], dtype=torch.long),
-        views,
-        {s[0]: s[2] for s in samples if s[2] is not None},
-    )

@@ -42,7 +42,7 @@ def fold_of_images(members: list[Member], classes: list[str], data: FileDataset,
     folds = np.where(rows < 0, -1, oof.folds[rows])
     reader = ViewReader(data, [(8, 8, 3)], [0])
     for i in np.flatnonzero(folds < 0).tolist():
-        if reader[i][2] is None:
+        if reader[i][1]:
             raise UserError(
                 f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was "
                 "trained on"

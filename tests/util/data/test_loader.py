@@ -88,6 +88,7 @@ def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_fold
         color_jitter=0.3,
     )
     plain = Loader(data, batch_transform=transform, batch_size=8, train=True, world=World())
+    files = file_loader(photo_folder)
     next(iter(plain.epoch(0)))  # constants are copied once
     real, blocking = torch.Tensor.to, []
 
@@ -97,7 +98,7 @@ def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_fold
         return real(self, *args, non_blocking=non_blocking, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    batches = [*plain.epoch(0), *file_loader(photo_folder).epoch(0)]
+    batches = [*plain.epoch(0), *files.epoch(0)]
     assert len(batches) == 4 + 8 and sorted(torch.cat([b.targets for b in batches[:4]]).tolist()) == list(range(32))
     assert all(torch.equal(b.targets, b.index) for b in batches[:4])
     # (a new loader's transform copies its constants)
