@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_out
 
-.PHONY: install demo test lint types format bench gpu clean
+.PHONY: install demo test quick lint types format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What `make test` runs, without the tests that are marked as slow: about a minute.
+quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # Small settings, some eight minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install

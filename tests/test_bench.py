@@ -72,6 +72,7 @@ def test_miniature_ends_with_its_json(name, in_this_process, monkeypatch, capsys
     assert sum(line.startswith("| ") for line in lines) == 3, "a table with a row for each"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_answers_and_reports_its_memory():
     worker = common.Worker("bench.loader_small", ["--images", "64", "--workers", "0", "--threads", "1"], "product")
     ready, row = worker.read(), worker.run()
@@ -111,6 +112,7 @@ def test_table_has_ratio_goal_and_command_of_each_measured_row(monkeypatch, tmp_
     assert "`python -m one`" in text and "`python -m two`" in text and text.endswith("words\n")
 
 
+@pytest.mark.slow
 def test_make_gpu_in_miniature_runs_every_row_and_one_that_fails_is_a_line(tmp_path, monkeypatch):
     """One test stands for all of tests/test_gpu.py, which run by themselves; one compiled row stands for five."""
     rows = {row: (*rest, compiles and row == "vit_base") for row, (*rest, compiles) in gpu.ROWS.items()}

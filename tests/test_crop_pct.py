@@ -66,6 +66,7 @@ def rows_of(path) -> dict[str, list[str]]:
         return {row[0]: row[1:] for row in list(csv.reader(file))[1:]}
 
 
+@pytest.mark.slow
 def test_validation_and_view_1_give_the_same_probabilities(folds, photo_folder, tmp_path, capsys):
     assert peek_meta(str(folds / "fold-0" / "checkpoint-best.pth"))["crop_pct"] == 0.4
     line = ["--checkpoints", folds, "--data_path", photo_folder / "train", "--out_of_fold", "--views", 1]

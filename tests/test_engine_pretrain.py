@@ -171,6 +171,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(run, tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)

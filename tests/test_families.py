@@ -60,6 +60,7 @@ def test_the_head_phase_trains_every_classifier_and_nothing_else(name, heads):
     assert modes and all(modes.values())
 
 
+@pytest.mark.slow
 def test_a_net_with_two_heads_trains_both_resumes_scores_and_predicts(tmp_path, capsys):
     line = [*DIGITS, *DISTILLED, "--lr", "1e-3", "--head_lr", "1e-2", "--output_dir", tmp_path / "out"]
     assert finetune(*line, "--head_epochs", 1, "--epochs", 0) == 0

@@ -67,6 +67,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_for_an_epoch_costs_nothing_in_the_end(whole_run, tmp_path, capsys, monkeypatch):
     """Epoch 1 cannot write its checkpoints and its picture; epoch 2 can, and all ends as if nothing had been."""
     from util import log
@@ -106,6 +107,7 @@ def full_for(folder, *names) -> None:
         (folder / f"{name}.tmp").symlink_to("/dev/full")
 
 
+@pytest.mark.slow
 def test_pretraining_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_path, capsys, monkeypatch):
     real, saved = main_pretrain_noprop.reconstruction_grid, []
 
@@ -134,6 +136,7 @@ def test_pretraining_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_
     assert "reconstruction_epoch_2.png: not written (ValueError: drawn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fine_tuning_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_path, capsys, monkeypatch):
     real, saved = main_finetune.plot_confusion, []
 
@@ -150,6 +153,7 @@ def test_fine_tuning_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_
     assert read_checkpoint(str(tmp_path / LAST))["progress"]["finished"]
 
 
+@pytest.mark.slow
 def test_prediction_keeps_its_numbers_without_its_pictures_and_says_in_one_line_that_it_has_none(
     photo_folder, tmp_path, capsys
 ):
@@ -229,6 +233,7 @@ def test_output_dir_that_is_a_file_or_not_writable(tmp_path, monkeypatch):
         main_finetune.main([*NET, "--output_dir", str(tmp_path / "b")])
 
 
+@pytest.mark.slow
 def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
     """A full disk under `> out.txt`, and a pipe whose reader has gone."""
     line = [*NET, "--epochs", "1", "--output_dir", str(tmp_path)]
@@ -243,6 +248,7 @@ def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
         plain.flush()  # what print would have met
 
 
+@pytest.mark.slow
 def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_at(photo_folder, tmp_path, monkeypatch):
     """torch raises where it notices, in the middle of anything: in the loader or in a step."""
     line = [
@@ -285,6 +291,7 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
     assert "Traceback" not in said.read_text() and known_failure(RuntimeError("something else")) is None
 
 
+@pytest.mark.slow
 def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, tmp_path, monkeypatch):
     save_member(tmp_path / "a.pth", VIT)
     real = views.open_file
@@ -334,6 +341,7 @@ def rank_process(launcher: int, rank: int) -> int:
     return next(p for p in children(launcher) if f"\0RANK={rank}\0" in Path("/proc", str(p), "environ").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(tmp_path):
     line = [*NET, "--batch_size", "32", "--epochs", "4", "--resume", "auto", "--output_dir"]
     command = [
@@ -371,6 +379,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ranks_that_are_started_again_do_not_look_for_the_dead(monkeypatch):
     """torchrun's store outlives a restart. The first rank of the second attempt is late, as it may be: without keys of
     its own for each attempt, the second rank would find the address where the first one was before."""
@@ -387,6 +396,7 @@ def test_ranks_that_are_started_again_do_not_look_for_the_dead(monkeypatch):
         assert Ranks(2, call, store=store).exit_codes() == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):
     """Rank 1 stops for good in its second epoch; rank 0 waits the 9 s that it was told to, and no longer."""
     import torch.utils.tensorboard  # noqa: F401 (seconds on a busy machine: not between the ranks)

@@ -128,6 +128,7 @@ def test_only_times_and_gradient_norms_may_be_astronomical():
     assert accepted == {"--clip_grad", "--warmup_epochs", "--save_every_minutes"}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, **FEW)
 @given(st.text(max_size=30) | st.integers().map(str) | st.floats().map(repr), st.sampled_from([int, float]))
 @example("9" * 400, int)

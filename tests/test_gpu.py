@@ -245,6 +245,7 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
     assert len(polls) == steps and np.isfinite(stats["loss"])
 
 
+@pytest.mark.slow
 def test_predictions_are_the_cpus(photo_folder, tmp_path):
     save_member(tmp_path / "vit" / "checkpoint-best.pth", VIT, seed=1)
     save_member(tmp_path / "conv" / "checkpoint-best.pth", CONV, seed=2)
@@ -280,6 +281,7 @@ def two_ranks(*line) -> None:
     subprocess.run(command, cwd=ROOT, check=True, timeout=150)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("family", [SMALL_VIT, SMALL_CONV])
 def test_two_ranks_train_as_one_with_twice_the_batch(family, tmp_path):

@@ -154,6 +154,7 @@ def broken_files(tmp_path, small_model) -> dict[str, str]:
     return {n.split(".")[0]: str(tmp_path / n) for n in os.listdir(tmp_path) if n != "good.pth"}
 
 
+@pytest.mark.slow
 def test_broken_and_hostile_checkpoint_files(tmp_path, small_model):
     """Every door through which a file comes in: none executes it, unpacks it, or raises anything but one line."""
     files = broken_files(tmp_path, small_model)
@@ -187,6 +188,7 @@ def test_overlapping_records_are_refused_before_they_are_read(tmp_path):
     assert "overlap" in _message(read_file, str(path)) and "overlap" in _message(read_checkpoint, str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change,word",
     [

@@ -159,6 +159,7 @@ def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
         read_class_folder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_links_in_circles_and_many_files_are_scanned_once_and_fast(tmp_path):
     os.symlink(tmp_path, tmp_path / "again")
     os.symlink(tmp_path / "x", tmp_path / "x")
@@ -183,6 +184,7 @@ def test_folders_with_too_few_classes(tmp_path, classes, words):
     one_line(caught)
 
 
+@pytest.mark.slow
 def test_names_of_any_bytes_go_through_training_tables_and_messages(tmp_path, capsys, monkeypatch):
     """Class and file names that are no UTF-8, or that a spreadsheet would run."""
     root = os.fsencode(str(tmp_path / "photos"))

@@ -24,6 +24,7 @@ from util.train.phases import freezing
 from util.train.run import Position
 
 
+@pytest.mark.slow
 def test_run_leaves_the_files_of_the_contract(uninterrupted):
     names = set(os.listdir(uninterrupted))
     assert {
@@ -84,6 +85,7 @@ def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, caps
     assert said in (tmp_path / "said.txt").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     finetune(*PLAIN, "--batch_size", 64, "--accum_iter", 2, "--output_dir", tmp_path / "one")
     line = [*PLAIN, "--batch_size", 32, "--accum_iter", 2, "--output_dir", tmp_path / "two"]
@@ -96,6 +98,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_path):
     save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
     assert (
@@ -132,6 +135,7 @@ def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_pa
     assert read_log(str(tmp_path / "out" / "log.txt"))[-1]["val_acc1"] == 100.0
 
 
+@pytest.mark.slow
 def test_kfold_writes_out_of_fold_probabilities_and_repeats_nothing(tmp_path, capsys):
     line = [*PLAIN, "--epochs", 1, "--kfold", 3, "--output_dir", tmp_path]
     assert finetune(*line) == 0
@@ -197,6 +201,7 @@ def test_wrong_values_are_one_line(argv, words, tmp_path):
     assert all(w in str(caught.value) for w in words), str(caught.value)
 
 
+@pytest.mark.slow
 def test_error_is_one_line_exit_two_and_keeps_what_was_there(uninterrupted, run):
     before = {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}
     result = run("main_finetune.py", *TINY, "--output_dir", uninterrupted, check=2)
@@ -206,6 +211,7 @@ def test_error_is_one_line_exit_two_and_keeps_what_was_there(uninterrupted, run)
     assert before == {n: os.path.getmtime(uninterrupted / n) for n in os.listdir(uninterrupted)}
 
 
+@pytest.mark.slow
 def test_deterministic_refuses_what_is_not_and_on_a_cpu_changes_no_bit(tmp_path, monkeypatch, capsys):
     line = [*TINY, "--epochs", 1, "--output_dir"]
     assert finetune(*line, tmp_path / "plain") == 0 and not torch.are_deterministic_algorithms_enabled()
@@ -231,6 +237,7 @@ def test_deterministic_refuses_what_is_not_and_on_a_cpu_changes_no_bit(tmp_path,
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_on_this_device(tmp_path, amp):
     assert finetune(*TINY, "--epochs", 1, "--amp", amp, "--output_dir", tmp_path) == 0
@@ -250,6 +257,7 @@ def test_evaluating_incomplete_weights_is_an_error(tmp_path):
             finetune(*TINY, "--eval", flag, tmp_path / "encoder.pth")
 
 
+@pytest.mark.slow
 def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
     save_file(create_model("convnext_atto", num_classes=5, img_size=32).state_dict(), tmp_path / "w.safetensors")
     assert (
@@ -277,6 +285,7 @@ def test_colour_weights_fine_tune_on_a_grey_data_set_in_memory(tmp_path):
     assert meta["in_chans"] == 3 and len(meta["mean"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags,weights_stay,statistics_stay",
     [(["--freeze_bn"], (), ("",)), (["--freeze_layers", 2], ("conv1", "bn1", "layer1"), ("conv1", "bn1", "layer1"))],

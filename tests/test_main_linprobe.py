@@ -16,6 +16,7 @@ from util.probe import features
 KEYWORDS = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2.0)
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one(tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     line = [

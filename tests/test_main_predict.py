@@ -44,6 +44,7 @@ def predicted(ensemble, photo_folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_probabilities_are_the_mean_over_views_folds_and_members_computed_one_by_one(ensemble, photo_folder, predicted):
     header, rows = read_csv(predicted)
     assert header == ["ID", "Predict", "blue", "red"] and len(rows) == 12
@@ -119,6 +120,7 @@ def test_view_1_of_an_image_in_memory_is_what_validation_sees(size):
     assert torch.equal(normalize(views[0], (0.0,), (1.0,))[0], validated)
 
 
+@pytest.mark.slow
 def test_members_are_seen_as_each_was_validated_and_margin_overrides(photo_folder, tmp_path):
     """One network under two checkpoints that differ in crop_pct, and one from before it was in meta."""
     for name, crop in (("narrow", 0.6), ("whole", 1.0), ("old", None)):
@@ -149,6 +151,7 @@ def test_run_leaves_its_report_and_pictures(predicted):
     assert not [n for n in os.listdir(predicted) if n.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_bytes(ensemble, photo_folder, tmp_path):
     """5 images a batch and one unreadable among them: three batches on two ranks."""
     images = tmp_path / "images"
@@ -237,6 +240,7 @@ def test_labels_file_scores_the_images_that_it_names(ensemble, photo_folder, tmp
     assert [r["accuracy"] for r in results["results"] if r["chosen"]] == [50.0 * right]
 
 
+@pytest.mark.slow
 def test_an_output_folder_among_the_images_is_not_predicted(ensemble, photo_folder, tmp_path):
     shutil.copytree(photo_folder / "val", tmp_path / "photos")
     names = sorted(f"{p.parent.name}/{p.name}" for p in (photo_folder / "val").glob("*/*.png"))
@@ -246,6 +250,7 @@ def test_an_output_folder_among_the_images_is_not_predicted(ensemble, photo_fold
         assert sorted(read_csv(tmp_path / "photos" / "predictions")[1]) == names
 
 
+@pytest.mark.slow
 def test_stacked_and_validation_weights_change_the_file(ensemble, photo_folder, tmp_path):
     """The first run's out-of-fold file is right, the second's always wrong: stacking weighs the second negatively."""
     targets = [i % 2 for i in range(20)]
@@ -271,6 +276,7 @@ def test_stacked_and_validation_weights_change_the_file(ensemble, photo_folder, 
     assert read_csv(tmp_path / "stacked")[1] != read_csv(tmp_path / "val")[1]
 
 
+@pytest.mark.slow
 def test_digits_are_predicted_by_name_of_the_data_set(tmp_path):
     classes = [str(i) for i in range(10)]
     save_member(tmp_path / "d.pth", VIT, classes=classes, size=(16, 16), in_chans=3)

@@ -77,6 +77,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_run_leaves_its_files_and_per_level_losses(uninterrupted):
     assert {
         "args.json",
@@ -95,12 +96,14 @@ def test_run_leaves_its_files_and_per_level_losses(uninterrupted):
     assert Image.open(uninterrupted / "reconstruction_epoch_2.png").width > 200
 
 
+@pytest.mark.slow
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
     copy_first_epoch(uninterrupted, tmp_path)
     assert pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_each_picture_is_in_tensorboard_once_after_epochs_were_done_again(uninterrupted, tmp_path):
     """--vis_freq 2 of 3 epochs: after the second and the last one; TensorBoard's step is 1000 x the epochs done."""
     copy_first_epoch(uninterrupted, tmp_path)  # with TensorBoard's file of all three epochs
@@ -141,6 +144,7 @@ def test_other_method_at_resume_is_refused(uninterrupted, tmp_path, flags, words
     assert all(w in one_line(caught) for w in [*words, "--force_resume"]), str(caught.value)
 
 
+@pytest.mark.slow
 def test_sigma_data_is_one_number_on_any_ranks_and_the_checkpoints_at_resume(uninterrupted, tmp_path, monkeypatch):
     """It is the standard deviation of all 1437 training digits, in NumPy: fewer than are looked at, and no mirror image
     changes it."""
@@ -191,6 +195,7 @@ def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, mon
         pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto")
 
 
+@pytest.mark.slow
 def test_signal_in_mid_epoch_on_two_ranks_goes_on_bit_for_bit(tmp_path):
     def start(out):
         line = [*TINY, "--batch_size", "32", "--print_freq", "2", "--resume", "auto", "--output_dir", tmp_path / out]

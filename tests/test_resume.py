@@ -26,6 +26,7 @@ from util.train.interrupts import Interrupts
 from util.train.run import Run
 
 
+@pytest.mark.slow
 def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
     copy_first_epoch(uninterrupted, tmp_path)
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
@@ -57,6 +58,7 @@ def test_same_line_with_resume_auto_after_the_end_changes_nothing(uninterrupted)
     assert (uninterrupted / "checkpoint-last.pth").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
 def test_disturbed_run_goes_on_and_ends_as_if_nothing_had_been(uninterrupted, tmp_path, number):
     """The signal comes at some step of epoch 2; SIGKILL costs what was done of it, the others save and exit with 75."""
@@ -72,6 +74,7 @@ def test_disturbed_run_goes_on_and_ends_as_if_nothing_had_been(uninterrupted, tm
     assert_same_run(tmp_path / "out", uninterrupted)
 
 
+@pytest.mark.slow
 def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(uninterrupted, tmp_path):
     line = [*TINY, "--output_dir", tmp_path / "out", "--resume", "auto"]
     ranks = Ranks(1, lambda: run_main(lambda: finetune(*line)), tmp_path / "said.txt")
@@ -86,6 +89,7 @@ def test_second_process_in_a_folder_is_refused_and_the_first_goes_on(uninterrupt
     assert finetune(*line) == 0, "the lock ends with its process"
 
 
+@pytest.mark.slow
 def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_path):
     (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
     assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto", "--layer_decay", 0.5) == 0
@@ -93,6 +97,7 @@ def test_resume_with_another_layer_decay_uses_the_new_one(uninterrupted, tmp_pat
     assert sorted({g["lr_scale"] for g in groups}) == [0.125, 0.25, 0.5, 1.0]
 
 
+@pytest.mark.slow
 def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
     line = [
         "--dataset",
@@ -148,6 +153,7 @@ def test_two_phases_freeze_then_train_and_resume_across_the_boundary(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path):
     (tmp_path / "checkpoint-0.pth").write_bytes((uninterrupted / "checkpoint-0.pth").read_bytes())
     line = [*TINY, "--output_dir", tmp_path, "--resume", "auto", "--batch_size", 32]
@@ -174,6 +180,7 @@ def test_other_value_of_a_flag_that_changes_results_is_refused_at_resume(uninter
     assert all(w in one_line(caught) for w in [*words, "--force_resume"]), str(caught.value)
 
 
+@pytest.mark.slow
 def test_finished_run_stays_as_it_is_whatever_the_schedule_says_now(uninterrupted, tmp_path, capsys):
     """Its args.json, result.json and report.md name the flags that it was trained with, unless it trains on."""
     for name in ("checkpoint-last.pth", "log.txt"):
@@ -326,6 +333,7 @@ def test_resume_with_other_steps_counts_each_step_once(capsys, done, batch, accu
     assert f"at epoch 0, step {goes_on}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_path, monkeypatch):
     """Two ranks are stopped in epoch 0 after 6 of 22 micro-steps of 2 x 32 images; one process goes on."""
     real_poll, real_epoch, real_lr, polls, seen, lrs = Interrupts.poll, Loader.epoch, steps.set_lr, [], [], []
@@ -368,6 +376,7 @@ def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_p
     assert lrs[0] == pytest.approx(1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + np.cos(np.pi * 8 / 29 / 2)))
 
 
+@pytest.mark.slow
 def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
     """Epoch 0 polls 11 times in training (22 micro-steps, 2 an update), then for each of its 6 evaluation batches."""
     real, calls = main_finetune.Interrupts.poll, []
@@ -384,6 +393,7 @@ def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, mon
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_random_disturbances_and_a_comparison_that_can_fail(tmp_path, capsys):
     assert chaos.main(["--main", "pretrain", "--num_workers", "1", "--kills", "2"]) == 0
     assert "2 of 2 disturbances" in capsys.readouterr().out
@@ -398,6 +408,7 @@ def test_random_disturbances_and_a_comparison_that_can_fail(tmp_path, capsys):
     assert differ == ["checkpoint-last.pth model", "log.txt"]
 
 
+@pytest.mark.slow
 def test_resume_with_other_classes_is_refused_and_names_the_first_difference(whole_run, tmp_path):
     meta = read_checkpoint(str(whole_run / LAST))["meta"]
     for classes, word in (

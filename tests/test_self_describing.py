@@ -53,6 +53,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_no_flag_of_the_network_is_given_twice(photo_folder, tmp_path, family, capsys):
     data = ["--data_path", photo_folder, "--num_workers", 0, "--device", "cpu", "--amp", "off"]

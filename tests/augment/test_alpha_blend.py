@@ -127,6 +127,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,size,point", FAMILIES)
 def test_noise_enters_every_family_at_its_embedding_and_only_in_training(name, size, point):
     torch.manual_seed(0)

@@ -53,6 +53,7 @@ def test_logits_equal_maes_formulas(global_pool):
     assert torch.allclose(model(x).double(), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_mae_names_have_the_papers_sizes(monkeypatch):
     # No memory for the 632 M weights of ViT-H; timm 1.0.15 asks a tensor for its value, which meta has not.
     linspace = torch.linspace

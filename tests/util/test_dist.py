@@ -112,6 +112,7 @@ def test_what_torch_and_nccl_say_of_a_lost_rank_becomes_one_line(text, expected,
         assert f"rank 0 of 2: {expected}" in str(said) and "\n" not in str(said) and "--resume auto" in str(said)
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_stands_still_does_not_hide_a_lost_rank(tmp_path, monkeypatch):
     """Rank 1 stops polling. Rank 0 is stuck where it sees nothing of it, as behind a kernel of NCCL that never ends."""
     monkeypatch.setattr(run, "MAIN_THREAD_FIRST", 0.1)
@@ -224,6 +225,7 @@ def test_no_update_sends_buffers_and_evaluation_has_those_of_rank_0():
     assert Ranks(2, call).exit_codes() == [0, 0]
 
 
+@pytest.mark.slow
 def test_files_of_two_ranks_have_the_bits_of_ddps_own_broadcasts(tmp_path, monkeypatch):
     """A net with BatchNorm, its average, evaluation at the end: DDP as torch sets it up against `wrap_ddp`."""
     line = [
@@ -289,6 +291,7 @@ def untouchable_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, opens_a_context)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_cpu_does_not_touch_a_gpu_that_is_there(tmp_path, untouchable_gpu):
     for epochs in ("1", "2"):
         assert finetune(*NET, "--epochs", epochs, "--output_dir", tmp_path, "--resume", "auto") == 0

@@ -117,6 +117,7 @@ def test_checkpoint_of_elsewhere_does_not_start_over_another_run(whole_run, tmp_
     assert sorted(p.name for p in out.glob("*.pth")) == [BEST, LAST] and not list(out.glob("reconstruction*"))
 
 
+@pytest.mark.slow
 def test_folds_are_finished_by_results_overwritten_on_demand_and_apart_in_tensorboard(tmp_path, capsys):
     line = [*NET, "--epochs", 1, "--kfold", 3, "--output_dir", tmp_path / "out", "--log_dir", tmp_path / "tb"]
     assert finetune(*line) == 0

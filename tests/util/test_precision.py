@@ -249,6 +249,7 @@ def test_only_what_is_at_risk_is_kept_out_and_the_net_stays_as_it_was():
 # The table that the rule follows from.
 
 
+@pytest.mark.slow
 def test_the_table_says_what_the_default_costs_and_keeps_what_is_written_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NOISEVIT_BF16", "1")
     monkeypatch.setattr(bench, "measure_product", lambda repeats: 0.5)  # as AMD's: then the two columns are one number

@@ -138,6 +138,7 @@ def test_thumbnails_beside_their_photos_are_left_out_and_a_class_of_that_name_is
     assert read_split("folder", str(tmp_path), "train").classes == ["fists", "thumbs"]
 
 
+@pytest.mark.slow
 def test_what_is_left_out_stands_in_log_and_report_of_every_script(photos, tmp_path, capsys):
     for i, name in enumerate(("a.jfif", "b.jpe", "c", "d.0001")):
         os.rename(photos / "red" / f"{i}.jpg", photos / "red" / name)
@@ -179,6 +180,7 @@ def test_what_is_left_out_stands_in_log_and_report_of_every_script(photos, tmp_p
         assert number in said, (name, said)
 
 
+@pytest.mark.slow
 def test_outputs_of_runs_below_the_photos_are_no_class_and_no_photos(photos, tmp_path, monkeypatch, capsys):
     """In every script, whatever the folder is called, also of an earlier version, which left no mark."""
     monkeypatch.chdir(photos)
@@ -448,6 +450,7 @@ def test_names_that_differ_in_unicodes_form_only_are_one_class(tmp_path):
 # ---- nothing to read
 
 
+@pytest.mark.slow
 def test_a_set_of_unreadable_images_ends_every_script_in_one_line(photos, tmp_path):
     assert call(main_finetune, "--data_path", photos, "--val_split", 0.34, *NET, "--output_dir", tmp_path / "one") == 0
     assert (

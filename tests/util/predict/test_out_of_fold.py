@@ -42,6 +42,7 @@ def members(photo_folder, tmp_path_factory):
     return root, names, nets
 
 
+@pytest.mark.slow
 def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, photo_folder, tmp_path):
     root, names, nets = members
     line = [
@@ -79,6 +80,7 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validation_gave(photo_folder, tmp_path):
     line = [
         "--data_path",
@@ -105,6 +107,7 @@ def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validat
     assert predict(*line, "--weights", "stacked", "--output_dir", tmp_path / "stacked") == 0
 
 
+@pytest.mark.slow
 def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_line(members, photo_folder, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(photo_folder / "val", images)
@@ -120,6 +123,7 @@ def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_li
         predict(*line, "--on_bad_image", "skip", "--output_dir", tmp_path / "skip")
 
 
+@pytest.mark.slow
 def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_path):
     """train/ of a folder that has one, and no image beside the class folders; of other sets the training split."""
     shutil.copytree(photo_folder / "val", tmp_path / "photos" / "train")
@@ -133,6 +137,7 @@ def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_pat
     assert len(ids) == 1437 and (data.targets >= 0).all()
 
 
+@pytest.mark.slow
 def test_images_are_found_whatever_unicode_form_a_copy_gave_their_names(members, photo_folder, tmp_path):
     shutil.copytree(photo_folder / "val", tmp_path / "photos")
     shutil.copytree(members[0] / "a", tmp_path / "run")

@@ -55,6 +55,7 @@ def test_the_encoders_own_features_are_the_mean_of_its_tokens():
     torch.testing.assert_close(features(images), tokens[:, 1:].mean(dim=1))
 
 
+@pytest.mark.slow
 def test_inception_weights_are_read_never_executed(monkeypatch, tmp_path):
     from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 

@@ -36,6 +36,7 @@ def small_vit(noise):
     )
 
 
+@pytest.mark.slow
 def test_compiled_net_keeps_keys_noise_and_ema_and_computes_the_same(traced):
     noise = AlphaBlend(500, anneal="linear")
     net = small_vit(noise)
@@ -96,6 +97,7 @@ def test_without_a_compiler_there_is_one_line(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_and_profiled_run_ends_as_a_plain_one(traced, tmp_path, whole_run):
     import main_finetune
 
