@@ -125,16 +125,7 @@ def test_a_checkpoint_with_another_share_is_refused(value):
 
 
 def test_in_memory_sets_are_whole_in_the_checkpoint(tmp_path):
-    line = [
-        "--dataset",
-        "digits",
-        "--model",
-        "vit_custom_patch4",
-        "--model_kwargs",
-        "embed_dim=12",
-        "depth=1",
-        "num_heads=2",
-    ]
+    line = "--dataset digits --model vit_custom_patch4 --model_kwargs embed_dim=12 depth=1 num_heads=2".split()
     assert finetune(*line, "--epochs", 1, "--batch_size", 512, *QUICK, "--output_dir", tmp_path) == 0
     assert peek_meta(str(tmp_path / "checkpoint-best.pth"))["crop_pct"] == 1.0
 

@@ -117,15 +117,7 @@ def test_a_net_without_stochastic_depth_trains_under_the_default_drop_path(tmp_p
             ["resnet10t", "--model_kwargs"],
         ),
         (
-            [
-                "--model",
-                "vit_custom_patch4",
-                "--model_kwargs",
-                "embed_dim=12",
-                "depth=1",
-                "num_heads=2",
-                "global_pool=",
-            ],
+            "--model vit_custom_patch4 --model_kwargs embed_dim=12 depth=1 num_heads=2 global_pool=".split(),
             ["vit_custom_patch4", "[2, 5, 10]"],
         ),
         (

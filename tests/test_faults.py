@@ -32,28 +32,10 @@ from util.report.contact_sheet import Entry, draw_sheet
 from util.report.plots import plot_class_distribution, plot_confusion
 from util.report.prediction import PICTURES
 
-PRETRAIN = [
-    "--dataset",
-    "digits",
-    "--embed_dim",
-    "12",
-    "--depth",
-    "1",
-    "--num_heads",
-    "2",
-    "--decoder_embed_dim",
-    "12",
-    "--decoder_depth",
-    "1",
-    "--T",
-    "1",
-    "--batch_size",
-    "512",
-    "--device",
-    "cpu",
-    "--num_workers",
-    "0",
-]
+PRETRAIN = """
+    --dataset digits --embed_dim 12 --depth 1 --num_heads 2 --decoder_embed_dim 12 --decoder_depth 1 --T 1
+    --batch_size 512 --device cpu --num_workers 0
+""".split()
 
 
 @contextmanager
@@ -165,12 +147,7 @@ def test_prediction_keeps_its_numbers_without_its_pictures_and_says_in_one_line_
         str(tmp_path / "a.pth"),
         "--data_path",
         str(photo_folder / "val"),
-        "--views",
-        "1",
-        "--num_workers",
-        "0",
-        "--device",
-        "cpu",
+        *"--views 1 --num_workers 0 --device cpu".split(),
         "--output_dir",
         str(tmp_path / "out"),
     ]
@@ -254,24 +231,10 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
     line = [
         "--data_path",
         str(photo_folder),
-        "--model",
-        "vit_custom_patch8",
-        "--model_kwargs",
-        "embed_dim=12",
-        "depth=1",
-        "num_heads=2",
-        "--input_size",
-        "16",
-        "--aug",
-        "none",
-        "--epochs",
-        "3",
-        "--batch_size",
-        "4",
-        "--num_workers",
-        "1",
-        "--device",
-        "cpu",
+        *"""
+            --model vit_custom_patch8 --model_kwargs embed_dim=12 depth=1 num_heads=2 --input_size 16 --aug none
+            --epochs 3 --batch_size 4 --num_workers 1 --device cpu
+        """.split(),
         "--output_dir",
         str(tmp_path / "out"),
     ]
@@ -307,14 +270,7 @@ def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, 
         str(tmp_path / "a.pth"),
         "--data_path",
         str(photo_folder / "train"),
-        "--views",
-        "1",
-        "--num_workers",
-        "1",
-        "--batch_size",
-        "2",
-        "--device",
-        "cpu",
+        *"--views 1 --num_workers 1 --batch_size 2 --device cpu".split(),
         "--output_dir",
         str(tmp_path / "out"),
     ]
@@ -346,13 +302,10 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
     line = [*NET, "--batch_size", "32", "--epochs", "4", "--resume", "auto", "--output_dir"]
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "--max-restarts=1",
-        "--monitor-interval=0.1",
-        "main_finetune.py",
+        *"""
+            -m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1
+            --monitor-interval=0.1 main_finetune.py
+        """.split(),
         *line,
         str(tmp_path / "killed"),
     ]

@@ -42,47 +42,19 @@ on_cuda = pytest.mark.skipif(not CUDA, reason="of CUDA alone")
 RUN = ["--epochs", "2", "--warmup_epochs", "0", "--lr", "1e-3", "--batch_size", "64", "--save_freq", "0", "--seed", "3"]
 FINETUNE = [
     *RUN,
-    "--dataset",
-    "digits",
-    "--mixup",
-    "0.8",
-    "--cutmix",
-    "1.0",
-    "--ema_decay",
-    "0.9",
-    "--reprob",
-    "0.25",
-    "--alpha_blend",
-    "200",
-    "--noise_timestep",
-    "uniform",
-    "--aa",
-    "rand-m9-mstd0.5-inc1",
+    *"""
+        --dataset digits --mixup 0.8 --cutmix 1.0 --ema_decay 0.9 --reprob 0.25 --alpha_blend 200
+        --noise_timestep uniform --aa rand-m9-mstd0.5-inc1
+    """.split(),
 ]
 SMALL_VIT = ["--model", "vit_custom_patch2", "--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3"]
 SMALL_CONV = ["--model", "test_efficientnet", "--input_size", "16"]
 PRETRAIN = [
     *RUN,
-    "--dataset",
-    "digits",
-    "--embed_dim",
-    "24",
-    "--depth",
-    "2",
-    "--num_heads",
-    "3",
-    "--decoder_embed_dim",
-    "24",
-    "--decoder_depth",
-    "1",
-    "--T",
-    "3",
-    "--hflip",
-    "0.5",
-    "--loss_weighting",
-    "edm",
-    "--vis_freq",
-    "0",
+    *"""
+        --dataset digits --embed_dim 24 --depth 2 --num_heads 3 --decoder_embed_dim 24 --decoder_depth 1 --T 3
+        --hflip 0.5 --loss_weighting edm --vis_freq 0
+    """.split(),
 ]
 
 
@@ -285,20 +257,7 @@ def two_ranks(*line) -> None:
 @pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("family", [SMALL_VIT, SMALL_CONV])
 def test_two_ranks_train_as_one_with_twice_the_batch(family, tmp_path):
-    line = [
-        *RUN,
-        "--dataset",
-        "digits",
-        *family,
-        "--drop_path",
-        "0",
-        "--aug",
-        "none",
-        "--alpha_blend",
-        "0",
-        "--amp",
-        "off",
-    ]
+    line = [*RUN, "--dataset", "digits", *family, *"--drop_path 0 --aug none --alpha_blend 0 --amp off".split()]
     if family is SMALL_CONV:
         line.append("--freeze_bn")  # BatchNorm normalises by each rank's own batch
     assert finetune(*line, "--device", DEVICE, "--output_dir", tmp_path / "one") == 0

@@ -198,24 +198,10 @@ def test_names_of_any_bytes_go_through_training_tables_and_messages(tmp_path, ca
     argv = [
         "--data_path",
         os.fsdecode(root),
-        "--model",
-        "vit_custom_patch8",
-        "--model_kwargs",
-        "embed_dim=12",
-        "depth=1",
-        "num_heads=2",
-        "--input_size",
-        "16",
-        "--epochs",
-        "1",
-        "--batch_size",
-        "4",
-        "--num_workers",
-        "0",
-        "--device",
-        "cpu",
-        "--kfold",
-        "2",
+        *"""
+            --model vit_custom_patch8 --model_kwargs embed_dim=12 depth=1 num_heads=2 --input_size 16 --epochs 1
+            --batch_size 4 --num_workers 0 --device cpu --kfold 2
+        """.split(),
         "--output_dir",
         str(out),
         "--aug",

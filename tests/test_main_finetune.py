@@ -71,12 +71,7 @@ def test_accuracy_is_the_same_number_on_more_ranks(uninterrupted, tmp_path, caps
         "--eval",
         "--resume",
         uninterrupted / "checkpoint-best.pth",
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
+        *"--dataset digits --device cpu --amp off".split(),
     ]
     assert finetune(*line) == 0
     said = capsys.readouterr().out.splitlines()[-1]

@@ -25,12 +25,7 @@ def test_two_ranks_score_as_one(tmp_path, capsys):
         "--random_init",
         "--model_kwargs",
         *[f"{k}={v}" for k, v in KEYWORDS.items()],
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
+        *"--dataset digits --device cpu --amp off".split(),
     ]
     assert main_linprobe.main([*line, "--output_dir", str(one)]) == 0
     out = capsys.readouterr().out
@@ -66,12 +61,7 @@ def test_training_images_of_which_one_class_is_readable_are_one_line(tmp_path):
         *[f"{k}={v}" for k, v in KEYWORDS.items()],
         "--data_path",
         str(tmp_path),
-        "--input_size",
-        "8",
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
+        *"--input_size 8 --device cpu --num_workers 0".split(),
     ]
     with pytest.raises(UserError, match="its 3 readable training images are of one class"):
         main_linprobe.main([*line, "--on_bad_image", "skip"])
@@ -90,21 +80,10 @@ def test_a_rank_whose_features_are_not_finite_ends_all_in_one_line(tmp_path, mon
         return real(model, images, pool) * (float("nan") if os.environ.get("RANK") == "1" else 1.0)
 
     monkeypatch.setattr(features, "pooled_features", broken_on_rank_1)
-    line = [
-        "--model",
-        "vit_custom_patch4",
-        "--random_init",
-        "--model_kwargs",
-        "embed_dim=12",
-        "depth=1",
-        "num_heads=2",
-        "--dataset",
-        "digits",
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
-    ]
+    line = """
+        --model vit_custom_patch4 --random_init --model_kwargs embed_dim=12 depth=1 num_heads=2 --dataset digits
+        --device cpu --amp off
+    """.split()
 
     def call() -> None:
         run_main(lambda: main_linprobe.main(line))

@@ -24,46 +24,11 @@ from util.errors import UserError
 from util.log import read_log
 from util.train.run import Run
 
-TINY = [
-    "--dataset",
-    "digits",
-    "--embed_dim",
-    "24",
-    "--depth",
-    "2",
-    "--num_heads",
-    "3",
-    "--decoder_embed_dim",
-    "24",
-    "--decoder_depth",
-    "1",
-    "--T",
-    "3",
-    "--epochs",
-    "3",
-    "--warmup_epochs",
-    "1",
-    "--batch_size",
-    "64",
-    "--accum_iter",
-    "2",
-    "--lr",
-    "2e-3",
-    "--mask_ratio",
-    "0.6",
-    "--mask_ratio_max",
-    "1",
-    "--hflip",
-    "0.5",
-    "--loss_weighting",
-    "edm",
-    "--vis_freq",
-    "2",
-    "--save_freq",
-    "1",
-    "--device",
-    "cpu",
-]
+TINY = """
+    --dataset digits --embed_dim 24 --depth 2 --num_heads 3 --decoder_embed_dim 24 --decoder_depth 1 --T 3
+    --epochs 3 --warmup_epochs 1 --batch_size 64 --accum_iter 2 --lr 2e-3 --mask_ratio 0.6 --mask_ratio_max 1
+    --hflip 0.5 --loss_weighting edm --vis_freq 2 --save_freq 1 --device cpu
+""".split()
 
 
 def pretrain(*argv) -> int:
@@ -295,16 +260,10 @@ def test_pretraining_and_fine_tuning_checkpoints_are_not_mixed_up(uninterrupted,
             [
                 "--resume",
                 str(uninterrupted / "checkpoint-last.pth"),
-                "--dataset",
-                "digits",
-                "--device",
-                "cpu",
-                "--model",
-                "vit_custom_patch2",
-                "--model_kwargs",
-                "embed_dim=24",
-                "depth=2",
-                "num_heads=3",
+                *"""
+                    --dataset digits --device cpu --model vit_custom_patch2
+                    --model_kwargs embed_dim=24 depth=2 num_heads=3
+                """.split(),
                 "--output_dir",
                 str(tmp_path),
             ]

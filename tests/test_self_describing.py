@@ -210,34 +210,14 @@ def test_the_reports_last_line_scores_the_run_from_anywhere(photo_folder, tmp_pa
 
 def test_a_pretraining_reports_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = [
-        "--embed_dim",
-        "12",
-        "--depth",
-        "1",
-        "--num_heads",
-        "3",
-        "--decoder_embed_dim",
-        "12",
-        "--decoder_depth",
-        "1",
-        "--T",
-        "2",
-    ]
+    sizes = "--embed_dim 12 --depth 1 --num_heads 3 --decoder_embed_dim 12 --decoder_depth 1 --T 2".split()
     assert (
         main_pretrain_noprop.main(
             [
                 "--dataset",
                 "digits",
                 *sizes,
-                "--epochs",
-                "1",
-                "--batch_size",
-                "256",
-                "--device",
-                "cpu",
-                "--amp",
-                "off",
+                *"--epochs 1 --batch_size 256 --device cpu --amp off".split(),
                 "--output_dir",
                 "my out",
             ]

@@ -29,22 +29,10 @@ from util.dist import World
 from util.errors import UserError
 
 PHOTOS = [
-    "--model",
-    "vit_custom_patch8",
-    "--model_kwargs",
-    "embed_dim=12",
-    "depth=1",
-    "num_heads=2",
-    "--input_size",
-    "16",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "8",
-    "--num_workers",
-    "0",
-    "--device",
-    "cpu",
+    *"""
+        --model vit_custom_patch8 --model_kwargs embed_dim=12 depth=1 num_heads=2 --input_size 16 --epochs 1
+        --batch_size 8 --num_workers 0 --device cpu
+    """.split(),
     "--output_dir",
     "",
 ]

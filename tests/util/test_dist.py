@@ -230,20 +230,10 @@ def test_files_of_two_ranks_have_the_bits_of_ddps_own_broadcasts(tmp_path, monke
     """A net with BatchNorm, its average, evaluation at the end: DDP as torch sets it up against `wrap_ddp`."""
     line = [
         *NET,
-        "--model",
-        "test_resnet",
-        "--model_kwargs",
-        "--input_size",
-        "8",
-        "--batch_size",
-        "64",
-        "--epochs",
-        "1",
-        "--amp",
-        "off",
-        "--mixup",
-        "0.8",
-        "--output_dir",
+        *"""
+            --model test_resnet --model_kwargs --input_size 8 --batch_size 64 --epochs 1 --amp off --mixup 0.8
+            --output_dir
+        """.split(),
     ]
     monkeypatch.setattr("main_finetune.write_finetune_report", lambda *args: None)
     monkeypatch.setattr("main_finetune.plot_confusion", lambda *args: None)

@@ -125,15 +125,7 @@ def test_members_of_an_ensemble_compute_each_in_its_own_precision(tmp_path, monk
         "--checkpoints",
         str(tmp_path / "vit"),
         str(tmp_path / "conv"),
-        "--dataset",
-        "digits",
-        "--views",
-        "1",
-        "--device",
-        "cpu",
-        "--num_workers",
-        "0",
-        "--output_dir",
+        *"--dataset digits --views 1 --device cpu --num_workers 0 --output_dir".split(),
     ]
 
     def stop(nets, *args, **kwargs):

@@ -58,35 +58,11 @@ def test_flags_of_mae_keep_their_defaults():
 
 def test_the_contract_lines_parse():
     parse(
-        *[
-            "--model",
-            "vit_large_patch16",
-            "--batch_size",
-            "128",
-            "--data_path",
-            "ImageNet",
-            "--output_dir",
-            "out",
-            "--accum_iter",
-            "2",
-            "--epochs",
-            "50",
-            "--blr",
-            "1e-3",
-            "--layer_decay",
-            "0.75",
-            "--drop_path",
-            "0.2",
-            "--reprob",
-            "0.25",
-            "--mixup",
-            "0.8",
-            "--cutmix",
-            "1.0",
-            "--alpha_blend",
-            "15",
-            "--dist_eval",
-        ]
+        *"""
+            --model vit_large_patch16 --batch_size 128 --data_path ImageNet --output_dir out --accum_iter 2
+            --epochs 50 --blr 1e-3 --layer_decay 0.75 --drop_path 0.2 --reprob 0.25 --mixup 0.8 --cutmix 1.0
+            --alpha_blend 15 --dist_eval
+        """.split()
     )
     assert parse("--cls_token", "--no_pin_mem").global_pool is False
 

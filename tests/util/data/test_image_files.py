@@ -29,43 +29,17 @@ from util.meta import check_meta
 
 CPU = ["--num_workers", "0", "--device", "cpu"]
 NET = [
-    "--model",
-    "vit_custom_patch8",
-    "--model_kwargs",
-    "embed_dim=12",
-    "depth=1",
-    "num_heads=2",
-    "--input_size",
-    "16",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "4",
-    "--aug",
-    "none",
+    *"""
+        --model vit_custom_patch8 --model_kwargs embed_dim=12 depth=1 num_heads=2 --input_size 16 --epochs 1
+        --batch_size 4 --aug none
+    """.split(),
     *CPU,
 ]
 TINY = [
-    "--embed_dim",
-    "12",
-    "--depth",
-    "1",
-    "--num_heads",
-    "2",
-    "--decoder_embed_dim",
-    "12",
-    "--decoder_depth",
-    "1",
-    "--T",
-    "2",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "4",
-    "--input_size",
-    "16",
-    "--patch_size",
-    "8",
+    *"""
+        --embed_dim 12 --depth 1 --num_heads 2 --decoder_embed_dim 12 --decoder_depth 1 --T 2 --epochs 1
+        --batch_size 4 --input_size 16 --patch_size 8
+    """.split(),
     *CPU,
 ]
 
