@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from util.data.datasets import read_split
+from util.data.datasets import Dataset, read_split
 from util.dist import World, barrier
 from util.errors import UserError
 from util.files import printable
@@ -43,16 +43,24 @@ def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: li
         raise UserError(f"{flag}: class {name} has {n} image{'s' * (n != 1)}; needs at least {needed}")
 
 
+def read_splits(name: str, root: str, world: World, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
+    """(train, val) as the data set divides itself; None without val/. Rank 0 reads first: a download happens once."""
+    if not world.is_main:
+        barrier()
+    train = read_split(name, root, "train", labelled)
+    assert train is not None  # only val/ may be missing
+    val = read_split(name, root, "val", labelled, train.classes)
+    if world.is_main:
+        barrier()
+    barrier()  # none makes an output folder, which may lie among the images, while others look
+    return train, val
+
+
 def load_data(
     name: str, root: str, world: World, *, val_split: float = 0.0, kfold: int = 0, fold: int = 0, seed: int = 0
-):
-    """(train, val) data sets with labels. Rank 0 reads first, so that a download happens once."""
-    if world.is_main:
-        train, val = read_both(name, root)
-    barrier()
-    if not world.is_main:
-        train, val = read_both(name, root)
-    barrier()  # none makes an output folder, which may lie among the images, while others look
+) -> tuple[Dataset, Dataset]:
+    """(train, val) data sets with labels."""
+    train, val = read_splits(name, root, world)
     if len(train.classes) < 2:
         raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
     if kfold:
@@ -64,9 +72,3 @@ def load_data(
     elif val is None:
         raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
     return train, val
-
-
-def read_both(name: str, root: str):
-    train = read_split(name, root, "train")
-    assert train is not None  # only val/ may be missing
-    return train, read_split(name, root, "val", classes=train.classes)
