@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from augment.batch import normalize
-from util.data.datasets import ArrayDataset, FileDataset
+from util.data.datasets import Dataset
 from util.data.loader import read_in_processes, refuse_bad_image
 from util.data.views import ViewReader
 from util.dist import World, gather_objects
@@ -19,7 +19,7 @@ from util.progress import Progress
 @torch.inference_mode()
 def predict(
     nets: list[Net],
-    data: ArrayDataset | FileDataset,
+    data: Dataset,
     views: list[int],
     *,
     world: World,
@@ -44,8 +44,7 @@ def predict(
     reader = ViewReader(data, inputs, computed, margin)
     loader = read_in_processes(reader, mine, world.device, num_workers=num_workers, ahead=2)
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
-    done: list[tuple[np.ndarray, ...]] = []
-    bad: dict[int, str] = {}
+    done, bad = list[tuple[np.ndarray, ...]](), dict[int, str]()
     for index, images, unreadable, _ in loader:
         if unreadable and on_bad_image == "error":
             i, reason = next(iter(unreadable.items()))
@@ -67,26 +66,20 @@ def predict(
     done, bad = [d for part in parts for d in part[0]], {i: r for part in parts for i, r in part[1].items()}
     if not done:
         raise UserError(f"--data_path: none of its {len(data)} images can be read")
-    index = np.concatenate([d[0] for d in done])
-    order = np.argsort(index)
-    means = (np.concatenate([d[k] for d in done], axis=1)[:, order] for k in (1, 2, 3))
-    return Prediction(index[order], *means, dict(sorted(bad.items())))
+    return Prediction.joined(views, done, bad)
 
 
-def forward(nets, inputs, images, device) -> np.ndarray:
+def forward(nets: list[Net], inputs: list[tuple], images: list[torch.Tensor], device: torch.device) -> np.ndarray:
     """views uint8 [b, V, C, h, w] per kind of input -> probabilities float64 [nets, b, V, classes]."""
     b, V = images[0].shape[:2]
     ready, logits = {}, []
     pixels = {key: x.flatten(0, 1).to(device, non_blocking=True) for key, x in zip(inputs, images)}
     for net in nets:
-        key = net.input
-        if (key, net.mean, net.std) not in ready:  # members with the same statistics share the normalised batch
-            ready[key, net.mean, net.std] = normalize(pixels[key], net.mean, net.std)  # [b V, C, h, w]
-        x = ready[key, net.mean, net.std]
-        if net.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        key = net.input, net.statistics
+        if key not in ready:  # members with the same statistics share the normalised batch
+            ready[key] = normalize(pixels[net.input], *net.statistics)  # [b V, C, h, w]
         with net.precision.autocast():
-            y = net.module(x)
+            y = net.module(ready[key])
         logits.append(y.float()[:, net.order])
     # In float64 on the CPU: one copy for all members, and devices without float64 work as well.
     return torch.stack(logits).cpu().double().softmax(-1).unflatten(1, (b, V)).numpy()
@@ -97,19 +90,19 @@ def require_finite(probabilities: np.ndarray, nets: list[Net], data, index: torc
     if len(wrong):
         net, i = wrong[0]
         raise UserError(
-            f"--checkpoints: member {nets[net].member + 1} gives NaN or infinity for {printable(data.name(int(index[i])))}; "
-            "try --amp off"
+            f"--checkpoints: member {nets[net].member + 1} gives NaN or infinity for "
+            f"{printable(data.name(int(index[i])))}; try --amp off"
         )
 
 
 def predict_out_of_fold(
-    nets: list[Net], net_folds: list[int], data, image_folds: np.ndarray, views: list[int], **options
+    nets: list[Net], net_folds: list[int], data: Dataset, image_folds: np.ndarray, views: list[int], **options
 ) -> Prediction:
     """`predict`, fold by fold, with that fold's networks on that fold's images.
 
     Images of fold -1 cannot be read; they go with a fold's, where `predict` refuses them or leaves them out.
     """
-    parts, bad = [], {}
+    parts, bad = list[tuple[np.ndarray, ...]](), dict[int, str]()
     image_folds = np.where(image_folds < 0, image_folds.max(), image_folds)
     for fold in sorted(set(image_folds.tolist())):
         rows = np.flatnonzero(image_folds == fold)
@@ -117,7 +110,4 @@ def predict_out_of_fold(
         part = predict(own, data.subset(torch.from_numpy(rows)), views, **options)
         parts.append((rows[part.index], part.one_view, part.all_views, part.geometric))
         bad.update({int(rows[i]): reason for i, reason in part.bad.items()})
-    index = np.concatenate([p[0] for p in parts])
-    order = np.argsort(index)
-    means = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2, 3))
-    return Prediction(index[order], *means, dict(sorted(bad.items())))
+    return Prediction.joined(views, parts, bad)

@@ -28,6 +28,7 @@ from util.data_specs import IN_MEMORY
 from util.dist import Precision, World, init_world, prepare_net
 from util.errors import UserError
 from util.log import claim
+from util.precision import place
 from util.predict.calibration import interval_sentence
 from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
 from util.probe.features import extract
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     train, val = load_data(args.dataset, args.data_path, world, val_split=args.val_split, seed=args.split_seed)
 
     model, meta, pool = load_encoder(args, train.classes, content)
-    try_forward(model.to(world.device), {**meta, "num_classes": model.num_classes}, 1)
+    try_forward(place(model, world.device), {**meta, "num_classes": model.num_classes}, 1)
     precision = Precision(args.amp, world.device, model)
     prepare_net(model, precision)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"

@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         precision = next(net.precision for net in nets if net.member == m)
         say(f"member {name}: {len(member.paths)} x {member.model}, input {member.metas[0]['img_size']}, {precision}")
     say(
-        f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, {len(args.views)} view(s); "
-        f"{world.size} x {world.device}",
+        f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, "
+        f"{len(args.views)} view(s); {world.size} x {world.device}",
         flush=True,
     )
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out_of_fold:
         prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
         read = prediction.index
-        combiners.cross_fit([ids[i] for i in read], image_folds[read], prediction.geometric, args.weights)
+        combiners.cross_fit([ids[i] for i in read], image_folds[read], prediction.geometric)
     else:
         prediction = predict(nets, data, args.views, **how)
     if not world.is_main:
@@ -81,21 +81,17 @@ def main(argv: list[str] | None = None) -> int:
         notes.append(f"not readable, its row is empty: {ids[i]} ({reason})")
     text = write_all(
         args.output_dir,
-        args=args,
-        members=members,
-        combiners=combiners,
         data=data,
         ids=ids,
-        classes=classes,
+        combiners=combiners,
         prediction=prediction,
-        views=args.views,
         notes=notes,
         seconds=time.time() - started,
+        spreadsheet_safe=args.spreadsheet_safe,
     )
     say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(data))]))
-    say(
-        f"predictions: {os.path.join(args.output_dir, 'predictions.csv')}, report: {os.path.join(args.output_dir, 'report.md')}"
-    )
+    table, report = (os.path.join(args.output_dir, name) for name in ("predictions.csv", "report.md"))
+    say(f"predictions: {table}, report: {report}")
     return 0
 
 

@@ -55,16 +55,14 @@ def build_product(variant: str, args):
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
-    from util.precision import is_convolutional
+    from util.precision import place
     from util.train.compiled import compile_net
     from util.train.interrupts import Interrupts
     from util.train.run import Position
 
     world = common.start_up(variant, args.device)
-    net = create(args).to(world.device)
+    net = place(create(args), world.device)
     precision = common.precision_of(variant, net, world, args.amp)
-    if is_convolutional(net):
-        net.to(memory_format=torch.channels_last)  # as main_finetune.py does
     if args.compile:
         compile_net(net)
     n = args.batch_size * args.steps

@@ -26,7 +26,7 @@ from models import create_model
 from models.noprop_mae import NoPropMAE
 from util.dist import Precision, computes_bf16, keep_freed_memory, prepare_net
 from util.optim import build_adamw, param_groups
-from util.precision import is_convolutional
+from util.precision import is_convolutional, place
 
 ROWS = {
     "ViT": ["vit_tiny_patch16:224:4", "vit_small_patch16:224:4", "vit_tiny_patch4:32:16"],
@@ -61,8 +61,7 @@ def build(model: str, size: int, batch: int):
 
         return net, backward
     net = create_model(model, num_classes=10, img_size=size)
-    if is_convolutional(net):
-        net.to(memory_format=torch.channels_last)
+    place(net, torch.device("cpu"))
     targets = torch.arange(batch) % 10
 
     def backward(autocast) -> None:

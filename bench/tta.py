@@ -48,18 +48,17 @@ def product(variant: str, paths: list[str], modules, args):
     from engine_predict import predict
     from util.data.datasets import FileDataset
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
-    from util.precision import is_convolutional
+    from util.precision import place
     from util.predict.members import Net
 
     world = common.start_up(variant, args.device)
     data = FileDataset(paths, torch.full((len(paths),), -1), [str(i) for i in range(CLASSES)])
-    nets, size = [], (args.img_size, args.img_size)
+    nets, meta = [], {"img_size": [args.img_size] * 2, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     for m, module in enumerate(modules):  # as util.predict.members.load_nets prepares them
-        conv = is_convolutional(module)
-        module = module.to(world.device, memory_format=torch.channels_last) if conv else module.to(world.device)
+        place(module, world.device)
         precision = common.precision_of(variant, module, world, args.amp)
         order = torch.arange(CLASSES, device=world.device)
-        nets.append(Net(module, m, size, 3, IMAGENET_MEAN, IMAGENET_STD, order, conv, precision))
+        nets.append(Net(module, m, meta, order, precision))
     return lambda: predict(
         nets, data, list(range(12)), world=world, batch_size=args.batch_size, num_workers=args.workers
     )

@@ -137,7 +137,7 @@ class RunLog:
     def _tensorboard(self):
         """A fault ends TensorBoard's file: its writing thread is dead then."""
         writer, self.writer = self.writer, None
-        with survive(self.log_dir, "TensorBoard's file is not written any more"):
+        with survive(self.log_dir or "", "TensorBoard's file is not written any more"):
             yield writer
             self.writer = writer
 

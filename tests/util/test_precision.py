@@ -14,7 +14,7 @@ from models.noprop_mae import NoPropMAE
 from tests.harness.runs import CONV, NET, PLAIN, VIT, finetune, save_member
 from util.dist import Precision, computes_bf16, prepare_net
 from util.errors import UserError
-from util.precision import is_convolutional, keep_out_of_bf16, meets_only_padding
+from util.precision import is_convolutional, keep_out_of_bf16, meets_only_padding, place
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -263,3 +263,13 @@ def test_the_table_says_what_the_default_costs_and_keeps_what_is_written_by_hand
             100 * (chosen / min(x, 1.0) - 1), abs=2
         )
         assert float(row[names.index("x by calculation, AMD")]) == pytest.approx(x, abs=0.011)
+
+
+def test_convolutional_nets_are_placed_in_channels_last_and_vits_are_not():
+    for net, last in ((nn.Sequential(nn.Conv2d(3, 8, 3)), True), (nn.Sequential(nn.Conv2d(3, 8, 4, 4)), False)):
+        x, before = torch.randn(2, 3, 8, 8), net[0].weight.clone()
+        expected = net(x)
+        assert place(net, torch.device("cpu")) is net and torch.equal(net[0].weight, before)
+        assert net[0].weight.is_contiguous(memory_format=torch.channels_last) == last
+        assert net(x).is_contiguous(memory_format=torch.channels_last) == last
+        torch.testing.assert_close(net(x), expected)

@@ -29,8 +29,8 @@ def log_probabilities(p: np.ndarray) -> np.ndarray:
 def geometric_mean(p: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     """Probabilities [..., C] averaged as logarithms over `axis`, and made to add up to 1 again.
 
-    For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks is its
-    logits of this mean. The arithmetic mean is flatter than the single networks it was fitted on.
+    For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks equals
+    its logits of this mean. The arithmetic mean is flatter than the single networks that it was fitted on.
     """
     return softmax(log_probabilities(p).mean(axis), axis=-1)
 
@@ -49,8 +49,8 @@ class Stacked:
     """Logistic regression on the members' log-probabilities, fitted on out-of-fold predictions: [M, N, C] -> [N, C].
 
     softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened as a whole (w), each
-    class raised or lowered (b). One weight per member and not a matrix per member, which learns single networks' habits
-    and is far off where it is applied: to means over views and folds.
+    class raised or lowered (b). A matrix per member in place of one weight would learn the habits of single networks,
+    and be far off where it is applied: to means over views and folds.
     Penalty 1/2 |(w, b)|^2, scikit-learn's default. balanced: classes weigh alike whatever their number.
     """
 
@@ -84,30 +84,33 @@ class Stacked:
 
 @dataclass
 class Combiners:
-    """Every way to combine the members that their files allow, and why others are missing."""
+    """The members, every way to combine them that their files allow, and why others are missing."""
 
+    members: list[Member]
+    classes: list[str]
+    wanted: str  # the way that predictions.csv goes
     ways: dict[str, Weighted | Stacked]  # equal, val, stacked
     notes: list[str]
-    val_score: str | None = None  # which score the weights of `val` are, and its percent per member
+    val_score: str = ""  # which score the weights of `val` are, and its percent per member
     val_scores: list[float] | None = None
     oof: "OutOfFold | None" = None
     balanced: bool = False  # of the stacked regression
     cross_stacked: np.ndarray | None = None  # [N, C] of oof's images, each fold by a regression fitted on the others
 
-    def cross_fit(self, ids: list[str], folds: np.ndarray, probabilities: np.ndarray, wanted: str) -> None:
+    def cross_fit(self, ids: list[str], folds: np.ndarray, probabilities: np.ndarray) -> None:
         """For images of the folds themselves: the regression must not have seen what it predicts.
 
-        ids, folds int64 [n], probabilities [M, n, C]: what will be combined. Each fold's regression is fitted on the other
-        folds' part of it, so on the same views. Where that is impossible, stacking is a UserError if it is the `wanted`
-        way, else it leaves the comparison.
+        ids, folds int64 [n], probabilities [M, n, C]: what will be combined. Each fold's regression is fitted on the
+        other folds' part of it, so on the same views. Where that is impossible, stacking is a UserError if it is the
+        `wanted` way, else it leaves the comparison.
         """
-        if "stacked" not in self.ways:
+        if "stacked" not in self.ways or self.oof is None:
             return
         same_views = OutOfFold(ids, folds, self.oof.targets[self.oof.rows(ids)], probabilities, self.oof.classes)
         try:
             self.ways["stacked"] = CrossStacked(same_views, balanced=self.balanced)
         except UserError as error:
-            if wanted == "stacked":
+            if self.wanted == "stacked":
                 raise
             del self.ways["stacked"]
             self.notes.append(f"not compared: {error}")
@@ -120,7 +123,7 @@ def build_combiners(members: list[Member], classes: list[str], wanted: str) -> C
     learn the classes' frequencies back into the probabilities.
     """
     balanced = any(head["args"].get("class_weights") == "balanced" for m in members for head in m.heads)
-    result = Combiners({"equal": Weighted([1.0] * len(members))}, [], balanced=balanced)
+    result = Combiners(members, classes, wanted, {"equal": Weighted([1.0] * len(members))}, [], balanced=balanced)
 
     def val():
         result.val_score, result.val_scores = validation_scores(members)
@@ -138,10 +141,10 @@ def build_combiners(members: list[Member], classes: list[str], wanted: str) -> C
                 raise
             if len(members) > 1:
                 result.notes.append(f"not compared: {error}")
-    if "stacked" in result.ways and result.oof.same_folds and len(set(result.oof.folds)) > 1:
+    oof = result.oof if "stacked" in result.ways else None
+    if oof is not None and oof.same_folds and len(set(oof.folds)) > 1:
         try:
-            crossed = CrossStacked(result.oof, balanced=balanced)
-            result.cross_stacked = crossed(result.oof.probabilities)
+            result.cross_stacked = CrossStacked(oof, balanced=balanced)(oof.probabilities)
         except UserError as error:
             result.notes.append(f"stacking is not scored out of fold: {error}")
     return result
@@ -187,10 +190,8 @@ class OutOfFold:
 
     def rows(self, ids: list[str]) -> np.ndarray:
         """Where each image stands here, int64 [n]; -1 for one that does not. Copies may have changed Unicode's form."""
-        exact, same = (
-            {name: i for i, name in enumerate(self.ids)},
-            {composed(name): i for i, name in enumerate(self.ids)},
-        )
+        exact = {name: i for i, name in enumerate(self.ids)}
+        same = {composed(name): i for name, i in exact.items()}
         return np.array([exact.get(name, same.get(composed(name), -1)) for name in ids])
 
     def stack(self, *, balanced: bool, without: int | None = None) -> Stacked:
@@ -251,7 +252,7 @@ def read_oof(members: list[Member], classes: list[str], flag: str = "--weights s
 
 def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[int, int, list[float]]]:
     """image -> (fold, class number, probabilities), from oof.csv beside each of the member's checkpoints."""
-    table = {}
+    table: dict[str, tuple[int, int, list[float]]] = {}
     for checkpoint, meta in zip(member.paths, member.metas):
         path = os.path.join(os.path.dirname(checkpoint), "oof.csv")
         if not os.path.isfile(path):
@@ -260,10 +261,10 @@ def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[in
                 "train it with main_finetune.py --kfold 5 and give that --output_dir"
             )
         try:
-            for name, *row in _rows_of(path, classes, meta.get("num_classes", len(classes))):
+            for name, fold, true, p in _rows_of(path, classes, meta.get("num_classes", len(classes))):
                 if name in table:
                     raise ValueError(f"{name} is in it twice")
-                table[name] = tuple(row)
+                table[name] = fold, true, p
         except (ValueError, KeyError, csv.Error) as error:
             reason = f"unknown class {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{flag}: {path}: not readable as an out-of-fold file ({reason})") from None
@@ -275,8 +276,8 @@ def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[in
 def _rows_of(path: str, classes: list[str], outputs: int) -> Iterator[tuple[str, int, int, list[float]]]:
     """(image, fold, class number, probabilities in the order of `classes`) per line of an oof.csv.
 
-    Older versions wrote six decimals, an apostrophe before names such as -1, and all `outputs` of a network that has more
-    of them than there are classes.
+    Older versions wrote six decimals, an apostrophe before names such as -1, and all `outputs` of a network with more
+    outputs than classes.
     """
     with open(path, encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]

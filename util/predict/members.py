@@ -15,7 +15,7 @@ from util.checkpoint import BEST, read_checkpoint
 from util.dist import Precision, prepare_net
 from util.errors import UserError
 from util.files import printable
-from util.precision import is_convolutional
+from util.precision import place
 from util.train.folds import RESULT
 
 
@@ -45,18 +45,19 @@ class Net:
 
     module: nn.Module
     member: int
-    size: tuple[int, int]
-    in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    meta: dict
     order: torch.Tensor
-    channels_last: bool
     precision: Precision
-    crop_pct: float | None = None  # share of a resized file that its evaluation sees
 
     @property
     def input(self) -> tuple:
-        return (*self.size, self.in_chans, self.crop_pct)
+        """(height, width, channels, crop_pct): what it takes of an image."""
+        return (*self.meta["img_size"], self.meta["in_chans"], crop_pct_of(self.meta))
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std) of its normalisation."""
+        return tuple(self.meta["mean"]), tuple(self.meta["std"])
 
 
 def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
@@ -64,7 +65,8 @@ def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
 
     UserError in one line where one is missing, damaged, unfinished, given twice, or of other classes.
     """
-    members, seen = [], {}
+    members: list[Member] = []
+    seen: dict[str, str] = {}
     for argument in arguments:
         paths = checkpoints_in(argument)
         for path in paths:
@@ -75,10 +77,8 @@ def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
     classes = members[0].metas[0]["classes"]
     for member in members:
         for path, meta in zip(member.paths, member.metas):
-            only_there, only_here = (
-                sorted(set(meta["classes"]) - set(classes)),
-                sorted(set(classes) - set(meta["classes"])),
-            )
+            only_there = sorted(set(meta["classes"]) - set(classes))
+            only_here = sorted(set(classes) - set(meta["classes"]))
             if only_there or only_here:
                 detail = [f"only the first has {', '.join(only_here[:5])}"] if only_here else []
                 detail += [f"only the second has {', '.join(only_there[:5])}"] if only_there else []
@@ -140,31 +140,16 @@ def load_nets(members: list[Member], classes: list[str], device: torch.device, a
             module, meta = load_classifier(path)
             if meta["in_chans"] not in (1, 3):
                 raise UserError(f"--checkpoints {path}: takes {meta['in_chans']} channels; image files have 1 or 3")
-            # cuDNN and oneDNN run convolutions faster on channels_last; a ViT's patch embedding does not gain.
-            conv = is_convolutional(module)
-            module.to(device, memory_format=torch.channels_last) if conv else module.to(device)
+            place(module, device)
             precision = Precision(amp, device, module)
             prepare_net(module, precision)
             order = torch.tensor([meta["classes"].index(c) for c in classes], device=device)
-            statistics = tuple(meta["mean"]), tuple(meta["std"])
-            nets.append(
-                Net(
-                    module,
-                    m,
-                    tuple(meta["img_size"]),
-                    meta["in_chans"],
-                    *statistics,
-                    order,
-                    conv,
-                    precision,
-                    crop_pct_of(meta),
-                )
-            )
+            nets.append(Net(module, m, meta, order, precision))
     return nets
 
 
 def crop_pct_of(meta: dict) -> float:
-    """The share of a resized file that evaluation sees; checkpoints of before it was in their meta went by their size."""
+    """The share of a resized file that evaluation sees; older checkpoints lack it and were evaluated by their size."""
     return float(meta.get("crop_pct") or default_crop_pct(meta["img_size"]))
 
 

@@ -8,12 +8,12 @@ from PIL import Image
 
 from augment.image import open_image
 from util.choices import VIEW_NAMES
-from util.data.datasets import ArrayDataset
+from util.data.datasets import ArrayDataset, Dataset
 from util.data.labels import spreadsheet_safe
 from util.files import must_write, survive, write_csv, write_text
 from util.predict.calibration import accuracy_interval, confusion_counts, scores
 from util.predict.ensemble import Combiners, Stacked
-from util.predict.members import Member, crop_pct_of, short_names
+from util.predict.members import crop_pct_of, short_names
 from util.predict.result import Prediction
 from util.report.contact_sheet import Entry, draw_sheet
 from util.report.markdown import cell, note_lines, write_report
@@ -56,10 +56,14 @@ def write_predictions(
         write_csv(path, ["ID", "Predict", *names], rows)
 
 
-def compare(members: list[Member], combiners: Combiners, prediction: Prediction, views: int, chosen: str) -> list[dict]:
-    """The rows of the results table: name, views, probabilities [n, C], chosen. Every member and every ensemble, each
-    with view 1 and with all of them."""
-    one, many, rows = prediction.one_view, prediction.all_views, []
+def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:
+    """The rows of the results table: name, views, probabilities [n, C], chosen.
+
+    Every member and every ensemble, each with view 1 and with all of them.
+    """
+    members, chosen, views = combiners.members, combiners.wanted, len(prediction.views)
+    one, many = prediction.one_view, prediction.all_views
+    rows: list[dict] = []
     sets = [(1, one)] + ([(views, many)] if views > 1 or not np.array_equal(one, many) else [])
     for name, m in zip(short_names(members), range(len(members))):
         rows += [{"name": name, "views": v, "probabilities": p[m]} for v, p in sets]
@@ -93,17 +97,17 @@ def score_rows(rows: list[dict], targets: np.ndarray, final: np.ndarray) -> list
     return scored
 
 
-def out_of_fold_rows(members: list[Member], combiners: Combiners) -> list[dict]:
+def out_of_fold_rows(combiners: Combiners) -> list[dict]:
     """The same scores on the training images, each predicted by networks that had not seen it."""
     oof = combiners.oof
     if oof is None:
         return []
-    named = list(zip(short_names(members), oof.probabilities))
+    named = list(zip(short_names(combiners.members), oof.probabilities))
     for key, way in combiners.ways.items():
         if isinstance(way, Stacked):
             p = combiners.cross_stacked
             named += [] if p is None else [(f"{ENSEMBLES[key]}, fitted on the other folds", p)]
-        elif len(members) > 1:
+        elif len(combiners.members) > 1:
             named.append((ENSEMBLES[key], way(oof.probabilities)))
     return [{"name": name, "views": 1, "chosen": False, **scores(p, oof.targets)} for name, p in named]
 
@@ -151,7 +155,13 @@ def class_table(rows: list[dict]) -> list[str]:
 
 
 def draw_pictures(
-    output_dir: str, data, ids: list[str], classes: list[str], prediction: Prediction, final, targets
+    output_dir: str,
+    data: Dataset,
+    ids: list[str],
+    classes: list[str],
+    prediction: Prediction,
+    final: np.ndarray,
+    targets: np.ndarray,
 ) -> list[str]:
     """Writes those of PICTURES that there is something to show on; returns their names. Older ones go."""
     path = {name: os.path.join(output_dir, name) for name in PICTURES}
@@ -195,130 +205,98 @@ def draw_pictures(
 def write_all(
     output_dir: str,
     *,
-    args,
-    members: list[Member],
-    combiners: Combiners,
-    data,
+    data: Dataset,
     ids: list[str],
-    classes: list[str],
+    combiners: Combiners,
     prediction: Prediction,
-    views: list[int],
     notes: list[str],
     seconds: float,
+    spreadsheet_safe: bool = False,
 ) -> str:
     """Every file of the run; returns the results table as text."""
-    rows = compare(members, combiners, prediction, len(views), args.weights)
+    members, classes = combiners.members, combiners.classes
+    rows = compare(combiners, prediction)
     final = next(row["probabilities"] for row in rows if row["chosen"])
     targets = data.targets.numpy()[prediction.index]  # of the readable images
     n_labelled = int((targets >= 0).sum())
     path = os.path.join(output_dir, "predictions.csv")
-    write_predictions(path, ids, prediction, final, classes, safe=args.spreadsheet_safe)
-    scored, oof, per_class = (
-        score_rows(rows, targets, final),
-        out_of_fold_rows(members, combiners),
-        class_rows(classes, final, targets),
-    )
+    write_predictions(path, ids, prediction, final, classes, safe=spreadsheet_safe)
+    scored, oof = score_rows(rows, targets, final), out_of_fold_rows(combiners)
+    per_class = class_rows(classes, final, targets)
     unreadable = {ids[i]: reason for i, reason in prediction.bad.items()}
 
-    results, interval = table(scored), None
+    results, interval = [*table(scored), ""], None
     if n_labelled:
         right = int((final.argmax(1) == targets)[targets >= 0].sum())
         low, high = interval = accuracy_interval(right, n_labelled)
-        results += [
-            "",
-            f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval {low:.1f} to {high:.1f} % (Wilson).",
-        ]
+        results.append(
+            f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval "
+            f"{low:.1f} to {high:.1f} % (Wilson)."
+        )
     else:
-        results += [
-            "",
-            "No labels, no scores: --labels FILE.csv (ID,label) or class folders give them. In bold: predictions.csv.",
-        ]
-    if oof:
-        results += [
-            "",
-            f"Out of fold, on {len(combiners.oof.ids)} training images (one view: what to expect of new images):",
-            "",
-            *table(oof),
-        ]
+        results.append(
+            "No labels, no scores: --labels FILE.csv (ID,label) or class folders give them. In bold: predictions.csv."
+        )
+    if oof and combiners.oof is not None:
+        n = len(combiners.oof.ids)
+        about = f"Out of fold, on {n} training images (one view: what to expect of new images):"
+        results += ["", about, "", *table(oof)]
     write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
+    views = [VIEW_NAMES[v] for v in prediction.views]
     content = {
         "images": len(ids),
         "labelled": n_labelled,
         "accuracy_interval": interval,
         "unreadable": unreadable,
-        "views": [VIEW_NAMES[v] for v in views],
+        "views": views,
         "results": scored,
         "out_of_fold": oof,
         "classes": per_class,
-        "members": member_facts(members, combiners),
+        "members": member_facts(combiners),
     }
     write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
     pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
 
     text = [
-        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(VIEW_NAMES[v] for v in views)}; "
-        f"{seconds:.0f} s.",
+        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(views)}; {seconds:.0f} s.",
         "",
         *note_lines(notes),
-        "## Results",
-        "",
-        *results,
-        "",
-        "## Members",
-        "",
-        *member_table(members, combiners),
-        "",
-        "## Classes",
-        "",
-        *class_table(per_class),
-        "",
+        *("## Results", "", *results, ""),
+        *("## Members", "", *member_table(combiners), ""),
+        *("## Classes", "", *class_table(per_class), ""),
     ]
     if unreadable:
-        text += [
-            f"## Not readable: {len(unreadable)}",
-            "",
-            *[f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()],
-            "",
-        ]
+        lines = [f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()]
+        text += [f"## Not readable: {len(unreadable)}", "", *lines, ""]
     text += ["## Pictures", "", *[f"![{name[:-4].replace('_', ' ')}]({name})\n" for name in pictures]]
     write_report(output_dir, f"Predictions for {len(ids)} images", text)
     return "\n".join(results)
 
 
-def member_facts(members: list[Member], combiners: Combiners) -> list[dict]:
+def member_facts(combiners: Combiners) -> list[dict]:
     facts = []
-    for i, (name, m) in enumerate(zip(short_names(members), members)):
-        facts.append(
-            {
-                "name": name,
-                "model": m.model,
-                "checkpoints": m.paths,
-                "img_size": m.metas[0]["img_size"],
-                "in_chans": m.metas[0]["in_chans"],
-                "crop_pct": crop_pct_of(m.metas[0]),
-            }
-        )
+    for i, (name, m) in enumerate(zip(short_names(combiners.members), combiners.members)):
+        meta = m.metas[0]
+        fact: dict = {"name": name, "model": m.model, "checkpoints": m.paths}
+        fact |= {"img_size": meta["img_size"], "in_chans": meta["in_chans"], "crop_pct": crop_pct_of(meta)}
         if combiners.val_scores:
-            facts[-1] |= {
-                combiners.val_score: combiners.val_scores[i],
-                "weight": float(combiners.ways["val"].weights[i]),
-            }
+            fact |= {combiners.val_score: combiners.val_scores[i], "weight": float(combiners.ways["val"].weights[i])}
+        facts.append(fact)
     return facts
 
 
-def member_table(members: list[Member], combiners: Combiners) -> list[str]:
+def member_table(combiners: Combiners) -> list[str]:
     score = combiners.val_score
     lines = ["| member | model | networks | input |" + (f" best val {score} % | weight by it |" if score else "")]
     lines.append("|---" * (6 if score else 4) + "|")
-    for f in member_facts(members, combiners):
+    for f in member_facts(combiners):
         size = f"{f['in_chans']} x {f['img_size'][0]} x {f['img_size'][1]}, crop {f['crop_pct']:g}"
         line = f"| {cell(f['name'])} | {f['model']} | {len(f['checkpoints'])} | {size} |"
         lines.append(line + (f" {f[score]:.2f} | {f['weight']:.4f} |" if score else ""))
     if "stacked" in combiners.ways:
-        how = (
-            "classes weighted alike, as the members were trained"
-            if combiners.balanced
-            else "classes weighted by their frequency"
-        )
-        lines += ["", f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, {how}."]
+        how = "alike, as the members were trained" if combiners.balanced else "by their frequency"
+        lines += [
+            "",
+            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, classes weighted {how}.",
+        ]
     return lines

@@ -160,8 +160,9 @@ def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp
     assert "not scored out of fold" in combiners.notes[-1] and "class owl outside of fold 0" in combiners.notes[-1]
     said = (combiners.oof.ids, combiners.oof.folds, combiners.oof.probabilities)
     with pytest.raises(UserError, match=r"--weights stacked: .* class owl outside of fold 0"):
-        combiners.cross_fit(*said, "stacked")
-    combiners.cross_fit(*said, "equal")
+        combiners.cross_fit(*said)
+    combiners.wanted = "equal"
+    combiners.cross_fit(*said)
     assert set(combiners.ways) == {"equal"} and "class owl" in combiners.notes[-1]
 
     for run in "ab":
