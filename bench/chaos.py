@@ -35,79 +35,21 @@ from util.checkpoint import BEST, LAST, read_checkpoint
 from util.cli.parser import run_main
 from util.log import TIMES, read_log
 
-COMMON = [
-    "--dataset",
-    "folder",
-    "--input_size",
-    "8",
-    "--in_chans",
-    "1",
-    "--epochs",
-    "4",
-    "--warmup_epochs",
-    "1",
-    "--lr",
-    "2e-3",
-    "--save_freq",
-    "2",
-    "--device",
-    "cpu",
-    "--accum_iter",
-    "2",
-    "--save_every_minutes",
-    "0.003",
-    "--print_freq",
-    "3",
-    "--timeout_minutes",
-    "1",
-]
+COMMON = """
+    --dataset folder --input_size 8 --in_chans 1 --epochs 4 --warmup_epochs 1 --lr 2e-3 --save_freq 2
+    --device cpu --accum_iter 2 --save_every_minutes 0.003 --print_freq 3 --timeout_minutes 1
+""".split()
+FINETUNE = """
+    --model vit_custom_patch2 --model_kwargs embed_dim=24 depth=2 num_heads=3 --aug light --mixup 0.8
+    --cutmix 1.0 --ema_decay 0.99 --drop_path 0.1
+""".split()
+PRETRAIN = """
+    --patch_size 2 --embed_dim 24 --depth 2 --num_heads 3 --T 3 --decoder_embed_dim 24 --decoder_depth 1
+    --mask_ratio_max 1 --vis_freq 2
+""".split()
 LINES = {
-    "finetune": (
-        main_finetune.main,
-        [
-            *COMMON,
-            "--model",
-            "vit_custom_patch2",
-            "--model_kwargs",
-            "embed_dim=24",
-            "depth=2",
-            "num_heads=3",
-            "--aug",
-            "light",
-            "--mixup",
-            "0.8",
-            "--cutmix",
-            "1.0",
-            "--ema_decay",
-            "0.99",
-            "--drop_path",
-            "0.1",
-        ],
-    ),
-    "pretrain": (
-        main_pretrain_noprop.main,
-        [
-            *COMMON,
-            "--patch_size",
-            "2",
-            "--embed_dim",
-            "24",
-            "--depth",
-            "2",
-            "--num_heads",
-            "3",
-            "--T",
-            "3",
-            "--decoder_embed_dim",
-            "24",
-            "--decoder_depth",
-            "1",
-            "--mask_ratio_max",
-            "1",
-            "--vis_freq",
-            "2",
-        ],
-    ),
+    "finetune": (main_finetune.main, COMMON + FINETUNE),
+    "pretrain": (main_pretrain_noprop.main, COMMON + PRETRAIN),
 }
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 # 75: saved and stopped. 130 and -N: the signal came before the run had its handlers. 2: another rank died.
