@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 from util.data.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds
 from util.errors import UserError, reason_of
@@ -285,7 +286,7 @@ def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
         _download(name, lambda: cls(root, train=True, download=True), f"put its files in {where}")
         data = cls(root, train=split == "train", download=False)
     images = torch.as_tensor(data.data)
-    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    images = images.unsqueeze(1) if images.ndim == 3 else rearrange(images, "n h w c -> n c h w")
     return ArrayDataset(images.contiguous(), torch.as_tensor(data.targets), [str(c) for c in data.classes])
 
 

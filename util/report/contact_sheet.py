@@ -1,14 +1,12 @@
 """Contact sheets: thumbnails of the images a person should look at, with what was predicted and how surely."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from util.files import survive
-from util.report.pictures import save_png
+from util.report.pictures import font, save_png
 
 COLUMNS = 6
 THUMB, PAD, BAR = 200, 12, 6  # pixels
@@ -40,10 +38,10 @@ def _sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title
     lines = 4 if any(e.truth is not None for e in entries) else 3
     cell = (tile[0] + PAD, tile[1] + BAR + 8 + lines * LINE + PAD)
     head = 2 * PAD + 24
-    width = max(PAD + columns * cell[0], int(_font(19, bold=True).getlength(title)) + 2 * PAD)
+    width = max(PAD + columns * cell[0], int(font(19, bold=True).getlength(title)) + 2 * PAD)
     sheet = Image.new("RGB", (width, head + -(-len(entries) // columns) * cell[1] + PAD), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((PAD, PAD), title, INK, _font(19, bold=True))
+    draw.text((PAD, PAD), title, INK, font(19, bold=True))
     for k, (entry, thumb) in enumerate(zip(entries, thumbs)):
         x, y = PAD + (k % columns) * cell[0], head + (k // columns) * cell[1]
         draw.rectangle((x, y, x + tile[0] - 1, y + tile[1] - 1), TILE)
@@ -66,12 +64,12 @@ def _caption(draw: ImageDraw.ImageDraw, entry: Entry, x: int, y: int) -> None:
     draw.rectangle((x, y, x + max(1, round(THUMB * p)) - 1, y + BAR - 1), FIRST)
     y += BAR + 4
     color = INK if entry.truth is None else RIGHT if entry.truth == best else WRONG
-    _line(draw, x, y, best, percent(p), color, _font(14, bold=True))
+    _line(draw, x, y, best, percent(p), color, font(14, bold=True))
     if others:
-        _line(draw, x, y + LINE, others[0][0], percent(others[0][1]), FAINT, _font(13))
+        _line(draw, x, y + LINE, others[0][0], percent(others[0][1]), FAINT, font(13))
     if entry.truth is not None:
-        _line(draw, x, y + 2 * LINE, f"true: {entry.truth}", "", INK, _font(13))
-    _line(draw, x, y + (2 if entry.truth is None else 3) * LINE, entry.name, "", FAINT, _font(11), keep_end=True)
+        _line(draw, x, y + 2 * LINE, f"true: {entry.truth}", "", INK, font(13))
+    _line(draw, x, y + (2 if entry.truth is None else 3) * LINE, entry.name, "", FAINT, font(11), keep_end=True)
 
 
 def percent(p: float) -> str:
@@ -79,31 +77,22 @@ def percent(p: float) -> str:
     return f"{100 * p:.1f} %" if p < 0.9995 else f"{100 * min(p, 0.99999):.3f} %"
 
 
-def _line(draw, x: int, y: int, left: str, right: str, color, font, keep_end: bool = False) -> None:
+def _line(draw, x: int, y: int, left: str, right: str, color, face, keep_end: bool = False) -> None:
     """Text on the left, shortened with an ellipsis to what fits beside the text on the right."""
-    room = THUMB - (font.getlength(right) + 8 if right else 0)
+    room = THUMB - (face.getlength(right) + 8 if right else 0)
     left = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in left)
-    draw.text((x, y), shorten(left, room, font, keep_end), color, font)
+    draw.text((x, y), shorten(left, room, face, keep_end), color, face)
     if right:
-        draw.text((x + THUMB, y), right, color, font, anchor="ra")
+        draw.text((x + THUMB, y), right, color, face, anchor="ra")
 
 
-def shorten(text: str, room: float, font, keep_end: bool) -> str:
+def shorten(text: str, room: float, face, keep_end: bool) -> str:
     """`text` as wide as `room` pixels allow; keep_end: the middle goes, since file names differ at their ends."""
-    if font.getlength(text) <= room:
+    if face.getlength(text) <= room:
         return text
     for kept in range(len(text) - 1, 0, -1):
         end = kept * 2 // 3 if keep_end else 0
         short = text[: kept - end].rstrip() + "…" + text[len(text) - end :]
-        if font.getlength(short) <= room:
+        if face.getlength(short) <= room:
             return short
     return "…"
-
-
-@lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib carries with it: many scripts, where Pillow's own font has Latin only."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)

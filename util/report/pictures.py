@@ -5,6 +5,7 @@ Images come normalised, float [B, C, H, W] with C 1 or 3, as the model sees them
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -121,9 +122,9 @@ def draw_grid(
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // max(height, width)))
     height, width = height * scale, width * scale
-    title_font, caption_font = _font(TITLE_SIZE), _font(CAPTION_SIZE)
+    title_font, caption_font = font(TITLE_SIZE), font(CAPTION_SIZE)
     texts = [(t, title_font) for t in titles or []] + [(c, caption_font) for row in captions or [] for c in row]
-    cell_width = max([width] + [int(font.getlength(text)) + 1 for text, font in texts])
+    cell_width = max([width] + [int(face.getlength(text)) + 1 for text, face in texts])
     cell_height = height + (CAPTION_SIZE + 6 if captions else 0)
     top = MARGIN + (TITLE_SIZE + 10 if titles else 0)
     columns = max(len(row) for row in rows)
@@ -153,8 +154,10 @@ def save_png(image: Image.Image, path: str) -> None:
         write_atomic(path, lambda file: file.write(buffer.getvalue()))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib carries with it: it has the Greek that Pillow's own font lacks."""
+@lru_cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which Matplotlib carries with it: it has many scripts, where Pillow's own font has Latin only."""
     import matplotlib
 
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", name), size)

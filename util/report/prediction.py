@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from augment.image import open_image
@@ -178,7 +179,7 @@ def draw_pictures(
 
     def open_rgb(i: int) -> Image.Image:
         if isinstance(data, ArrayDataset):
-            return Image.fromarray(data.images[i].permute(1, 2, 0).numpy().squeeze()).convert("RGB")
+            return Image.fromarray(rearrange(data.images[i], "c h w -> h w c").numpy().squeeze()).convert("RGB")
         return open_image(data.paths[i], 3)
 
     def entry(row: int) -> Entry:
