@@ -24,7 +24,7 @@ from engine_finetune import Criterion, train_one_epoch
 from models import create_model
 from tests.harness import ROOT
 from tests.harness.checks import assert_same_state, comparable, log_without_times
-from tests.harness.runs import CONV, VIT, finetune, save_member
+from tests.harness.runs import CONV, VIT, finetune, pretrain, save_member
 from util.checkpoint import LAST, read_checkpoint
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
@@ -56,10 +56,6 @@ PRETRAIN = [
         --hflip 0.5 --loss_weighting edm --vis_freq 0
     """.split(),
 ]
-
-
-def pretrain(*argv) -> int:
-    return main_pretrain_noprop.main([*map(str, argv)])
 
 
 RUNS = {

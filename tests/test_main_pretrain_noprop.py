@@ -16,7 +16,7 @@ from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from tests.harness.checks import assert_same_run, one_line
-from tests.harness.runs import PLAIN, copy_first_epoch, finetune
+from tests.harness.runs import PLAIN, copy_first_epoch, finetune, pretrain
 from util.checkpoint import LAST, read_checkpoint
 from util.cli.parser import run_main
 from util.dist import World
@@ -29,10 +29,6 @@ TINY = """
     --epochs 3 --warmup_epochs 1 --batch_size 64 --accum_iter 2 --lr 2e-3 --mask_ratio 0.6 --mask_ratio_max 1
     --hflip 0.5 --loss_weighting edm --vis_freq 2 --save_freq 1 --device cpu
 """.split()
-
-
-def pretrain(*argv) -> int:
-    return main_pretrain_noprop.main([*map(str, argv)])
 
 
 @pytest.fixture(scope="module")

@@ -24,3 +24,8 @@ def to_pil(x: torch.Tensor) -> Image.Image:
 def to_tensor(image: Image.Image) -> torch.Tensor:
     array = np.asarray(image)
     return torch.from_numpy(array[None].copy() if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+def write_image(path, color=(200, 30, 40), size=(12, 9), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path)

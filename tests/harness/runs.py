@@ -7,6 +7,7 @@ import sys
 import torch
 
 import main_finetune
+import main_pretrain_noprop
 from models import create_model
 from tests.harness import ROOT
 from util.dist import World
@@ -36,6 +37,11 @@ CONV = {"model": "resnet10t", "model_kwargs": {}}
 def finetune(*argv) -> int:
     """main_finetune in this process; the arguments later in the line win."""
     return main_finetune.main([*map(str, argv)])
+
+
+def pretrain(*argv) -> int:
+    """main_pretrain_noprop likewise."""
+    return main_pretrain_noprop.main([*map(str, argv)])
 
 
 def save_member(

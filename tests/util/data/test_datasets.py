@@ -11,16 +11,12 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv
 
+from tests.harness.pictures import write_image
 from util.data.datasets import ArrayDataset, read_class_folder, read_split, to_channels
 from util.data.splits import load_data
 from util.data_specs import DATASETS
 from util.dist import World
 from util.errors import UserError
-
-
-def write_image(path, color=(200, 30, 40), size=(12, 9), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).convert(mode).save(path)
 
 
 def test_folder_reads_both_splits_with_one_class_order(photo_folder):

@@ -9,15 +9,11 @@ from PIL import Image
 
 from augment.batch import BatchTransform, Erasing
 from augment.image import Geometry, build_eval_transform, build_train_transform
+from tests.harness.pictures import write_image
 from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import EpochOrder, Loader
 from util.dist import World
 from util.errors import UserError
-
-
-def write_image(path, color=(200, 30, 40), size=(12, 9), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).convert(mode).save(path)
 
 
 def order(n, batch, *, rank=0, size=1, epoch=0, step=0, train=True, even=False):
