@@ -72,7 +72,6 @@ CASES += [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model, augmentation, amp", CASES)
 def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation, amp):
     sizes = dict(embed_dim=12, depth=1, num_heads=2) if model.startswith("vit") else {}
@@ -102,7 +101,6 @@ def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation, am
     assert len(setup.waits[PRINT_FREQ - 1]) > 0, "the line of progress reads what it shows"
 
 
-@pytest.mark.slow
 def test_a_pretraining_step_does_not_wait_for_the_device():
     net = NoPropMAE(
         img_size=16,

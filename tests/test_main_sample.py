@@ -42,7 +42,6 @@ def change(path, to, **changes) -> str:
     return str(to)
 
 
-@pytest.mark.slow
 def test_every_mode_leaves_its_pictures_and_numbers(checkpoint, capsys):
     modes = ["reconstruct", "generate", "attention", "frechet"]
     line = [str(checkpoint), "--mode", *modes, "--num", "3", "--num_samples", "40", "--device", "cpu"]
@@ -65,7 +64,6 @@ def test_every_mode_leaves_its_pictures_and_numbers(checkpoint, capsys):
     assert "mask ratios up to 0.5; generating (ratio 1) is new to it" in out
 
 
-@pytest.mark.slow
 def test_the_seed_decides_every_pixel(checkpoint, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         line = [str(checkpoint), "--mode", "reconstruct", "generate", "--num", "2", "--sampler", "stochastic"]
@@ -103,7 +101,6 @@ def test_given_images_are_read_whole_and_in_their_order(checkpoint, photo_folder
     assert np.abs(found[..., 0] - np.asarray(photo).astype(int)).max() <= 1
 
 
-@pytest.mark.slow
 def test_files_without_decoders_are_refused(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     meta, state = content["meta"], content["model"]

@@ -251,7 +251,6 @@ def test_an_error_of_the_fast_transform_is_not_hidden_by_the_plain_one(tmp_path)
         reader[0, 0]
 
 
-@pytest.mark.slow
 def test_whatever_a_decoder_raises_is_the_files_fault(tmp_path, monkeypatch):
     path = str(tmp_path / "x.png")
     picture().save(path)

@@ -137,7 +137,6 @@ def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_pat
     assert len(ids) == 1437 and (data.targets >= 0).all()
 
 
-@pytest.mark.slow
 def test_images_are_found_whatever_unicode_form_a_copy_gave_their_names(members, photo_folder, tmp_path):
     shutil.copytree(photo_folder / "val", tmp_path / "photos")
     shutil.copytree(members[0] / "a", tmp_path / "run")

@@ -1,7 +1,6 @@
 """k-NN and the linear probe against a plain loop and scikit-learn."""
 
 import numpy as np
-import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -57,7 +56,6 @@ def test_linear_probe_separates_what_is_separable_whatever_the_scale():
     assert torch.equal(linear_probe(x, y, 4, 1e-4)(x).argmax(dim=1), y)
 
 
-@pytest.mark.slow
 def test_noise_gets_a_stronger_penalty_than_signal():
     y = torch.arange(400) % 2
     signal = torch.where(y == 1, 1.0, -1.0)[:, None] + 0.05 * randn(400, 20)
