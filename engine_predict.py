@@ -59,7 +59,6 @@ def predict(
                 one[m], mean[m] = own[:, :, 0].mean(0), own[:, :, chosen].mean((0, 2))
                 geometric[m] = geometric_mean(own[:, :, chosen], (0, 2))
             done.append((index.numpy(), one, mean, geometric))
-        progress.step += 1
         progress.update({"images": float(sum(len(d[0]) for d in done))} if progress.due else None)
     progress.close()
     parts = gather_objects((done, bad))

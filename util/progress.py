@@ -19,18 +19,19 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """True on the steps whose values are fetched from the device and shown."""
-        return self.step % self.every == 0 or self.step == self.total
+        """Whether the values of the step that `update` counts next are to be shown."""
+        return (self.step + 1) % self.every == 0 or self.step + 1 == self.total
 
     def update(self, values: dict[str, float] | None = None) -> None:
-        """One step done; `values` only on steps that are `due` after it."""
+        """Count a step; `values`, where given, are shown."""
+        self.step += 1
         shown = "  ".join(f"{k}: {v:.4g}" for k, v in (values or {}).items())
         if self.bar is not None:
             self.bar.update(1)
             if values:
                 self.bar.set_postfix_str(shown)
         elif self.enabled and values:
-            seconds = (time.perf_counter() - self.begin) / max(1, self.step - self.first)
+            seconds = (time.perf_counter() - self.begin) / (self.step - self.first)
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - self.step)))
             width = len(str(self.total))
             print(

@@ -44,7 +44,7 @@ def extract(
     model.eval()
     features, index, done = torch.empty(0, 0), torch.empty(0, dtype=torch.long), 0
     progress = Progress(f"features {name}".strip(), len(loader), every=100, enabled=world.is_main)
-    for step, batch in enumerate(loader.epoch()):
+    for batch in loader.epoch():
         with precision.autocast():
             z = pooled_features(model, batch.images, pool).float().cpu()
         if done == 0:
@@ -52,7 +52,6 @@ def extract(
             features, index = torch.empty(n, z.shape[1]), torch.empty(n, dtype=torch.long)
         features[done : done + len(z)], index[done : done + len(z)] = z, batch.index
         done += len(z)
-        progress.step = step + 1
         progress.update({"images": done} if progress.due else None)
     progress.close()
     features, index = features[:done], index[:done]

@@ -134,7 +134,7 @@ class Steps:
         """
         self.group_losses += losses / self.group
         self.group_index.append(index)
-        self.position.step = self.progress.step = self.position.step + 1
+        self.position.step += 1
         if self.last:
             shown = self._update()
             self.progress.update(shown)
