@@ -1,15 +1,23 @@
 """One epoch of supervised fine-tuning, and evaluation."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.data.loader import Loader
 from util.dist import all_reduce, gather_objects
 from util.errors import UserError
+from util.lr_sched import set_lr
 from util.metrics import Evaluation, scores_from_confusion
+from util.optim import optimizer_step
 from util.progress import batches_of
-from util.train.steps import Steps
+from util.seed import seed_all
+from util.train.loop import Loop
+from util.train.run import Run, Training
+from util.train.running_stats import RunningStatistics
 
 
 class Criterion(nn.Module):
@@ -26,6 +34,7 @@ class Criterion(nn.Module):
     def __init__(self, smoothing: float = 0.0, weight: torch.Tensor | None = None):
         super().__init__()
         self.smoothing = smoothing
+        self.weight: torch.Tensor | None
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -42,28 +51,47 @@ class Criterion(nn.Module):
 
 
 def train_one_epoch(
-    model, loader, optimizer, criterion, precision, run, interrupts, *, mixup=None, freeze=None, ema=None, **settings
-):
-    """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
+    training: Training,
+    loader: Loader,
+    criterion: nn.Module,
+    run: Run,
+    *,
+    mixup: Callable | None = None,
+    clip_grad: float | None = None,
+) -> dict[str, float] | None:
+    """Train from run.position to the end of its epoch; returns its metrics (loss, lr), or None if a signal stopped it.
 
-    mixup(images, targets) -> mixed. freeze(model) runs after model.train(). settings: lr_at_epoch, accum_iter,
-    clip_grad, seed, print_freq and max_bad_steps, as util/train/steps.py takes them.
+    criterion(logits [B, C], targets) -> 0-d loss. mixup(images, targets [B]) -> images, targets [B, C]. clip_grad: the
+    largest norm of the gradients.
     """
-    net = model.module if hasattr(model, "module") else model
+    net, model, precision, ema = training.net, training.model, training.precision, training.ema
     model.train()
-    if freeze is not None:
-        freeze(net)
-    steps = Steps(model, net, ["loss"], loader, optimizer, precision.scaler, run, interrupts, ema=ema, **settings)
-    for batch in steps:
+    training.freeze(net)  # frozen layers compute as in evaluation
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    statistics = RunningStatistics(net)  # BatchNorm's, which change in the forward pass already
+    loop = Loop(run, training, loader, ["loss"])
+    for step, batch in loop:
+        seed_all(run.options.machine.seed, *step.seeds)
+        if step.first:
+            lr = set_lr(training.optimizer, training.lr_at(step.time))
+            statistics.keep()
+
         images, targets = batch.images, batch.targets
         if mixup is not None:
             images, targets = mixup(images, targets)
-        with steps.sync():
+        with step.exchange(model):
             with precision.autocast():
                 loss = criterion(model(images), targets)
-            precision.scaler.scale(loss / steps.group).backward()
-        steps.done(loss.detach(), batch.index)
-    return steps.metrics()
+            precision.scaler.scale(loss / step.group).backward()
+        loop.add(loss.detach())
+
+        if step.last:
+            update = optimizer_step(training.optimizer, precision.scaler, parameters, clip_grad)
+            statistics.put_back(update.skipped)
+            if ema is not None:
+                ema.update(net, step.update, update.skipped)
+            loop.record(update, lr)
+    return loop.metrics()
 
 
 @torch.inference_mode()
@@ -95,19 +123,19 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
             top5 += (logits.topk(5).indices == batch.targets[:, None]).sum()
         if collect:
             kept.append((batch.index, logits.softmax(1)))
-    confusion = add_up(confusion.cpu()).view(num_classes, num_classes).numpy()
-    if not confusion.any():
+    counts = add_up(confusion.cpu()).view(num_classes, num_classes).numpy()
+    if not counts.any():
         raise UserError(f"--data_path: none of the {len(loader.data)} images to evaluate can be read")
     sums = add_up(torch.stack([loss_sum.double().cpu(), top5.double().cpu()]))
-    n = max(1, int(confusion.sum()))
-    balanced, f1 = scores_from_confusion(confusion)
+    n = max(1, int(counts.sum()))
+    balanced, f1 = scores_from_confusion(counts)
     result = Evaluation(
-        acc1=100.0 * float(np.trace(confusion)) / n,
+        acc1=100.0 * float(np.trace(counts)) / n,
         acc5=100.0 * float(sums[1]) / n if num_classes > 5 else None,
         loss=float(sums[0]) / n,
         balanced_acc=balanced,
         macro_f1=f1,
-        confusion=confusion,
+        confusion=counts,
     )
     if collect:
         own = [(i.numpy(), q.cpu().numpy()) for i, q in kept]

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 from torch import nn
 
 from models.noprop_mae import NoPropMAE
-from util.seed import mix
-from util.train.steps import Steps
+from util.data.loader import Loader
+from util.lr_sched import set_lr
+from util.optim import allocate_gradients, optimizer_step
+from util.seed import mix, seed_all
+from util.train.loop import Loop
+from util.train.run import Run, Training
 
 
 class EncoderFirst(nn.Module):
@@ -58,35 +63,37 @@ def local_backward(
 
 
 def train_one_epoch(
-    model, loader, optimizer, precision, run, interrupts, *, mask_ratio, mask_ratio_max=None, seed=0, **settings
-):
-    """Train from run.position to the end of its epoch; returns metrics, or None if a signal stopped it.
+    training: Training,
+    loader: Loader,
+    run: Run,
+    *,
+    mask_ratio: float,
+    mask_ratio_max: float | None = None,
+    clip_grad: float | None = None,
+) -> dict[str, float] | None:
+    """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
 
-    model: EncoderFirst, or DDP around it. mask_ratio_max: the ratio is drawn from [mask_ratio, mask_ratio_max] for each
-    micro-step, the same on all ranks, so that none waits for a longer one. settings: lr_at_epoch, accum_iter, clip_grad,
-    print_freq and max_bad_steps, as util/train/steps.py takes them.
-    Metrics: loss, the sum that is trained; loss_0 .. loss_{T-1}, as weighted; loss_encoder with propagate='none'.
+    training.model: EncoderFirst, or DDP around it. mask_ratio_max: the ratio is drawn from [mask_ratio, mask_ratio_max]
+    for each micro-step, the same on all ranks, so that none waits for a longer one. clip_grad: the largest norm of the
+    gradients. Metrics: loss, the sum that is trained; loss_0 .. loss_{T-1}, as weighted; loss_encoder with
+    propagate='none'; lr.
     """
-    net = getattr(model, "module", model).net
+    net, model, precision = cast(NoPropMAE, training.net), training.model, training.precision
     model.train()
-    steps = Steps(
-        model,
-        net,
-        net.loss_names,
-        loader,
-        optimizer,
-        precision.scaler,
-        run,
-        interrupts,
-        seed=seed,
-        # On a CPU's heap; CUDA's allocator and DDP's buckets keep gradients together by themselves.
-        keep_gradients=run.world.device.type == "cpu" and run.world.size == 1,
-        **settings,
-    )
-    for batch in steps:
-        ratio = draw_mask_ratio(mask_ratio, mask_ratio_max, seed, run.position.epoch, run.position.step)
+    seed = run.options.machine.seed
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    # On a CPU's heap; CUDA's allocator and DDP's buckets keep gradients together by themselves.
+    if keep_gradients := run.world.device.type == "cpu" and run.world.size == 1:
+        allocate_gradients(parameters)
+    loop = Loop(run, training, loader, net.loss_names)
+    for step, batch in loop:
+        seed_all(seed, *step.seeds)
+        if step.first:
+            lr = set_lr(training.optimizer, training.lr_at(step.time))
+
+        ratio = draw_mask_ratio(mask_ratio, mask_ratio_max, seed, step.epoch, step.number)
         ids_keep, ids_mask = net.random_masking(len(batch.images), ratio)
-        with steps.sync():
+        with step.exchange(model):
             losses = local_backward(
                 net,
                 model,
@@ -94,10 +101,16 @@ def train_one_epoch(
                 ids_keep,
                 ids_mask,
                 autocast=precision.autocast,
-                scale=lambda loss: precision.scaler.scale(loss / steps.group),
+                scale=lambda loss: precision.scaler.scale(loss / step.group),  # noqa: B023 (called in this step)
             )
-        steps.done(losses, batch.index)
-    return steps.metrics()
+        loop.add(losses)
+
+        if step.last:
+            update = optimizer_step(
+                training.optimizer, precision.scaler, parameters, clip_grad, keep_gradients=keep_gradients
+            )
+            loop.record(update, lr)
+    return loop.metrics()
 
 
 def draw_mask_ratio(low: float, high: float | None, seed: int, epoch: int, step: int) -> float:

@@ -6,20 +6,20 @@ python main_linprobe.py --finetune mae_pretrain_vit_base.pth --model vit_base_pa
 torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pretrained --data_path ImageNet
 """
 
-from util.cli import parser as options
-from util.cli.linprobe import check_linprobe_options, get_args_parser
+from util.cli.linprobe import get_args_parser, get_options  # noqa: F401 (a public name)
+from util.cli.script import check_command_line, run_main
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
-    options.check_command_line(get_args_parser, check_linprobe_options)
+    check_command_line(get_options)
 
 import json
 import time
+from argparse import Namespace
 
 from augment.batch import BatchTransform
 from augment.decoding import limit_pixels
 from augment.image import build_eval_transform
 from models.loading import try_forward
-from util.cli.resolve import describe_input
 from util.data.datasets import ArrayDataset, notes_of, to_channels
 from util.data.image_files import refuse_output_among_images
 from util.data.loader import Loader
@@ -58,25 +58,26 @@ def build_loader(args, meta: dict, data, world: World) -> Loader:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = get_args_parser().parse_args(argv)
-    check_linprobe_options(args)
+    options = get_options(argv)
+    args = Namespace(**options.flat())
     limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url, deterministic=args.deterministic)
     content = read_content(args.finetune)
-    resolve_data(args, content)
+    options = resolve_data(options, content)
+    args = Namespace(**options.flat())
     if args.dataset not in IN_MEMORY:
         refuse_output_among_images("--output_dir", args.output_dir, args.data_path)
     log = claim(args.output_dir, "linprobe", world)
     train, val = load_data(args.dataset, args.data_path, world, val_split=args.val_split, seed=args.split_seed)
 
-    model, meta, pool = load_encoder(args, train.classes, content)
+    model, meta, pool, words = load_encoder(options, train.classes, content)
     try_forward(place(model, world.device), {**meta, "num_classes": model.num_classes}, 1)
     precision = Precision(args.amp, world.device, model)
     prepare_net(model, precision)
     weights = "untrained" if args.random_init else args.finetune or "timm's weights"
     log.say(
         f"{meta['model']} ({weights}) on {args.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} "
-        f"classes; {describe_input(args, meta, content.get('meta'))}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}"
+        f"classes; {words}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}"
     )
     notes = notes_of(train, val)
     for note in notes:
@@ -152,4 +153,4 @@ def write_report(output_dir: str, line: dict, notes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    options.run_main(main)
+    run_main(main)

@@ -5,14 +5,15 @@ torchrun --nproc_per_node=8 main_predict.py --checkpoints out/*/checkpoint-best.
 python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir out_of_fold
 """
 
-from util.cli import parser as options
-from util.cli.predict import check_predict_options, get_args_parser
+from util.cli.predict import get_args_parser, get_options  # noqa: F401 (a public name)
+from util.cli.script import check_command_line, run_main
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
-    options.check_command_line(get_args_parser, check_predict_options)
+    check_command_line(get_options)
 
 import os
 import time
+from argparse import Namespace
 
 import torch
 
@@ -29,8 +30,7 @@ from util.report.prediction import write_all
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started = get_args_parser().parse_args(argv), time.time()
-    check_predict_options(args)
+    args, started = Namespace(**get_options(argv).flat()), time.time()
     limit_pixels(args.max_pixels)
     world = init_world(args.device, args.dist_url)
     # The fastest algorithm is chosen by timing, and so may differ between ranks and runs, and with it the last digits.
@@ -96,4 +96,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    options.run_main(main)
+    run_main(main)

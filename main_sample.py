@@ -5,13 +5,14 @@ python main_sample.py checkpoint-last.pth --images cat.jpg holiday/ --mode recon
 python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 5000 --inception_weights download
 """
 
-from util.cli import parser as options
-from util.cli.sample import check_sample_options, get_args_parser
+from util.cli.sample import get_args_parser, get_options  # noqa: F401 (a public name)
+from util.cli.script import check_command_line, run_main
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
-    options.check_command_line(get_args_parser, check_sample_options)
+    check_command_line(get_options)
 
 import os
+from argparse import Namespace
 
 import torch
 
@@ -92,8 +93,8 @@ def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = get_args_parser().parse_args(argv)
-    check_sample_options(args)
+    options = get_options(argv)
+    args = Namespace(**options.flat())
     limit_pixels(args.max_pixels)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: main_sample.py runs in one process; start it with python")
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     net, content = load_noprop(args.checkpoint)
     net.to(world.device)
     meta = content["meta"]
-    resolve_data(args, content)
+    args = Namespace(**resolve_data(options, content).flat())
     ratios = [content["args"].get(key) for key in ("mask_ratio", "mask_ratio_max")]
     ratios = [r for r in ratios if isinstance(r, float) and 0.0 < r <= 1.0]
     args.mask_ratio = args.mask_ratio or (ratios or [0.75])[0]
@@ -164,4 +165,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    options.run_main(main)
+    run_main(main)

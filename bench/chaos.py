@@ -32,7 +32,7 @@ import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from util.checkpoint import BEST, LAST, read_checkpoint
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.log import TIMES, read_log
 
 COMMON = """

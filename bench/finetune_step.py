@@ -6,8 +6,6 @@ Both have mixup, cutmix, label smoothing, drop path, DiffNoise at t = 15, layer 
 uint8 images, the baseline from normalised floats: its loader has done that. Further --variants: see common.start_up.
 """
 
-from types import SimpleNamespace
-
 from bench import common
 
 CLASSES = 100
@@ -50,6 +48,7 @@ def build_product(variant: str, args):
 
     from augment.batch import BatchTransform
     from engine_finetune import Criterion, train_one_epoch
+    from util.cli.finetune import FinetuneOptions
     from util.data.datasets import ArrayDataset
     from util.data.loader import Loader
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
@@ -57,8 +56,7 @@ def build_product(variant: str, args):
     from util.optim import build_adamw, param_groups
     from util.precision import place
     from util.train.compiled import compile_net
-    from util.train.interrupts import Interrupts
-    from util.train.run import Position
+    from util.train.run import Run, Training
 
     world = common.start_up(variant, args.device)
     net = place(create(args), world.device)
@@ -71,13 +69,12 @@ def build_product(variant: str, args):
     transform = BatchTransform(IMAGENET_MEAN, IMAGENET_STD, size=args.img_size)
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)
     optimizer = build_adamw(param_groups(net, weight_decay=0.05, layer_decay=0.75), lr=1e-5)
-    run = SimpleNamespace(position=Position(), log=RunLog(None, None, is_main=False), world=world, names=lambda i: [])
-    mixup, interrupts = mixing(args), Interrupts()
+    log = RunLog(None, None, is_main=False)
+    run = Run(FinetuneOptions.of(), world, log, kind="finetune", meta={}, loader=loader)
+    training, mixup = Training(net, net, optimizer, precision, lr_at=lambda epoch: 1e-5), mixing(args)
 
     def steps() -> int:
-        train_one_epoch(
-            net, loader, optimizer, Criterion(), precision, run, interrupts, lr_at_epoch=lambda epoch: 1e-5, mixup=mixup
-        )
+        train_one_epoch(training, loader, Criterion(), run, mixup=mixup)
         run.position.next_epoch()
         return n
 

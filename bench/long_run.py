@@ -21,7 +21,7 @@ import torch
 
 from bench.chaos import LINES, write_photos
 from bench.ranks import Ranks
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.log import RunLog
 
 

@@ -9,7 +9,6 @@ Further --variants: see common.start_up. Under torchrun's variables (bench.scali
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 from bench import common
 
@@ -40,14 +39,14 @@ def build_product(variant: str, args):
     from augment.image import Geometry
     from engine_pretrain import EncoderFirst, train_one_epoch
     from models.noprop_mae import NoPropMAE
+    from util.cli.pretrain import PretrainOptions
     from util.data.datasets import ArrayDataset
     from util.data.loader import Loader
     from util.data_specs import DATASETS
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
     from util.train.compiled import compile_noprop
-    from util.train.interrupts import Interrupts
-    from util.train.run import Position, wrap_ddp
+    from util.train.run import Run, Training, wrap_ddp
 
     world = common.start_up(variant, args.device)
     net = NoPropMAE(T=args.T, img_size=args.img_size, patch_size=args.patch_size, use_checkpoint=args.use_checkpoint)
@@ -63,20 +62,12 @@ def build_product(variant: str, args):
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)
     optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1.5e-4, betas=(0.9, 0.95))
     model = wrap_ddp(EncoderFirst(net), world)
-    run = SimpleNamespace(position=Position(), log=RunLog(None, None, is_main=False), world=world, names=lambda i: [])
-    interrupts = Interrupts()
+    log = RunLog(None, None, is_main=False)
+    run = Run(PretrainOptions.of(), world, log, kind="pretrain", meta={}, loader=loader)
+    training = Training(net, model, optimizer, precision, lr_at=lambda epoch: 1.5e-4)
 
     def steps() -> int:
-        train_one_epoch(
-            model,
-            loader,
-            optimizer,
-            precision,
-            run,
-            interrupts,
-            lr_at_epoch=lambda epoch: 1.5e-4,
-            mask_ratio=args.mask_ratio,
-        )
+        train_one_epoch(training, loader, run, mask_ratio=args.mask_ratio)
         run.position.next_epoch()
         return n
 

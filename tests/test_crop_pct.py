@@ -13,9 +13,8 @@ import main_finetune
 import main_linprobe
 import main_predict
 from tests.harness.runs import VIT, finetune, save_member
+from tests.harness.training import resolve
 from util.checkpoint import peek_meta
-from util.cli.finetune import get_args_parser
-from util.cli.resolve import resolve_meta
 from util.errors import UserError
 from util.meta import check_meta
 
@@ -114,8 +113,7 @@ def test_the_linear_probe_sees_what_the_checkpoint_was_validated_on(folds, photo
     ],
 )
 def test_the_flag_wins_then_the_checkpoint_then_the_size(argv, source, expected):
-    args = get_args_parser().parse_args(["--model", "vit_tiny_patch16", *argv])
-    assert resolve_meta(args, ["a", "b"], source)["crop_pct"] == expected
+    assert resolve(["--model", "vit_tiny_patch16", *argv], ["a", "b"], source)[0]["crop_pct"] == expected
 
 
 @pytest.mark.parametrize("value", [0, 1e-9, 1.5, "1", None, float("nan"), [1.0], True])

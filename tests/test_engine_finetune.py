@@ -1,4 +1,3 @@
-import argparse
 import math
 
 import numpy as np
@@ -14,20 +13,20 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import main_finetune
 from augment.batch import BatchTransform
 from bench.ranks import Ranks
 from engine_finetune import Criterion, evaluate, train_one_epoch
+from main_finetune import build_criterion
+from tests.harness.training import new_run, new_training
+from util.cli.settings import Loss
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
 from util.dist import Precision, World, init_world
 from util.errors import UserError
-from util.log import RunLog
 from util.lr_sched import lr_at
 from util.metrics import scores_from_confusion
 from util.optim import build_adamw, build_ema
-from util.train.interrupts import Interrupts
-from util.train.run import Run, wrap_ddp
+from util.train.run import wrap_ddp
 
 CPU = torch.device("cpu")
 
@@ -49,28 +48,32 @@ def toy_net(classes=3):
 
 
 def fit(
-    net, data, *, epochs=1, accum_iter=1, criterion=None, max_bad_steps=10, batch_size=4, lr=1e-2, amp="off", **kwargs
+    net,
+    data,
+    *,
+    epochs=1,
+    accum_iter=1,
+    criterion=None,
+    max_bad_steps=10,
+    batch_size=4,
+    lr=1e-2,
+    amp="off",
+    ema=None,
+    **kwargs,
 ):
     loader = toy_loader(data, batch_size)
     groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.05}]
     optimizer = build_adamw(groups, lr=1e-2)
-    run = Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
-    precision = Precision(amp, CPU)
+    run = new_run(loader, print_freq=100, accum_iter=accum_iter, max_bad_steps=max_bad_steps)
+    training = new_training(
+        net,
+        optimizer,
+        precision=Precision(amp, CPU),
+        lr_at=lambda e: lr_at(e, lr=lr, min_lr=lr / 100, warmup_epochs=1, epochs=4),
+        ema=ema,
+    )
     for _ in range(epochs):
-        stats = train_one_epoch(
-            net,
-            loader,
-            optimizer,
-            criterion or Criterion(0.1),
-            precision,
-            run,
-            Interrupts(),
-            print_freq=100,
-            lr_at_epoch=lambda e: lr_at(e, lr=lr, min_lr=lr / 100, warmup_epochs=1, epochs=4),
-            accum_iter=accum_iter,
-            max_bad_steps=max_bad_steps,
-            **kwargs,
-        )
+        stats = train_one_epoch(training, loader, criterion or Criterion(0.1), run, **kwargs)
         run.position.next_epoch()
     return stats, run, optimizer
 
@@ -162,7 +165,7 @@ def test_class_weights_are_those_of_the_targets_before_smoothing(smoothing, lam)
 def test_balanced_weights_equal_scikit_learns_and_are_zero_for_classes_without_images():
     data = toy_data(n=57, classes=5)
     data.targets[data.targets == 1] = 4
-    weight = main_finetune.class_weights(argparse.Namespace(class_weights="balanced"), data, 7)
+    weight = build_criterion(Loss(class_weights="balanced"), data, 7).weight
     present = np.unique(data.targets)
     expected = dict(zip(present, compute_class_weight("balanced", classes=present, y=data.targets.numpy())))
     assert weight.tolist() == pytest.approx([expected.get(c, 0.0) for c in range(7)])
@@ -176,10 +179,10 @@ def test_a_rare_class_is_learned_under_balanced_weights_and_smoothing(mixing):
     images, targets = torch.full((208, 1, 4, 4), 90, dtype=torch.uint8), torch.zeros(208, dtype=torch.long)
     images[::26], targets[::26] = 165, 1
     data = ArrayDataset(images, targets, ["common", "rare"])
-    weight = main_finetune.class_weights(argparse.Namespace(class_weights="balanced"), data, 2)
+    criterion = build_criterion(Loss(class_weights="balanced"), data, 2)
     mixup = Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=2) if mixing else None
     net = toy_net(2)
-    fit(net, data, epochs=4, batch_size=16, criterion=Criterion(0.1, weight), mixup=mixup)
+    fit(net, data, epochs=4, batch_size=16, criterion=criterion, mixup=mixup)
     with torch.no_grad():
         predicted = net(BatchTransform((0.5,), (0.25,))(images, None, 0, False)).argmax(1)
     assert torch.equal(predicted, targets)
@@ -279,17 +282,8 @@ def test_ranks_agree_on_a_skipped_step_and_keep_their_own_statistics(tmp_path):
         loader = Loader(data, batch_transform=transform, batch_size=4, train=True, world=world, seed=1)
         groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()]}]
         optimizer = build_adamw(groups, lr=1e-2)
-        run = Run(world, RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
-        train_one_epoch(
-            wrap_ddp(net, world),
-            loader,
-            optimizer,
-            Criterion(),
-            Precision("off", CPU),
-            run,
-            Interrupts(),
-            lr_at_epoch=lambda e: 1e-2,
-        )
+        run = new_run(loader, world=world)
+        train_one_epoch(new_training(net, optimizer, model=wrap_ddp(net, world)), loader, Criterion(), run)
         assert run.position.bad_total == 1 and run.position.updates == 2
         net[0].bad_calls = ()
         once = norm_net().train()
@@ -388,18 +382,15 @@ def test_fp16_scales_its_loss_and_skips_an_overflow_without_counting_it_bad():
     groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()], "weight_decay": 0.0}]
     optimizer, precision = build_adamw(groups, lr=1e-2), Precision("fp16", CPU)
     precision.scaler._init_scale = 2.0**40  # fp16 gradients overflow until the scale has come down
-    run = Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    loader = toy_loader(data)
+    run, training = new_run(loader), new_training(net, optimizer, precision=precision)
     before = [p.detach().clone() for p in net.parameters()]
-    train_one_epoch(
-        net, toy_loader(data), optimizer, Criterion(), precision, run, Interrupts(), lr_at_epoch=lambda e: 1e-2
-    )
+    train_one_epoch(training, loader, Criterion(), run)
     assert precision.scaler.get_scale() < 2.0**40 and run.position.bad_total == 0
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters())), "every step of this epoch overflows"
     precision.scaler.update(1024.0)
     run.position.next_epoch()
-    train_one_epoch(
-        net, toy_loader(data), optimizer, Criterion(), precision, run, Interrupts(), lr_at_epoch=lambda e: 1e-2
-    )
+    train_one_epoch(training, loader, Criterion(), run)
     assert not torch.equal(before[0], next(net.parameters())) and all(torch.isfinite(p).all() for p in net.parameters())
 
 

@@ -11,12 +11,11 @@ import torch
 from engine_pretrain import EncoderFirst, draw_mask_ratio, local_backward, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from tests.harness import ROOT
+from tests.harness.training import Order, new_run, new_training
 from util.data.loader import Batch
-from util.dist import Precision, World
-from util.log import RunLog
 from util.optim import build_adamw, param_groups
 from util.seed import seed_all
-from util.train.run import Run
+from util.train.run import Found
 
 SMALL = dict(
     img_size=8,
@@ -181,14 +180,14 @@ def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(run, tmp_p
 # train_one_epoch
 
 
-class Batches:
+class Batches(Order):
     """Five batches of six images; `poison` makes one of them infinite."""
 
-    def __init__(self, poison=None):
-        self.poison = poison
+    data = SimpleNamespace(name=str)
 
-    def __len__(self):
-        return 5
+    def __init__(self, poison=None):
+        super().__init__(batch_size=6, steps=5, n=30)
+        self.poison = poison
 
     def epoch(self, epoch, start_step=0):
         for step in range(start_step, 5):
@@ -198,25 +197,14 @@ class Batches:
             yield Batch(imgs, torch.zeros(6, dtype=torch.long), torch.arange(6))
 
 
-def new_run():
-    return Run(World(), RunLog(None), kind="pretrain", options={}, meta={}, save_freq=0, keep=0)
+def start(**flags):
+    return new_run(Batches(), kind="pretrain", **{"accum_iter": 2, "seed": 7, **flags})
 
 
-QUIET = SimpleNamespace(poll=lambda: (False, False))
-
-
-def train(net, run, interrupts=QUIET, batches=None, optimizer=None, lr=1e-3, **kwargs):
+def train(net, run, batches=None, optimizer=None, lr=1e-3, **kwargs):
     optimizer = optimizer or build_adamw(param_groups(net, weight_decay=0.05), lr=0.0, betas=(0.9, 0.95))
-    kwargs = {"lr_at_epoch": lambda e: lr * (1 + e), "mask_ratio": 0.75, "accum_iter": 2, "seed": 7, **kwargs}
-    stats = train_one_epoch(
-        EncoderFirst(net),
-        batches or Batches(),
-        optimizer,
-        Precision("off", torch.device("cpu")),
-        run,
-        interrupts,
-        **kwargs,
-    )
+    training = new_training(net, optimizer, model=EncoderFirst(net), lr_at=lambda e: lr * (1 + e))
+    stats = train_one_epoch(training, batches or Batches(), run, **{"mask_ratio": 0.75, **kwargs})
     return stats, optimizer
 
 
@@ -226,7 +214,7 @@ def test_an_epoch_equals_a_plain_loop_over_the_summed_loss(propagate):
     net, plain = build(propagate=propagate), build(propagate=propagate)
     # SGD: Adam would magnify the rounding of gradients that are zero, those of the keys' biases.
     stats, optimizer = train(
-        net, new_run(), optimizer=torch.optim.SGD(param_groups(net, weight_decay=0.05), fused=True), lr=0.1
+        net, start(), optimizer=torch.optim.SGD(param_groups(net, weight_decay=0.05), fused=True), lr=0.1
     )
     other = torch.optim.SGD(param_groups(plain, weight_decay=0.05))
     batches, total, levels = list(Batches().epoch(0)), 0.0, torch.zeros(3)
@@ -271,22 +259,23 @@ def test_a_loss_that_the_network_adds_is_trained_and_recorded():
     local_backward(plain, plain.encode, imgs, *ids, generator=generator)
     plain.encode(imgs, ids[0]).square().mean().backward()
     torch.testing.assert_close(got, plain.norm.weight.grad, rtol=1e-8, atol=1e-12)
-    stats, _ = train(WithQuietLatent(**SMALL), new_run())
+    stats, _ = train(WithQuietLatent(**SMALL), start())
     assert stats["loss_latent"] > 0 and len([k for k in stats if k.startswith("loss_")]) == 4
 
 
 def test_an_epoch_stopped_and_resumed_equals_an_uninterrupted_one():
     whole, halves = build(), build()
-    want, _ = train(whole, new_run())
-    run, kept = new_run(), []
-    run.save = lambda state: kept.append(copy.deepcopy(state))
-    stats, _ = train(halves, run, SimpleNamespace(poll=lambda: (True, False)))
+    want, _ = train(whole, start())
+    run, kept = start(), []
+    run.save = lambda training: kept.append(copy.deepcopy(run.state(training)))
+    run.interrupts.poll = lambda: (True, False)
+    stats, _ = train(halves, run)
     assert stats is None and len(kept) == 1 and kept[0]["step"] == 2
-    again = new_run()
+    again = start()
     torch.manual_seed(99)
     fresh = NoPropMAE(**SMALL)  # other weights, all of which come from the checkpoint
     optimizer = build_adamw(param_groups(fresh, weight_decay=0.05), lr=0.0, betas=(0.9, 0.95))
-    again.restore(kept[0], fresh, optimizer)
+    again.restore(Found(kept[0], "", []), new_training(fresh, optimizer))
     got, _ = train(fresh, again, optimizer=optimizer)
     assert got == pytest.approx(want, rel=1e-6)
     for p, q in zip(fresh.parameters(), whole.parameters()):
@@ -296,9 +285,9 @@ def test_an_epoch_stopped_and_resumed_equals_an_uninterrupted_one():
 def test_a_non_finite_step_is_skipped_and_counted():
     net = build()
     before = [p.clone() for p in net.parameters()]
-    run = new_run()
+    run = start(accum_iter=5)
     # With groups of five, the bad micro-step spoils the only update.
-    stats, _ = train(net, run, batches=Batches(poison=3), accum_iter=5)
+    stats, _ = train(net, run, batches=Batches(poison=3))
     assert run.position.bad_total == 1 and math.isnan(stats["loss"]), "no micro-step has a loss to report"
     for p, q in zip(net.parameters(), before):
         assert torch.equal(p, q)
@@ -306,7 +295,7 @@ def test_a_non_finite_step_is_skipped_and_counted():
 
 def test_non_finite_steps_in_a_row_end_the_run_in_one_line():
     with pytest.raises(ValueError, match="--max_bad_steps 1") as error:
-        train(build(), new_run(), batches=Batches(poison=4), max_bad_steps=1)
+        train(build(), start(max_bad_steps=1), batches=Batches(poison=4))
     assert "\n" not in str(error.value)
 
 
@@ -324,5 +313,5 @@ def test_ratio_one_trains_with_a_drawn_ratio(monkeypatch):
     net = build()
     original = net.random_masking
     monkeypatch.setattr(net, "random_masking", lambda n, ratio: seen.append(ratio) or original(n, ratio))
-    stats, _ = train(net, new_run(), mask_ratio=0.9, mask_ratio_max=1.0)
+    stats, _ = train(net, start(), mask_ratio=0.9, mask_ratio_max=1.0)
     assert len(set(seen)) == 5 and all(0.9 <= r <= 1.0 for r in seen) and stats["loss"] > 0

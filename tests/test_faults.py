@@ -21,7 +21,7 @@ from tests.harness import ROOT
 from tests.harness.checks import assert_same_state, comparable, log_without_times, one_line
 from tests.harness.runs import NET, VIT, save_member
 from util.checkpoint import BEST, LAST, read_checkpoint
-from util.cli.parser import known_failure, run_main
+from util.cli.script import known_failure, run_main
 from util.data import loader as data
 from util.data import views
 from util.dist import gather_objects, init_world
@@ -356,10 +356,10 @@ def test_a_hanging_rank_ends_the_others_with_a_message(tmp_path, monkeypatch):
 
     real = main_finetune.train_one_epoch
 
-    def hangs(model, loader, optimizer, criterion, precision, run, *args, **kwargs):
+    def hangs(training, loader, criterion, run, **kwargs):
         if run.world.rank == 1 and run.position.epoch == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return real(model, loader, optimizer, criterion, precision, run, *args, **kwargs)
+        return real(training, loader, criterion, run, **kwargs)
 
     monkeypatch.setattr(main_finetune, "train_one_epoch", hangs)
     line = [*NET, "--batch_size", "32", "--timeout_minutes", "0.15", "--output_dir", str(tmp_path)]

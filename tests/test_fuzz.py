@@ -17,7 +17,7 @@ from models import create_model, load_pretrained
 from models.loading import load_classifier
 from tests.harness import ROOT
 from util.checkpoint import LAST, damage, find_resume, peek_meta, read_checkpoint, read_file
-from util.cli.parser import keyword, number
+from util.cli.values import keyword, number
 from util.errors import UserError
 from util.log import read_log
 from util.meta import check_meta

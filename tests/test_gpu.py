@@ -25,6 +25,7 @@ from models import create_model
 from tests.harness import ROOT
 from tests.harness.checks import assert_same_state, comparable, log_without_times
 from tests.harness.runs import CONV, VIT, finetune, pretrain, save_member
+from tests.harness.training import new_run, new_training
 from util.checkpoint import LAST, read_checkpoint
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
@@ -32,7 +33,7 @@ from util.dist import Precision, init_world
 from util.log import RunLog, read_log
 from util.optim import build_adamw, build_ema, param_groups
 from util.seed import counted_normal, counted_uniform
-from util.train.run import Position
+from util.train.interrupts import Interrupts
 
 DEVICE = os.environ.get("DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.startswith("cuda")
@@ -123,14 +124,14 @@ def test_a_deterministic_run_that_is_stopped_and_goes_on_has_the_bits_of_one_tha
     amp = "bf16" if CUDA else "off"  # convolutions in bf16 are not the CPU's business
     line = [*line, "--device", DEVICE, "--deterministic", "--amp", amp, "--resume", "auto", "--output_dir"]
     assert main(*line, tmp_path / "whole") == 0
-    calls, real, stop = [], main_finetune.Interrupts.poll, 16 if CUDA else 9  # in epoch 1 of 10 or 5 updates
+    calls, real, stop = [], Interrupts.poll, 16 if CUDA else 9  # in epoch 1 of 10 or 5 updates
 
     def poll(self):
         calls.append(1)
         return (True, False) if len(calls) == stop else real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_finetune.Interrupts, "poll", poll)
+        patch.setattr(Interrupts, "poll", poll)
         assert main(*line, tmp_path / "stopped") == 75
     assert read_checkpoint(str(tmp_path / "stopped" / LAST))["step"] > 0
     assert main(*line, tmp_path / "stopped") == 0
@@ -184,7 +185,7 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
     )
     loader = Loader(data, batch_transform=transform, batch_size=16, train=True, world=world)
     optimizer, ema = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-3), build_ema(net, 0.9)
-    run = SimpleNamespace(position=Position(), log=RunLog(None, is_main=False), world=world, names=lambda i: [])
+    run = new_run(loader, world=world, log=RunLog(None, is_main=False), print_freq=100)
     polls = []
 
     def poll() -> tuple[bool, bool]:
@@ -193,20 +194,10 @@ def test_no_step_waits_for_the_device_as_cuda_itself_sees_it(family):
             torch.cuda.set_sync_debug_mode("error" if 2 <= len(polls) < steps - 1 else "default")
         return False, False
 
+    run.interrupts.poll = poll
+    training = new_training(net, optimizer, precision=Precision("bf16", world.device), ema=ema)
     try:
-        stats = train_one_epoch(
-            net,
-            loader,
-            optimizer,
-            Criterion(),
-            Precision("bf16", world.device),
-            run,
-            SimpleNamespace(poll=poll),
-            ema=ema,
-            lr_at_epoch=lambda epoch: 1e-3,
-            print_freq=100,
-            clip_grad=1.0,
-        )
+        stats = train_one_epoch(training, loader, Criterion(), run, clip_grad=1.0)
     finally:
         if world.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -264,15 +255,15 @@ def test_two_ranks_train_as_one_with_twice_the_batch(family, tmp_path):
 HANGS = """
 import os, signal, sys, time
 import main_finetune
-from util.train import run
-from util.cli.parser import run_main
+from util.train import interrupts
+from util.cli.script import run_main
 
-real, run.MAIN_THREAD_FIRST = main_finetune.train_one_epoch, 1.0
+real, interrupts.MAIN_THREAD_FIRST = main_finetune.train_one_epoch, 1.0
 
-def hangs(model, loader, optimizer, criterion, precision, run, *args, **kwargs):
+def hangs(training, loader, criterion, run, **kwargs):
     if run.world.rank == 1 and run.position.epoch == 1:
         time.sleep(600)
-    return real(model, loader, optimizer, criterion, precision, run, *args, **kwargs)
+    return real(training, loader, criterion, run, **kwargs)
 
 main_finetune.train_one_epoch = hangs
 run_main(lambda: main_finetune.main(sys.argv[1:]))

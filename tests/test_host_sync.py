@@ -1,7 +1,5 @@
 """No step waits for the device, except where a line of progress is due: counted on a device that is not there."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from timm.data import Mixup
@@ -15,12 +13,12 @@ from engine_pretrain import train_one_epoch as pretrain_one_epoch
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from tests.harness.fake_device import GPU, FakeDevice
+from tests.harness.training import new_run, new_training
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
 from util.dist import Precision, World
 from util.log import RunLog
 from util.optim import build_adamw, build_ema, param_groups
-from util.train.run import Position
 
 STEPS, PRINT_FREQ, BATCH, CLASSES = 8, 4, 6, 10
 AUGMENTATIONS = {
@@ -40,14 +38,13 @@ class Setup:
         self.world = World(device=GPU)
         self.precision = Precision(amp, torch.device("cpu"))
         self.optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-3)
-        self.run = SimpleNamespace(
-            position=Position(), log=RunLog(None, None, is_main=False), world=self.world, names=lambda i: []
-        )
         images = torch.randint(0, 256, (STEPS * BATCH, 3, 16, 16), dtype=torch.uint8)
         data = ArrayDataset(images, torch.arange(len(images)) % CLASSES, [str(i) for i in range(CLASSES)])
         transform = BatchTransform((0.5,) * 3, (0.25,) * 3, size=16, **augmentation)
         with self.fake:
             self.loader = Loader(data, batch_transform=transform, batch_size=BATCH, world=self.world, **loader)
+        self.run = new_run(self.loader, world=self.world, log=RunLog(None, is_main=False), print_freq=PRINT_FREQ)
+        self.run.interrupts.poll = self.poll
         self.waits: list[list] = []
         self.fake.put(*net.parameters(), *net.buffers())
         self.fake.waits.clear()
@@ -82,20 +79,8 @@ def test_a_fine_tuning_step_does_not_wait_for_the_device(model, augmentation, am
     setup.fake.put(*ema.module.parameters(), *ema.module.buffers())
     mixup = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=CLASSES)
     with setup.fake:
-        stats = train_one_epoch(
-            net,
-            setup.loader,
-            setup.optimizer,
-            Criterion(),
-            setup.precision,
-            setup.run,
-            setup,
-            mixup=mixup,
-            ema=ema,
-            lr_at_epoch=lambda epoch: 1e-3,
-            print_freq=PRINT_FREQ,
-            clip_grad=1.0,
-        )
+        training = new_training(net, setup.optimizer, precision=setup.precision, ema=ema)
+        stats = train_one_epoch(training, setup.loader, Criterion(), setup.run, mixup=mixup, clip_grad=1.0)
     assert 0 < stats["loss"] < 10
     assert setup.between_lines() == []
     assert len(setup.waits[PRINT_FREQ - 1]) > 0, "the line of progress reads what it shows"
@@ -115,17 +100,8 @@ def test_a_pretraining_step_does_not_wait_for_the_device():
     )
     setup = Setup(net, dict(geometry=Geometry(hflip=0.5)), train=True)
     with setup.fake:
-        pretrain_one_epoch(
-            EncoderFirst(net),
-            setup.loader,
-            setup.optimizer,
-            setup.precision,
-            setup.run,
-            setup,
-            mask_ratio=0.75,
-            lr_at_epoch=lambda epoch: 1e-3,
-            print_freq=PRINT_FREQ,
-        )
+        training = new_training(net, setup.optimizer, precision=setup.precision, model=EncoderFirst(net))
+        pretrain_one_epoch(training, setup.loader, setup.run, mask_ratio=0.75)
     assert setup.between_lines() == []
     assert len(setup.waits[PRINT_FREQ - 1]) > 0
 
@@ -134,6 +110,6 @@ def test_evaluation_waits_once_at_its_end():
     net = create_model("vit_custom_patch8", num_classes=CLASSES, img_size=16, embed_dim=12, depth=1, num_heads=2)
     setup = Setup(net, {}, train=False)
     with setup.fake:
-        result = evaluate(net, setup.loader, setup.precision, CLASSES, poll=lambda: setup.poll()[0])
+        result = evaluate(net, setup.loader, setup.precision, CLASSES, poll=setup.run.stop_requested)
     assert result.confusion.sum() == STEPS * BATCH
     assert [w for waits in setup.waits[2:] for w in waits] == []

@@ -15,7 +15,7 @@ from models import create_model
 from tests.harness.checks import assert_same_run
 from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.data.datasets import ArrayDataset
 from util.dist import World
 from util.errors import UserError
@@ -367,11 +367,10 @@ def test_run_without_a_finite_validation_loss_ends_and_says_so(tmp_path, monkeyp
 
 def test_photo_recipe_jitters_images_in_memory_too():
     """Brightness of flat grey images: a factor of U(0.7, 1.3), whose standard deviation is 0.6 / sqrt(12)."""
-    args = main_finetune.get_args_parser().parse_args([*NET, "--aug", "photo", "--reprob", "0"])
-    main_finetune.check_finetune_options(args)
+    options = main_finetune.get_options([*NET, "--aug", "photo", "--reprob", "0"])
     flat = ArrayDataset(torch.full((1024, 1, 8, 8), 100, dtype=torch.uint8), torch.zeros(1024, dtype=torch.long), ["a"])
     meta = {"img_size": [8, 8], "mean": [0.0], "std": [1.0], "in_chans": 1, "crop_pct": 1.0}
-    loader, _ = main_finetune.build_loaders(args, meta, flat, flat, World())
+    loader, _ = main_finetune.build_loaders(options, meta, flat, flat, World())
     level = torch.cat([batch.images.mean((1, 2, 3)) for batch in loader.epoch(0)]) * 255 / 100
     assert level.min() >= 0.695 and level.max() <= 1.305
     assert level.std().item() == pytest.approx(0.6 / 12**0.5, rel=0.1)

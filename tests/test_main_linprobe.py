@@ -9,7 +9,7 @@ from PIL import Image
 
 import main_linprobe
 from bench.ranks import Ranks
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.errors import UserError
 from util.probe import features
 

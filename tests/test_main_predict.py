@@ -16,7 +16,7 @@ from augment.image import build_eval_transform
 from bench.ranks import Ranks
 from tests.harness.prediction import predict, read_csv, reference, values
 from tests.harness.runs import CONV, VIT, save_member
-from util.cli import parser as options
+from util.cli import script
 from util.data.datasets import read_split, read_unlabelled
 from util.data.loader import Loader, SampleReader
 from util.data.views import ViewReader
@@ -326,7 +326,7 @@ def test_missing_member_ends_in_one_line_and_exit_two(ensemble, photo_folder, tm
     ]
     monkeypatch.setattr("sys.argv", ["main_predict.py", *map(str, argv)])
     with pytest.raises(SystemExit) as caught:
-        options.run_main(main_predict.main)
+        script.run_main(main_predict.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "gone.pth: no such file or folder" in error
     assert not (tmp_path / "out").exists()

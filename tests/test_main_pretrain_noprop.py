@@ -3,6 +3,7 @@
 import os
 import signal
 import weakref
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from models.noprop_mae import NoPropMAE
 from tests.harness.checks import assert_same_run, one_line
 from tests.harness.runs import PLAIN, copy_first_epoch, finetune, pretrain
 from util.checkpoint import LAST, read_checkpoint
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.dist import World
 from util.errors import UserError
 from util.log import read_log
@@ -81,7 +82,7 @@ def test_finished_run_that_is_given_more_epochs_is_not_finished_until_they_are_d
     (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes())
     saved, real = [], Run.save
     monkeypatch.setattr(
-        Run, "save", lambda run, state, **how: (saved.append(state["progress"]), real(run, state, **how))
+        Run, "save", lambda run, *args, **how: (saved.append(asdict(run.position)), real(run, *args, **how))
     )
     line = [*TINY, "--epochs", 4, "--save_every_minutes", "1e-9", "--output_dir", tmp_path, "--resume", "auto"]
     assert pretrain(*line) == 0
@@ -109,12 +110,13 @@ def test_other_method_at_resume_is_refused(uninterrupted, tmp_path, flags, words
 def test_sigma_data_is_one_number_on_any_ranks_and_the_checkpoints_at_resume(uninterrupted, tmp_path, monkeypatch):
     """It is the standard deviation of all 1437 training digits, in NumPy: fewer than are looked at, and no mirror image
     changes it."""
-    args = main_pretrain_noprop.get_args_parser().parse_args([*TINY, "--data_path", "."])
-    train, held_out = main_pretrain_noprop.read_images(args, World(), 1)
+    options = main_pretrain_noprop.get_options([*TINY, "--data_path", "."])
+    train, held_out = main_pretrain_noprop.read_images(options.data, World(), 1)
+    meta = {"mean": [0.3], "std": [0.4], "img_size": [8, 8], "in_chans": 1}
     expected = np.std((train.images.numpy() / 255 - 0.3) / 0.4)
     for ranks in (1, 2, 3):
         world = World(rank=ranks - 1, size=ranks)
-        *_, loader = main_pretrain_noprop.build_loaders(args, train, held_out, (8, 8), 1, (0.3,), (0.4,), world)
+        *_, loader = main_pretrain_noprop.build_loaders(options, meta, train, held_out, world)
         assert main_pretrain_noprop.measure_std(loader) == pytest.approx(expected, rel=1e-6)
     content = read_checkpoint(str(uninterrupted / LAST))
     content["meta"]["noprop"]["sigma_data"] = content["args"]["sigma_data"] = 0.625  # as if it had been another set
@@ -139,18 +141,18 @@ def test_a_run_with_nothing_to_train_is_one_line(tmp_path, flags, words):
 
 def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, monkeypatch):
     copy_first_epoch(uninterrupted, tmp_path)
-    real, held = Run.find, []
+    real, held = main_pretrain_noprop.find_checkpoint, []
 
-    def find(self, *args):
-        content = real(self, *args)
-        held.extend(map(weakref.ref, content["model"].values()))
-        return content
+    def find(*args):
+        found = real(*args)
+        held.extend(map(weakref.ref, found.content["model"].values()))
+        return found
 
     def trains(*args, **kwargs):
         assert held and not [value for value in held if value() is not None]
         raise InterruptedError
 
-    monkeypatch.setattr(Run, "find", find)
+    monkeypatch.setattr(main_pretrain_noprop, "find_checkpoint", find)
     monkeypatch.setattr(main_pretrain_noprop, "train_one_epoch", trains)
     with pytest.raises(InterruptedError):
         pretrain(*TINY, "--output_dir", tmp_path, "--resume", "auto")

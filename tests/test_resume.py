@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+import engine_finetune
 import main_finetune
 from bench import chaos
 from bench.ranks import Ranks
 from models import create_model
 from tests.harness.checks import assert_same_run, assert_same_state, comparable, one_line
 from tests.harness.runs import PLAIN, TINY, copy_first_epoch, finetune
+from tests.harness.training import Order, new_run, new_training
 from util.checkpoint import LAST, find_resume, read_checkpoint
-from util.cli.parser import run_main
+from util.cli.script import run_main
 from util.data.loader import Loader
-from util.dist import World
 from util.errors import UserError
-from util.log import RunLog, read_log
-from util.train import steps
+from util.log import read_log
 from util.train.interrupts import Interrupts
-from util.train.run import Run
+from util.train.run import Found
 
 
 @pytest.mark.slow
@@ -35,18 +35,18 @@ def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(un
 
 def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, monkeypatch):
     copy_first_epoch(uninterrupted, tmp_path)
-    real, held = Run.find, []
+    real, held = main_finetune.find_checkpoint, []
 
-    def find(self, *args):
-        content = real(self, *args)
-        held.extend(weakref.ref(value) for part in ("model", "ema") for value in content[part].values())
-        return content
+    def find(*args):
+        found = real(*args)
+        held.extend(weakref.ref(value) for part in ("model", "ema") for value in found.content[part].values())
+        return found
 
     def trains(*args, **kwargs):
         assert held and not [value for value in held if value() is not None]
         raise InterruptedError
 
-    monkeypatch.setattr(Run, "find", find)
+    monkeypatch.setattr(main_finetune, "find_checkpoint", find)
     monkeypatch.setattr(main_finetune, "train_one_epoch", trains)
     with pytest.raises(InterruptedError):
         finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto")
@@ -200,11 +200,9 @@ def test_going_back_in_a_folder_removes_what_is_later_or_is_refused(uninterrupte
     line = [*TINY, "--output_dir", tmp_path, "--lr", "1e-3", "--resume"]
     with pytest.raises(UserError, match=r"checkpoint-0\.pth: .*checkpoint-last\.pth goes beyond it.*--overwrite"):
         finetune(*line, tmp_path / "checkpoint-0.pth")
-    real, calls = main_finetune.Interrupts.poll, []
+    real, calls = Interrupts.poll, []
     monkeypatch.setattr(
-        main_finetune.Interrupts,
-        "poll",
-        lambda self: calls.append(1) or ((True, False) if len(calls) == 5 else real(self)),
+        Interrupts, "poll", lambda self: calls.append(1) or ((True, False) if len(calls) == 5 else real(self))
     )
     assert finetune(*line, tmp_path / "checkpoint-0.pth", "--overwrite") == 75
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"checkpoint-{n}.pth" for n in ("0", "best", "last")]
@@ -238,19 +236,15 @@ def test_other_metric_by_force_starts_the_best_anew(uninterrupted, tmp_path):
 def test_other_number_of_images_is_told_and_with_a_random_split_refused(capsys):
     """--val_split draws anew: of 1400 + 100 images, some that were trained on would be validated on."""
     net = torch.nn.Linear(1, 1)
-    for options in ({}, {"val_split": 0.2}, {"kfold": 5}):
-        before, after = (
-            Run(World(), RunLog(None), kind="finetune", options=options, meta={}, save_freq=0, keep=0) for _ in "ab"
-        )
-        before.follow(Order(64, 22), 1), after.follow(Order(64, 22), 1)
-        before.images = 1400
-        state = before.state(net) | {"optimizer": None}
-        if options:
+    for flags in ({}, {"val_split": 0.2}, {"kfold": 5}):
+        state = new_run(Order(n=1400), **flags).state(new_training(net))
+        if flags:
             with pytest.raises(
-                UserError, match=rf"1400 training images, now there are 1437, and --{next(iter(options))}"
+                UserError, match=rf"1400 training images, now there are 1437, and --{next(iter(flags))}"
             ):
-                after.restore(dict(state), net)
-        after.restore(state, net, force=bool(options))
+                new_run(Order(n=1437), **flags).restore(Found(dict(state), "", []), new_training(net))
+        after = new_run(Order(n=1437), force_resume=bool(flags), **flags)
+        after.restore(Found(state, "", []), new_training(net))
         assert "1437 training images from here on, 1400 before" in capsys.readouterr().out
 
 
@@ -286,16 +280,6 @@ def test_flags_that_change_nothing_or_what_comes_later_may_differ_at_resume(unin
     assert "resume: --reprob 0.5 from here on, 0.25 before" in capsys.readouterr().out
 
 
-class Order:
-    """Of a Loader, what Run.follow reads."""
-
-    def __init__(self, batch_size: int, steps: int):
-        self.batch_size, self.steps, self.order, self.n = batch_size, steps, self, 1437
-
-    def __len__(self) -> int:
-        return self.steps
-
-
 @pytest.mark.parametrize(
     "done,batch,accum,total,goes_on",
     [
@@ -312,13 +296,9 @@ class Order:
 def test_resume_with_other_steps_counts_each_step_once(capsys, done, batch, accum, total, goes_on):
     """Every micro-step of 64 images before the stop had a loss of 2: so has the sum of as many steps as are kept."""
     net = torch.nn.Linear(1, 1)
-    before, after = (
-        Run(World(), RunLog(None), kind="finetune", options={}, meta={}, save_freq=0, keep=0) for _ in "ab"
-    )
-    before.follow(Order(64, done), 1)
+    before, after = new_run(Order(64, done)), new_run(Order(batch, total), accum_iter=accum, force_resume=True)
     before.position.step, before.position.sums = done, {"loss": 2.0 * done}
-    after.follow(Order(batch, total), accum)
-    after.restore(before.state(net) | {"optimizer": None}, net, force=True)
+    after.restore(Found(before.state(new_training(net)), "", []), new_training(net))
     assert after.position.step == goes_on and after.position.sums == pytest.approx({"loss": 2.0 * goes_on})
     assert f"at epoch 0, step {goes_on}\n" in capsys.readouterr().out
 
@@ -326,7 +306,7 @@ def test_resume_with_other_steps_counts_each_step_once(capsys, done, batch, accu
 @pytest.mark.slow
 def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_path, monkeypatch):
     """Two ranks are stopped in epoch 0 after 6 of 22 micro-steps of 2 x 32 images; one process goes on."""
-    real_poll, real_epoch, real_lr, polls, seen, lrs = Interrupts.poll, Loader.epoch, steps.set_lr, [], [], []
+    real_poll, real_epoch, real_lr, polls, seen, lrs = Interrupts.poll, Loader.epoch, engine_finetune.set_lr, [], [], []
 
     def stop_at_the_third_update(self):
         polls.append(1)
@@ -352,7 +332,7 @@ def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_p
         assert two.exit_codes() == [75, 75]
     assert read_checkpoint(str(tmp_path / "two" / "checkpoint-last.pth"))["step"] == 6
     monkeypatch.setattr(Loader, "epoch", watched)
-    monkeypatch.setattr(steps, "set_lr", lambda optimizer, lr: (lrs.append(lr), real_lr(optimizer, lr)))
+    monkeypatch.setattr(engine_finetune, "set_lr", lambda optimizer, lr: lrs.append(lr) or real_lr(optimizer, lr))
     assert finetune(*line, "--batch_size", 64, "--output_dir", tmp_path / "one") == 0
     order = list(seen)
     assert go_on("equal", "--batch_size", 64) == order[6 * 64 :], "as many images at a time: exactly"
@@ -369,13 +349,13 @@ def test_other_world_size_goes_on_with_the_same_samples_and_learning_rates(tmp_p
 @pytest.mark.slow
 def test_stop_during_evaluation_goes_on_bit_for_bit(uninterrupted, tmp_path, monkeypatch):
     """Epoch 0 polls 11 times in training (22 micro-steps, 2 an update), then for each of its 6 evaluation batches."""
-    real, calls = main_finetune.Interrupts.poll, []
+    real, calls = Interrupts.poll, []
 
     def stop_at_the_third_evaluation_batch(self):
         calls.append(1)
         return (True, False) if len(calls) == 14 else real(self)
 
-    monkeypatch.setattr(main_finetune.Interrupts, "poll", stop_at_the_third_evaluation_batch)
+    monkeypatch.setattr(Interrupts, "poll", stop_at_the_third_evaluation_batch)
     assert finetune(*TINY, "--output_dir", tmp_path) == 75
     stopped = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
     assert (stopped["epoch"], stopped["step"]) == (0, 22) and not (tmp_path / "checkpoint-best.pth").exists()
@@ -406,9 +386,7 @@ def test_resume_with_other_classes_is_refused_and_names_the_first_difference(who
         (meta["classes"][:-1], "class 9 is '9', in the data it is missing"),
         ([*meta["classes"][:4], "four", *meta["classes"][5:]], "class 4 is '4', in the data it is 'four'"),
     ):
-        run = Run(
-            World(), RunLog(None), kind="finetune", options={}, meta={**meta, "classes": classes}, save_freq=0, keep=0
-        )
+        run, path = new_run(meta={**meta, "classes": classes}), str(whole_run / LAST)
         with pytest.raises(UserError) as caught:
-            run.find(str(whole_run / LAST))
+            run.restore(Found(read_checkpoint(path), path, []), new_training(torch.nn.Linear(1, 1)))
         assert word in one_line(caught)

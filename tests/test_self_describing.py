@@ -11,9 +11,9 @@ import main_predict
 import main_pretrain_noprop
 from models import create_model
 from tests.harness.runs import VIT, finetune, save_member
+from tests.harness.training import resolve
 from util.checkpoint import peek_meta, read_checkpoint
-from util.cli.finetune import check_finetune_options, get_args_parser
-from util.cli.resolve import describe_input, resolve_meta
+from util.cli.finetune import get_options
 from util.data_specs import DATASETS, IMAGENET_MEAN
 from util.errors import UserError
 from util.log import read_log
@@ -85,7 +85,7 @@ def test_no_flag_of_the_network_is_given_twice(photo_folder, tmp_path, family, c
 
 
 def test_a_flag_goes_before_the_checkpoint(tmp_path):
-    args = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x"])
+    line = ["--dataset", "digits", "--finetune", "x"]
     source = {
         "model": "vit_tiny_patch4",
         "global_pool": False,
@@ -97,15 +97,13 @@ def test_a_flag_goes_before_the_checkpoint(tmp_path):
         "std": [0.2],
         "model_kwargs": {"depth": 2},
     }
-    assert resolve_meta(args, ["a", "b"], source)["num_classes"] == 3
-    assert resolve_meta(args, ["a", "b", "c"], source)["num_classes"] == 3
-    assert resolve_meta(args, ["a", "b", "c", "d"], source)["num_classes"] == 4
+    assert resolve(line, ["a", "b"], source)[0]["num_classes"] == 3
+    assert resolve(line, ["a", "b", "c"], source)[0]["num_classes"] == 3
+    assert resolve(line, ["a", "b", "c", "d"], source)[0]["num_classes"] == 4
     for flags, expected in (([], False), (["--global_pool"], True), (["--cls_token"], False)):
-        args = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x", *flags, "--nb_classes", "5"])
-        meta = resolve_meta(args, ["a", "b"], source)
+        meta, _ = resolve([*line, *flags, "--nb_classes", "5"], ["a", "b"], source)
         assert meta["global_pool"] is expected and meta["num_classes"] == 5 and meta["model_kwargs"] == {"depth": 2}
-    other = get_args_parser().parse_args(["--dataset", "digits", "--finetune", "x", "--model", "vit_small_patch4"])
-    meta = resolve_meta(other, ["a", "b"], source)
+    meta, _ = resolve([*line, "--model", "vit_small_patch4"], ["a", "b"], source)
     assert meta["global_pool"] is True and meta["model_kwargs"] == {}
 
 
@@ -133,17 +131,14 @@ def test_a_flag_goes_before_the_checkpoint(tmp_path):
     ],
 )
 def test_input_follows_flag_checkpoint_weights_data_set_and_the_first_line_says_which(flags, source, size, mean, words):
-    args = get_args_parser().parse_args(["--dataset", "cifar10", *flags.split()])
-    meta = resolve_meta(args, ["a", "b"], source)
+    meta, said = resolve(["--dataset", "cifar10", *flags.split()], ["a", "b"], source)
     assert meta["img_size"] == [size, size] and meta["mean"] == pytest.approx(list(mean))
-    said = describe_input(args, meta, source)
     assert f"input 3 x {size} x {size}" in said and " ".join(f"{v:.4g}" for v in mean) in said and words in said
 
 
 def test_a_tag_that_timm_does_not_have_is_one_line():
-    args = get_args_parser().parse_args(["--dataset", "digits", "--model", "vit_tiny_patch16_224.mae"])
     with pytest.raises(UserError, match=r"--model vit_tiny_patch16_224.mae: .*tag"):
-        resolve_meta(args, ["a", "b"])
+        resolve(["--dataset", "digits", "--model", "vit_tiny_patch16_224.mae"], ["a", "b"])
 
 
 def test_weights_under_maes_name_are_fine_tuned_as_under_timms(tmp_path, capsys):
@@ -232,9 +227,8 @@ def test_a_pretraining_reports_lines_run_as_printed(tmp_path, monkeypatch, capsy
 
 
 def test_evaluating_a_fold_needs_its_number():
-    args = get_args_parser().parse_args(["--eval", "--resume", __file__, "--kfold", "5", "--dataset", "digits"])
     with pytest.raises(UserError, match=r"--kfold 5: .* --fold"):
-        check_finetune_options(args)
+        get_options(["--eval", "--resume", __file__, "--kfold", "5", "--dataset", "digits"])
 
 
 def test_evaluation_on_other_classes_names_the_first_difference(photo_folder, tmp_path):

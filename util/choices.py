@@ -33,6 +33,8 @@ VIEW_NAMES = (
     "blur",
 )
 
+LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
+
 MAE_NAMES = tuple(f"vit_{size}_patch16" for size in ("tiny", "small", "base", "large")) + ("vit_huge_patch14",)
 _MAE_NAME = re.compile(r"vit_(tiny|small|base|large|huge|custom)_patch(\d+)")
 

@@ -15,7 +15,8 @@ def lr_at(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epoch
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * r))
 
 
-def set_lr(optimizer, lr: float) -> None:
-    """Give every parameter group the schedule's lr times its own lr_scale (layer decay)."""
+def set_lr(optimizer, lr: float) -> float:
+    """Give every parameter group the schedule's lr times its own lr_scale (layer decay); returns lr."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr

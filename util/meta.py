@@ -7,11 +7,11 @@ memory than there is.
 import math
 from numbers import Real
 
+from util.choices import LEAST_CROP_PCT
 from util.errors import UserError
 from util.files import composed
 
 LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
-LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
 # timm.create_model's arguments that fetch or open something, or return another thing than a classifier.
 FORBIDDEN = {
     "pretrained",

@@ -1,5 +1,7 @@
 """Parameter groups (layer-wise lr decay, weight-decay exemptions) and the optimizer."""
 
+from dataclasses import dataclass
+
 import torch
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
@@ -74,7 +76,7 @@ def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float] = (
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def allocate_gradients(parameters: list[torch.Tensor]) -> None:
+def allocate_gradients(parameters: list[nn.Parameter]) -> None:
     """Zero gradients in advance, all of them side by side, to be kept (`optimizer_step(keep_gradients=True)`).
 
     A gradient that is allocated in the middle of a backward pass outlives the activations around it and leaves a hole
@@ -86,26 +88,42 @@ def allocate_gradients(parameters: list[torch.Tensor]) -> None:
             p.grad = torch.zeros_like(p)
 
 
-def optimizer_step(
-    optimizer, scaler, parameters: list[torch.Tensor], clip_grad: float | None, *, keep_gradients: bool = False
-) -> torch.Tensor:
-    """Unscale, clip, update; returns the gradient norm (0-d, on the device).
+@dataclass(frozen=True)
+class Update:
+    """An update, made or skipped: the gradients' norm before clipping and the scale of the loss, 0-d, on the device."""
 
-    A step with a non-finite norm leaves weights and moments alone, without asking the device: fused AdamW reads
-    `found_inf`, the hook GradScaler uses. Under DDP the reduced gradients are equal, so all ranks skip together.
+    norm: torch.Tensor
+    skipped: torch.Tensor  # bool: the norm is not finite
+    loss_scale: torch.Tensor  # 1 unless fp16
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: list[nn.Parameter],
+    clip_grad: float | None = None,
+    *,
+    keep_gradients: bool = False,
+) -> Update:
+    """Unscale, clip to the norm clip_grad, update unless the norm is not finite, zero the gradients.
+
+    A skipped step leaves weights and moments alone, without asking the device: fused AdamW reads `found_inf`, the hook
+    that GradScaler uses. Under DDP the reduced gradients are equal, so all ranks skip together.
     keep_gradients: zero them in place instead of freeing them (see `allocate_gradients`).
     """
+    loss_scale = scaler.scale(torch.ones((), device=parameters[0].device))  # before this update changes it
     scaler.unscale_(optimizer)  # the identity unless fp16
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    skipped = ~torch.isfinite(norm)
     if not scaler.is_enabled():
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.grad_scale = None
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not keep_gradients)
-    return norm
+    return Update(norm, skipped, loss_scale)
 
 
 class Ema(ModelEmaV3):

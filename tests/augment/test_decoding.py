@@ -21,7 +21,7 @@ from augment.image import build_eval_transform, build_train_transform
 from tests.harness import ROOT
 from tests.harness.checks import one_line
 from tests.harness.runs import finetune
-from util.cli.parser import known_failure
+from util.cli.script import known_failure
 from util.data.datasets import FileDataset, read_split
 from util.data.loader import Loader, SampleReader, choose_loader
 from util.data.views import ViewReader

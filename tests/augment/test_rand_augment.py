@@ -27,7 +27,7 @@ from augment.rand_augment import (
     rand_augment,
 )
 from tests.harness.pictures import pictures, to_pil, to_tensor
-from util.cli.parser import policy_or_none
+from util.cli.values import policy_or_none
 from util.seed import counted_uniform, sample_rng
 
 pytestmark = pytest.mark.usefixtures("posterize_to_no_bits")

@@ -10,9 +10,7 @@ import main_finetune
 import main_pretrain_noprop
 from models import create_model
 from tests.harness import ROOT
-from util.dist import World
-from util.log import RunLog
-from util.train.run import Run
+from tests.harness.training import new_run, new_training
 
 NET = """
     --dataset digits --model vit_custom_patch4 --model_kwargs embed_dim=12 depth=1 num_heads=2 --epochs 3
@@ -68,11 +66,9 @@ def save_member(
     ).eval()
     torch.nn.init.normal_(net.get_classifier().weight, std=1.5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        World(), RunLog(None), kind="finetune", options={"eval_metric": "acc1", **args}, meta=meta, save_freq=0, keep=0
-    )
+    run = new_run(meta=meta, **args)
     run.position.best, run.position.best_epoch = 75.0 + seed, 0
-    state = run.state(net)
+    state = run.state(new_training(net))
     if ema:  # the average is what predicts: the last weights are made useless
         state["ema"] = {k: v.clone() for k, v in state["model"].items()}
         state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness.training import new_run, new_training
 from util.checkpoint import (
     BEST,
     LAST,
@@ -19,11 +20,10 @@ from util.checkpoint import (
     rng_state,
     set_rng_state,
 )
-from util.dist import World
 from util.errors import UserError
 from util.log import RunLog
 from util.optim import build_ema
-from util.train.run import Run
+from util.train.run import Found
 
 
 def state(epoch: int, step: int = 0) -> dict:
@@ -83,10 +83,10 @@ def test_failed_write_keeps_the_previous_checkpoint(tmp_path, capsys, monkeypatc
 )
 def test_a_stopped_run_says_what_is_on_disk(tmp_path, capsys, monkeypatch, folder, disk_is_full, word):
     log = RunLog(folder and str(tmp_path / folder))
-    run = Run(World(), log, kind="finetune", options={}, meta={}, save_freq=0, keep=0)
+    run = new_run(log=log)
     if disk_is_full:
         monkeypatch.setattr(torch, "save", lambda content, file: (_ for _ in ()).throw(OSError(28, "No space left")))
-    run.save(state(1))
+    run.save(new_training(torch.nn.Linear(1, 1)))
     assert run.stopped() == 75 and word in capsys.readouterr().out
     log.close()
 
@@ -152,20 +152,20 @@ def test_generators_go_on_where_they_were():
 def test_what_is_not_finite_is_neither_saved_nor_resumed_from(tmp_path, part, entry):
     """Buffers too: with NaN in BatchNorm's statistics, evaluation stays at chance for ever."""
 
-    def new_run(folder):
-        run = Run(World(), RunLog(str(folder)), kind="finetune", options={}, meta={"model": "x"}, save_freq=0, keep=0)
-        return run, torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.BatchNorm2d(4))
+    def start(folder):
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 1), torch.nn.BatchNorm2d(4))
+        return new_run(log=RunLog(str(folder)), meta={"model": "x"}), new_training(net, ema=build_ema(net, 0.9))
 
-    run, net = new_run(tmp_path)
-    ema = build_ema(net, 0.9)
-    run.save(run.state(net, ema=ema))
+    run, training = start(tmp_path)
+    run.save(training)
     before = (tmp_path / LAST).read_bytes()
-    bad = run.state(net, ema=ema)
-    bad[{"net": "model", "ema": "ema"}[part]][entry].view(-1)[1] = float("nan")
+    poisoned = {"net": training.net, "ema": training.ema.module}[part]
+    poisoned.state_dict()[entry].view(-1)[1] = float("nan")
+    bad = run.state(training)
     with pytest.raises(UserError, match=f"epoch 0: {re.escape(entry)} holds NaN .* the checkpoint before is kept"):
-        run.save(bad)
+        run.save(training)
     assert (tmp_path / LAST).read_bytes() == before and not (tmp_path / PREVIOUS).exists()
 
-    fresh, net = new_run(tmp_path / "fresh")
+    fresh, training = start(tmp_path / "fresh")
     with pytest.raises(UserError, match=f"--resume: the checkpoint's {re.escape(entry)} holds NaN"):
-        fresh.restore(bad, net, ema=build_ema(net, 0.9))
+        fresh.restore(Found(bad, "", []), training)

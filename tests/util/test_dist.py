@@ -16,8 +16,8 @@ from tests.harness.runs import NET, finetune
 from util import checkpoint
 from util.dist import broadcast_buffers, gather_objects, init_world, lost_rank, shutdown
 from util.log import versions
-from util.train import run
-from util.train.interrupts import Interrupts
+from util.train import interrupts
+from util.train.interrupts import MAIN_THREAD_FIRST, Interrupts
 from util.train.run import wrap_ddp
 
 HANGS, GONE, BROKEN = "waited for another rank longer", "another rank died", "the exchange with another rank failed"
@@ -115,7 +115,7 @@ def test_what_torch_and_nccl_say_of_a_lost_rank_becomes_one_line(text, expected,
 @pytest.mark.slow
 def test_a_main_thread_that_stands_still_does_not_hide_a_lost_rank(tmp_path, monkeypatch):
     """Rank 1 stops polling. Rank 0 is stuck where it sees nothing of it, as behind a kernel of NCCL that never ends."""
-    monkeypatch.setattr(run, "MAIN_THREAD_FIRST", 0.1)
+    monkeypatch.setattr(interrupts, "MAIN_THREAD_FIRST", 0.1)
     monkeypatch.setattr(sys, "argv", ["main_finetune.py"])
 
     def call() -> None:
@@ -177,7 +177,7 @@ def test_nccl_waits_longer_than_gloo_and_fp32_is_not_tf32(monkeypatch):
     try:
         assert init_world("auto", timeout_minutes=3).device == cuda
         assert seen["backend"] == "cpu:gloo,cuda:nccl" and seen["gloo"].total_seconds() == 180
-        assert seen["nccl"].total_seconds() > 180 + run.MAIN_THREAD_FIRST + 60
+        assert seen["nccl"].total_seconds() > 180 + MAIN_THREAD_FIRST + 60
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -71,12 +71,12 @@ def test_update_with_clipping_equals_torch_optim_step(keep):
         places = [p.grad.data_ptr() for p in ours.parameters()]
     for _ in range(3):
         ours(x).square().sum().backward()
-        norm = optimizer_step(opt, scaler, list(ours.parameters()), 0.5, keep_gradients=keep)
+        update = optimizer_step(opt, scaler, list(ours.parameters()), 0.5, keep_gradients=keep)
         plain(x).square().sum().backward()
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         reference.step()
         reference.zero_grad()
-        assert norm == pytest.approx(expected.item(), rel=1e-6)
+        assert update.norm.item() == pytest.approx(expected.item(), rel=1e-6)
     for a, b in zip(ours.parameters(), plain.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
     if keep:
@@ -94,8 +94,8 @@ def test_non_finite_gradient_changes_neither_weights_nor_moments(keep):
     moments = [s["exp_avg"].clone() for s in opt.state.values()]
     steps = [float(s["step"]) for s in opt.state.values()]
     (net(torch.randn(4, 4)).sum() * float("nan")).backward()
-    norm = optimizer_step(opt, scaler, list(net.parameters()), 1.0, keep_gradients=keep)
-    assert not torch.isfinite(norm)
+    update = optimizer_step(opt, scaler, list(net.parameters()), 1.0, keep_gradients=keep)
+    assert update.skipped and not torch.isfinite(update.norm)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
     assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, opt.state.values()))
     assert [float(s["step"]) for s in opt.state.values()] == steps

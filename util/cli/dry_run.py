@@ -1,8 +1,13 @@
 """--dry_run: what a command line resolves to, and an estimate of its memory."""
 
 import json
+from collections.abc import Callable
 
 import torch
+
+from util.cli.flags import Options
+from util.data.loader import Loader
+from util.dist import Precision
 
 
 def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
@@ -25,28 +30,41 @@ def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
 
 
 def describe(
-    args, meta: dict, net, groups: list[dict], loader, precision, global_batch: int, lr: float, forward=None
+    options: Options,
+    meta: dict,
+    net: torch.nn.Module,
+    groups: list[dict],
+    loader: Loader,
+    precision: Precision,
+    lr: float,
+    forward: Callable | None = None,
 ) -> str:
-    """The resolved options, model, parameter groups, effective batch, steps per epoch and estimated memory."""
+    """The resolved options, model, parameter groups, effective batch, steps per epoch and estimated memory.
+
+    forward(images) -> outputs: what a step computes and keeps at a time, where it is less than net(images).
+    """
+    flat = options.flat()
     n = sum(p.numel() for p in net.parameters())
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    copies = 4 + bool(getattr(args, "ema_decay", 0))  # weights, gradients, two moments, EMA
-    batch = loader.order.batch_size
+    copies = 4 + bool(flat.get("ema_decay"))  # weights, gradients, two moments, EMA
+    batch, steps, accum_iter = loader.order.batch_size, len(loader), flat["accum_iter"]
+    micro_steps, ranks = min(accum_iter, steps), loader.world.size
     activations = batch * saved_bytes(net, forward or net, (meta["in_chans"], *meta["img_size"]), precision)
     lines = [
-        "options: " + json.dumps(vars(args), default=str, sort_keys=True),
+        "options: " + json.dumps(flat, default=str, sort_keys=True),
         "model:   " + json.dumps(meta, default=str),
+        f"parameters: {n:,} ({n / 1e6:.2f} M)",
+        "groups:",
     ]
-    lines += [f"parameters: {n:,} ({n / 1e6:.2f} M)", "groups:"]
     for g in groups:
         size = sum(p.numel() for p in g["params"])
         lines.append(
-            f"  lr_scale {g['lr_scale']:.5f}  weight_decay {g['weight_decay']:<6g} {size:>12,}  {g['names'][0]} ... ({len(g['names'])})"
+            f"  lr_scale {g['lr_scale']:.5f}  weight_decay {g['weight_decay']:<6g} {size:>12,}  {g['names'][0]} ... "
+            f"({len(g['names'])})"
         )
-    steps = len(loader)
     lines += [
-        f"effective batch: {global_batch} (= {batch} x accum {min(args.accum_iter, steps)} x {loader.world.size} processes), lr {lr:.4g}",
-        f"steps per epoch: {steps} ({-(-steps // args.accum_iter)} updates), {args.epochs} epochs",
+        f"effective batch: {batch * micro_steps * ranks} (= {batch} x accum {micro_steps} x {ranks} processes), lr {lr:.4g}",
+        f"steps per epoch: {steps} ({-(-steps // accum_iter)} updates), {flat['epochs']} epochs",
         f"estimated memory per process: {(weights * copies + activations) / 2**30:.2f} GiB "
         f"({weights * copies / 2**30:.2f} weights, gradients and optimizer; {activations / 2**30:.2f} activations)",
     ]

@@ -1,6 +1,8 @@
 """Checkpoints that are read to be looked at: their data set, their encoder, their denoisers."""
 
 import os
+from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,11 +13,16 @@ from models.noprop_mae import NoPropMAE
 from models.vit import classifier_prefixes
 from util.checkpoint import peek_meta, read_file
 from util.choices import is_mae_name
+from util.cli.flags import Options
+from util.cli.linprobe import LinprobeOptions
+from util.cli.parser import default_path
 from util.cli.resolve import resolve_meta
 from util.data_specs import DATASETS
 from util.errors import UserError, reason_of
 from util.seed import seed_all
 from util.train.run import load_exactly
+
+Own = TypeVar("Own", bound=Options)
 
 
 def read_content(path: str) -> dict:
@@ -33,15 +40,16 @@ def read_content(path: str) -> dict:
     return content
 
 
-def resolve_data(args, content: dict) -> None:
-    """--dataset and --data_path, where not given: those of the run that wrote the checkpoint `content`."""
-    dataset = str((content.get("meta") or {}).get("dataset"))
-    if args.dataset is None:
-        args.dataset = dataset if dataset in DATASETS else "folder"
-    if args.data_path is None:
-        known = content["args"].get("data_path") if content and args.dataset == dataset else None
-        found = isinstance(known, str) and os.path.isdir(known)
-        args.data_path = known if found else "." if args.dataset == "digits" else "data"
+def resolve_data(options: Own, content: dict) -> Own:
+    """The options with --dataset and --data_path of the run that wrote the checkpoint `content`, where they leave them
+    open."""
+    known = str((content.get("meta") or {}).get("dataset"))
+    dataset, path = options.data.dataset, options.data.data_path
+    dataset = dataset or (known if known in DATASETS else "folder")
+    if path is None:
+        path = content["args"].get("data_path") if content and dataset == known else None
+        path = path if isinstance(path, str) and os.path.isdir(path) else default_path(dataset)
+    return options.having(dataset=dataset, data_path=path)
 
 
 def load_noprop(path: str) -> tuple[NoPropMAE, dict]:
@@ -63,33 +71,36 @@ def _noprop(path: str, meta: dict, **changes) -> NoPropMAE:
         raise UserError(f"{path}: its meta describes no model ({reason_of(error)})") from None
 
 
-def load_encoder(args, classes: list[str], content: dict) -> tuple[nn.Module, dict, str]:
-    """(model, meta, pooling) that the flags and the checkpoint `content` ({}: none) describe, with all of its weights.
+def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) -> tuple[nn.Module, dict, str, str]:
+    """(model, meta, pooling, words for the input) that the options and the checkpoint `content` ({}: none) describe; all
+    of its weights are there.
 
     Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has no
     classifier; for any other model `head`, what its classifier reads.
     """
-    source = content.get("meta")
+    source, given = content.get("meta"), options.model
     names = tensor_names(content)
     # MAE's classifiers with average pooling normalise after it; then the tokens themselves are not normalised.
-    args.global_pool = "fc_norm.weight" in names
-    meta = resolve_meta(args, classes, source)
+    described = replace(given, global_pool="fc_norm.weight" in names)
+    meta, words = resolve_meta(
+        described, options.input, options.data.dataset, classes, source, weights=given.finetune, evaluating=True
+    )
     has_head = not is_mae_name(meta["model"]) or "head.weight" in names
-    pool = args.pool or ("head" if has_head else "mean")
+    pool = given.pool or ("head" if has_head else "mean")
 
-    seed_all(args.seed, 0)
-    keywords = {**meta["model_kwargs"], **({"pretrained": True} if args.pretrained else {})}
+    seed_all(options.machine.seed, 0)
+    keywords = {**meta["model_kwargs"], **({"pretrained": True} if given.pretrained else {})}
     model = create_from_meta({**meta, "model_kwargs": keywords}, num_classes=(source or {}).get("num_classes") or None)
-    if args.random_init:
-        if source and "noprop" in source and not (args.model or args.model_kwargs):
+    if given.random_init:
+        if source and "noprop" in source and not (given.model or given.model_kwargs):
             # Untrained, but as its pretraining started: MAE's initialisation, sines and cosines for positions.
-            start = _noprop(args.finetune, source, img_size=meta["img_size"], in_chans=meta["in_chans"]).state_dict()
+            start = _noprop(given.finetune, source, img_size=meta["img_size"], in_chans=meta["in_chans"]).state_dict()
             model.load_state_dict({k: v for k, v in start.items() if k in model.state_dict()}, strict=False)
     elif content:
-        report = load_pretrained(model, args.finetune, pos_grid=args.pos_grid)
+        report = load_pretrained(model, given.finetune, pos_grid=given.pos_grid)
         trained = {name for name, _ in model.named_parameters()}
         head = tuple(f"{name}." for name in classifier_prefixes(model))
         missing = [k for k in report.missing if k in trained and not k.startswith(head)]
         if missing:
-            raise UserError(f"{args.finetune}: lacks weights of this encoder ({', '.join(missing[:4])})")
-    return model.requires_grad_(False).eval(), meta, pool
+            raise UserError(f"{given.finetune}: lacks weights of this encoder ({', '.join(missing[:4])})")
+    return model.requires_grad_(False).eval(), meta, pool, words

@@ -6,16 +6,21 @@ import shlex
 import sys
 
 from util.checkpoint import BEST, LAST
-from util.cli.finetune import get_args_parser
+from util.cli.finetune import FinetuneOptions
+from util.cli.pretrain import PretrainOptions
+from util.cli.settings import Data
 from util.files import write_text
 from util.log import read_log
 from util.predict.calibration import interval_sentence
 from util.report.markdown import note_lines, write_report
 from util.report.plots import plot_curves
 from util.train.folds import RESULT
+from util.train.run import Position
 
 
-def write_finetune_report(output_dir: str, args, meta: dict, position, notes: list[str], images: int) -> None:
+def write_finetune_report(
+    output_dir: str, options: FinetuneOptions, meta: dict, position: Position, notes: list[str], images: int
+) -> None:
     """images: those that each epoch was validated on."""
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
@@ -24,7 +29,7 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
     result = {
         "best": best,
         "last": lines[-1] if lines else {},
-        "options": vars(args),
+        "options": options.flat(),
         "model": meta["model"],
         "notes": notes,
     }
@@ -39,7 +44,9 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
         f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
         + (
-            f"best epoch {position.best_epoch} by {args.eval_metric}." if has_best else "no validation loss was finite."
+            f"best epoch {position.best_epoch} by {options.selection.eval_metric}."
+            if has_best
+            else "no validation loss was finite."
         ),
         "",
         *note_lines(notes),
@@ -55,30 +62,33 @@ def write_finetune_report(output_dir: str, args, meta: dict, position, notes: li
         text += [
             "![confusion matrix of the best epoch](confusion.png)",
             "",
-            f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, args)}` scores it.",
+            f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, options)}` scores it.",
             "",
         ]
     write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", text)
 
 
-def evaluation_line(output_dir: str, args) -> str:
+def evaluation_line(output_dir: str, options: FinetuneOptions) -> str:
     """The command that scores a run's best weights as the run did: the flags that the checkpoint does not hold."""
-    flags = ["batch_size"]
-    flags += ["val_split", "split_seed"] if args.val_split else []
-    flags += ["kfold", "fold", "split_seed"] if args.kfold else []
-    usual = get_args_parser()
-    flags += [k for k in ("amp", "on_bad_image", "max_pixels") if getattr(args, k, None) != usual.get_default(k)]
-    if args.noise_eval:
-        flags += ["seed", "alpha_blend", *(k for k in vars(args) if k.startswith("noise_") and k != "noise_eval")]
-    words = ["--eval", "--resume", os.path.abspath(os.path.join(output_dir, BEST)), *_data_flags(args)]
+    data, flat, flags = options.data, options.flat(), ["batch_size"]
+    flags += ["val_split", "split_seed"] if data.val_split else []
+    flags += ["kfold", "fold", "split_seed"] if data.kfold else []
+    flags += [k for k in ("amp", "on_bad_image", "max_pixels") if flat[k] != options.flags()[k].default]
+    if options.noise.noise_eval:
+        flags += ["seed", "alpha_blend", *(k for k in flat if k.startswith("noise_") and k != "noise_eval")]
+    words = ["--eval", "--resume", os.path.abspath(os.path.join(output_dir, BEST)), *_data_flags(data)]
     for flag in flags:
-        words += [f"--{flag}", str(getattr(args, flag))]
-    return _command("main_finetune.py", *words, *(["--noise_eval"] if args.noise_eval else []))
+        words += [f"--{flag}", str(flat[flag])]
+    return _command("main_finetune.py", *words, *(["--noise_eval"] if options.noise.noise_eval else []))
 
 
-def _data_flags(args) -> list[str]:
-    embedded = args.dataset == "digits"
-    return ["--dataset", args.dataset, *([] if embedded else ["--data_path", os.path.abspath(args.data_path)])]
+def _data_flags(data: Data) -> list[str]:
+    embedded = data.dataset == "digits"
+    return [
+        "--dataset",
+        data.dataset,
+        *([] if embedded else ["--data_path", os.path.abspath(data.data_path or "data")]),
+    ]
 
 
 def _command(script: str, *words: str) -> str:
@@ -87,7 +97,8 @@ def _command(script: str, *words: str) -> str:
     return shlex.join(["python", os.path.join(os.path.dirname(started), script), *words])
 
 
-def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -> None:
+def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict, notes: list[str]) -> None:
+    noprop = options.noprop
     lines = read_log(os.path.join(output_dir, "log.txt"))
     plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
@@ -96,10 +107,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -
     levels = [k for k in last if k.startswith("train_loss_")]
     names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
     text = [
-        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; T = {args.T}, "
-        f"mask ratio {args.mask_ratio}, propagate {args.propagate}, loss weighting {args.loss_weighting}, "
-        f"sigma_data {args.sigma_data:.3f}.",
-        "",
+        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; T = {noprop.T}, ",
         *note_lines(notes),
         f"| loss | epoch {first.get('epoch')} | epoch {last.get('epoch')} |",
         "|---|---|---|",
@@ -108,7 +116,7 @@ def write_pretrain_report(output_dir: str, args, meta: dict, notes: list[str]) -
         "![curves](curves.png)",
         "",
         *[f"![original, masked, each step, final]({name})\n" for name in pictures[-1:]],
-        f"Next: `{_command('main_finetune.py', '--finetune', last_checkpoint, *_data_flags(args))}`,",
+        f"Next: `{_command('main_finetune.py', '--finetune', last_checkpoint, *_data_flags(options.data))}`,",
         f"`{_command('main_linprobe.py', '--checkpoint', last_checkpoint)}`,",
         f"`{_command('main_sample.py', last_checkpoint)}`.",
         "",

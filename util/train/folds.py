@@ -1,19 +1,20 @@
 """k-fold runs: one folder per fold, out-of-fold probabilities, mean and standard deviation over the folds."""
 
-import copy
 import csv
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from util.cli.finetune import FinetuneOptions
+from util.cli.flags import differences, refusal
 from util.data.labels import image_id
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
 from util.files import must_write, survive, write_atomic, write_csv
-from util.flags import Flag, differences, refusal
 from util.folder import clear_run
 from util.log import claim
 
@@ -24,68 +25,70 @@ def folder(output_dir: str, fold: int) -> str:
     return os.path.join(output_dir, f"fold-{fold}")
 
 
-def of_fold(args, fold: int) -> tuple:
-    """(options, output folder) of one fold. TensorBoard's files of folds are runs of their own as well."""
-    one = copy.copy(args)
-    one.fold = str(fold)
-    if args.log_dir:
-        one.log_dir = folder(args.log_dir, fold)
-    return one, folder(args.output_dir, fold) if args.output_dir else args.output_dir
+def of_fold(options: FinetuneOptions, fold: int) -> FinetuneOptions:
+    """The options of one fold, in a folder of its own; so are TensorBoard's files, where --log_dir is given."""
+    run = options.run
+    return options.having(
+        fold=str(fold),
+        output_dir=folder(run.output_dir, fold) if run.output_dir else run.output_dir,
+        log_dir=folder(run.log_dir, fold) if run.log_dir else run.log_dir,
+    )
 
 
-def is_finished(output_dir: str, flags: dict[str, Flag], options: dict) -> bool:
+def is_finished(options: FinetuneOptions) -> bool:
     """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse.
 
     Under --resume auto, those that a resume may set anew (--epochs) are not: the fold goes on from its checkpoint.
     """
-    path = os.path.join(output_dir, RESULT)
+    path = os.path.join(options.run.output_dir, RESULT)
     if not os.path.isfile(path):
         return False
     try:
         stored = dict(json.loads(Path(path).read_text("utf-8"))["options"])
     except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
         return False
-    found = differences(flags, stored, options)
+    found = differences(options.flags(), stored, options.flat())
     for_good = [d for d in found if not d.flag.free_at_resume]
-    if refused := for_good if options["resume"] else found:
+    if refused := for_good if options.run.resume else found:
         advice = ("" if for_good else "--resume auto goes on with it, ") + "choose another --output_dir, or --overwrite"
-        raise UserError(refusal(refused, f"{output_dir} was finished with", advice))
+        raise UserError(refusal(refused, f"{options.run.output_dir} was finished with", advice))
     return not found
 
 
-def run_all(args, flags: dict[str, Flag], world: World, train_one) -> int:
-    """Every fold that is not finished, then the summary. train_one(args, world, output_dir, fold) -> exit code."""
-    trains = not (args.dry_run or args.eval)
-    log = claim(args.output_dir if trains else None, "kfold", world, overwrite=args.overwrite)
+def run_all(options: FinetuneOptions, world: World, run_one: Callable[[FinetuneOptions, World], int]) -> int:
+    """Every fold that is not finished, then the summary. run_one(options, world) -> exit code."""
+    run, kfold = options.run, options.data.kfold
+    trains = not (run.dry_run or options.selection.eval)
+    log = claim(run.output_dir if trains else None, "kfold", world, overwrite=run.overwrite)
     if log.output_dir:
-        if args.overwrite:
-            clear_run(args.output_dir, folds=args.kfold)
+        if run.overwrite:
+            clear_run(run.output_dir, folds=kfold)
         else:
-            refuse_other_folds(args)
-        log.write_args(vars(args))
-    for fold in range(args.kfold):
-        one, where = of_fold(args, fold)
-        finished = trains and not args.overwrite and world.is_main and is_finished(where, flags, vars(args))
+            refuse_other_folds(run.output_dir, kfold)
+        log.write_args(options.flat())
+    for fold in range(kfold):
+        one = of_fold(options, fold)
+        finished = trains and not run.overwrite and world.is_main and is_finished(one)
         if broadcast_object(finished):
-            log.say(f"fold {fold}: finished before, in {where}")
+            log.say(f"fold {fold}: finished before, in {one.run.output_dir}")
             continue
-        log.say(f"fold {fold} of {args.kfold}: {where}")
-        code = train_one(one, world, where, fold)
-        if code or args.dry_run:
+        log.say(f"fold {fold} of {kfold}: {one.run.output_dir}")
+        code = run_one(one, world)
+        if code or run.dry_run:
             return code
         barrier()
     if world.is_main:
-        summarise(args.output_dir, args.kfold)
+        summarise(run.output_dir, kfold)
     return 0
 
 
-def refuse_other_folds(args) -> None:
+def refuse_other_folds(output_dir: str, kfold: int) -> None:
     """UserError where a run with more folds has left some, which would be taken for this one's."""
-    for name in sorted(os.listdir(args.output_dir)):
+    for name in sorted(os.listdir(output_dir)):
         number = re.fullmatch(r"fold-(\d+)", name)
-        if number and int(number.group(1)) >= args.kfold:
+        if number and int(number.group(1)) >= kfold:
             raise UserError(
-                f"--kfold {args.kfold}: {args.output_dir} holds {name} of another run; choose another --output_dir, or --overwrite"
+                f"--kfold {kfold}: {output_dir} holds {name} of another run; choose another --output_dir, or --overwrite"
             )
 
 
@@ -110,7 +113,8 @@ def probability(p: float) -> str:
 
 def summarise(output_dir: str, kfold: int) -> None:
     """oof.csv of all folds, summary.json and report.md with mean and standard deviation."""
-    header, rows, results = None, [], []
+    header: list[str] = []
+    rows, results = [], []
     for fold in range(kfold):
         where = folder(output_dir, fold)
         path = os.path.join(where, "oof.csv")

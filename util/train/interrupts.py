@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from util.dist import lost_rank
-from util.train.run import MAIN_THREAD_FIRST
+
+MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
 
 
 class Interrupts:
@@ -28,8 +29,9 @@ class Interrupts:
         self.next_save = time.monotonic() + self.period
         timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self.pending = None
-        self.watched, self.closed = SimpleQueue(), threading.Event()
+        self.pending: tuple[dist.Work, torch.Tensor] | None = None
+        self.watched: SimpleQueue = SimpleQueue()
+        self.closed = threading.Event()
         if self.group is not None:
             threading.Thread(target=self._watch, daemon=True).start()
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -59,8 +61,9 @@ class Interrupts:
                 work.wait()
                 stop, save = bool(flags[0]), bool(flags[1])
             flags = torch.tensor([int(self.stop), int(save_due)])
-            self.pending = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True), flags
-            self.watched.put(self.pending[0])
+            work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.pending = work, flags
+            self.watched.put(work)
         if save:
             self.next_save = time.monotonic() + self.period
         return stop, save

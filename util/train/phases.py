@@ -1,15 +1,19 @@
 """The two phases of fine-tuning: the head on a frozen backbone, then all weights, or all but --freeze_layers."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from models.vit import classifiers
-from util.dist import World
+from util.cli.finetune import FinetuneOptions
+from util.cli.settings import Phases
+from util.dist import Precision, World
 from util.errors import UserError
 from util.lr_sched import lr_at
-from util.optim import build_adamw, layer_ids, param_groups
-from util.train.run import wrap_ddp
+from util.optim import Ema, build_adamw, layer_ids, param_groups
+from util.train.run import Training, wrap_ddp
 
 
 def freeze_backbone(model) -> None:
@@ -38,30 +42,54 @@ def freeze_batchnorm(model, everywhere: bool) -> None:
             module.eval()
 
 
-def enter_phase(args, net, in_head_phase: bool, lr: float, world: World):
-    """(model to call, optimizer) of a phase: the head on a frozen backbone, then all but --freeze_layers, with layer decay."""
+def enter_phase(
+    options: FinetuneOptions,
+    net: nn.Module,
+    in_head_phase: bool,
+    lr: float,
+    world: World,
+    precision: Precision,
+    ema: Ema | None,
+) -> Training:
+    """What a phase trains: the head on a frozen backbone, then all but --freeze_layers, with layer decay.
+
+    lr: the peak of the second phase, MAE's curve from its own start; the head's is constant, --head_lr.
+    """
+    phases, optimizer = options.phases, options.optimizer
     head = {id(p) for classifier in classifiers(net) for p in classifier.parameters()}
     layers, last = layer_ids(net)
-    if args.freeze_layers > last:
+    if phases.freeze_layers > last:
         raise UserError(
-            f"--freeze_layers {args.freeze_layers}: this model has {last + 1} layers; should be 0 to {last}"
+            f"--freeze_layers {phases.freeze_layers}: this model has {last + 1} layers; should be 0 to {last}"
         )
     for name, p in net.named_parameters():
-        wanted = id(p) in head if in_head_phase else layers[name] >= args.freeze_layers
-        p.requires_grad_(wanted)
-    groups = param_groups(net, weight_decay=args.weight_decay, layer_decay=1.0 if in_head_phase else args.layer_decay)
-    return wrap_ddp(net, world), build_adamw(groups, lr=lr)
+        p.requires_grad_(id(p) in head if in_head_phase else layers[name] >= phases.freeze_layers)
 
+    def head_lr(epoch: float) -> float:
+        return phases.head_lr
 
-def freezing(args, in_head_phase: bool):
-    """What to call after model.train(), so that frozen parts behave as in evaluation."""
-    return freeze_backbone if in_head_phase else partial(freeze_batchnorm, everywhere=args.freeze_bn)
+    def curve(epoch: float) -> float:
+        return lr_at(
+            epoch - phases.head_epochs,
+            lr=lr,
+            min_lr=optimizer.min_lr,
+            warmup_epochs=optimizer.warmup_epochs,
+            epochs=optimizer.epochs,
+        )
 
-
-def phase_schedule(args, lr: float, in_head_phase: bool):
-    """lr as a function of the fractional epoch: constant --head_lr for the head, then MAE's curve from its own start."""
-    if in_head_phase:
-        return lambda epoch: args.head_lr
-    return lambda epoch: lr_at(
-        epoch - args.head_epochs, lr=lr, min_lr=args.min_lr, warmup_epochs=args.warmup_epochs, epochs=args.epochs
+    layer_decay = 1.0 if in_head_phase else optimizer.layer_decay
+    groups = param_groups(net, weight_decay=optimizer.weight_decay, layer_decay=layer_decay)
+    return Training(
+        net,
+        wrap_ddp(net, world),
+        build_adamw(groups, lr=lr),
+        precision,
+        lr_at=head_lr if in_head_phase else curve,
+        ema=ema,
+        freeze=freezing(phases, in_head_phase),
     )
+
+
+def freezing(phases: Phases, in_head_phase: bool) -> Callable[[nn.Module], None]:
+    """What to call after net.train(), so that frozen parts behave as in evaluation."""
+    return freeze_backbone if in_head_phase else partial(freeze_batchnorm, everywhere=phases.freeze_bn)

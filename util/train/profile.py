@@ -1,6 +1,7 @@
 """--profile N: where a training step's time goes, and how much of the machine's arithmetic it uses."""
 
 import time
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -22,7 +23,7 @@ FORMULAS = {
 class StepProfiler:
     """Follows the first WARMUP + 2 N micro-steps of a run: N timed, then N under torch.profiler.
 
-    util/train/steps.py calls `begin` before it asks for a batch, `got` when it has one, `done` after the step. At the end
+    util/train/loop.py calls `begin` before it asks for a batch, `got` when it has one, `done` after the step. At the end
     output_dir gets trace.json (chrome://tracing, Perfetto) and profile.txt (the rates and the top operations), and the
     log one line. An epoch's end does not matter; a run that is too short for it says so in `close`.
     """
@@ -31,7 +32,7 @@ class StepProfiler:
         self.steps, self.log, self.device, self.dtype = steps, log, device, dtype
         self.step = self.images = self.flops = 0
         self.waited = self.seconds = 0.0
-        self.context = None  # FlopCounterMode or torch.profiler while one is on
+        self.context: Any = None  # FlopCounterMode or torch.profiler while one is on
         self.finished = False
 
     def begin(self) -> None:

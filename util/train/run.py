@@ -3,20 +3,32 @@
 import inspect
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from augment.decoding import limit_pixels
 from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, resumable, rng_state, set_rng_state
-from util.dist import World, all_reduce, broadcast_object, gather_objects
+from util.cli.finetune import FinetuneOptions
+from util.cli.flags import differences, refusal
+from util.cli.pretrain import PretrainOptions
+from util.cli.settings import Run as RunSettings
+from util.data.loader import Loader, choose_loader
+from util.dist import Precision, World, all_reduce, broadcast_object, gather_objects, init_world
 from util.errors import UserError
 from util.files import survive
-from util.flags import Flag, differences, refusal
 from util.folder import goes_on_in
-from util.log import RunLog
+from util.log import RunLog, claim
+from util.optim import Ema
+from util.train.compiled import require_compiler
+from util.train.interrupts import Interrupts
+from util.train.profile import StepProfiler
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
-MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
+Trained = TypeVar("Trained", FinetuneOptions, PretrainOptions)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
 
 
@@ -44,97 +56,211 @@ class Position:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
 
 
+@dataclass
+class Training:
+    """What an epoch of training works on: `model` is called (net, or DistributedDataParallel around it), `net` is saved.
+
+    lr_at(fractional epoch) -> learning rate. freeze(net), after net.train(): layers that compute as in evaluation.
+    """
+
+    net: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    lr_at: Callable[[float], float]
+    ema: Ema | None = None
+    freeze: Callable[[nn.Module], None] = lambda net: None
+
+
+def begin(options: Trained) -> tuple[Trained, World]:
+    """What a training main does first: the processes meet, and what it cannot do on this machine is said."""
+    machine, reading = options.machine, options.reading
+    limit_pixels(reading.max_pixels)
+    world = init_world(machine.device, machine.dist_url, machine.timeout_minutes, machine.deterministic)
+    if machine.compile:
+        require_compiler(world.device)
+    return options.having(loader=choose_loader(reading.loader, options.data.dataset, world)), world
+
+
+def open_log(settings: RunSettings, kind: str, world: World, *, writes: bool = True) -> RunLog:
+    """The log of a training run, its folder claimed (util/log.py); writes=False: of one that saves nothing."""
+    return claim(
+        settings.output_dir if writes else None,
+        kind,
+        world,
+        log_dir=settings.log_dir,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+    )
+
+
+@dataclass
+class Found:
+    """A checkpoint to go on from, and later ones of the same folder that the run goes back behind."""
+
+    content: dict
+    path: str
+    later: list[str]
+
+
+def find_checkpoint(settings: RunSettings, kind: str, log: RunLog, world: World) -> Found | None:
+    """The checkpoint that --resume means, read on every rank; None to start anew."""
+    path: str | None = settings.resume
+    if settings.resume == "auto":
+        path = broadcast_object(find_resume(log.output_dir or "") if world.is_main else None)
+    if not path:
+        return None
+    content = read_checkpoint(path)
+    if content.get("kind") != kind:
+        raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {kind}")
+    if content.get("optimizer") is None:
+        raise UserError(
+            f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
+        )
+    lacking = [k for k in NEEDED if k not in content]
+    if lacking:
+        raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
+    if not all(type(content[k]) is int and 0 <= content[k] < 2**31 for k in ("epoch", "step")):
+        raise UserError(f"--resume {path}: its epoch or step is not a number of 0 or more")
+    later: list[str] = []
+    if settings.resume != "auto" and log.output_dir and goes_on_in(log.output_dir, path):
+        here = (content["epoch"], content["step"])
+        later = [other for position, other in resumable(log.output_dir) if position > here]
+    later = broadcast_object(later)
+    if later and not settings.overwrite:
+        raise UserError(
+            f"--resume {path}: {later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes what "
+            "is later, or choose another --output_dir"
+        )
+    return Found(content, path, later)
+
+
 class Run:
-    """Saves and restores a run's state; rank 0 writes, all ranks read."""
+    """A training run: where it is, what it saves and goes on from, what stops it. Rank 0 writes, all ranks read.
+
+    options: those of the main, with groups `run`, `optimizer` and `machine`. kind, meta: of its checkpoints. loader: of
+    the training images; its order of samples is what a position counts in.
+    """
 
     def __init__(
         self,
+        options: FinetuneOptions | PretrainOptions,
         world: World,
         log: RunLog,
         *,
         kind: str,
-        options: dict,
         meta: dict,
-        save_freq: int,
-        keep: int,
-        flags: dict[str, Flag] | None = None,
+        loader: Loader,
     ):
-        self.world, self.log, self.kind, self.options, self.meta = world, log, kind, options, meta
-        self.flags = flags or {}  # what the options' flags declare of themselves, for a resume
-        self.save_freq = save_freq
-        self.writer = CheckpointWriter(log.output_dir, keep) if log.output_dir else None
+        self.options, self.world, self.log, self.kind, self.meta = options, world, log, kind, meta
+        self.loader, self.accum_iter = loader, options.optimizer.accum_iter
+        self.global_batch = loader.order.batch_size * world.size  # images per micro-step over all ranks
+        self.writer = CheckpointWriter(log.output_dir, options.run.keep) if log.output_dir else None
         self.wrote = False  # the last checkpoint, on the rank that writes
-        self.source = ""  # the checkpoint that this run goes on from
-        self.later: list[str] = []  # checkpoints of the same folder that it goes back behind
         self.position = Position()
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
-        self.global_batch = 0  # images per micro-step over all ranks: the unit of the sample order
-        self.total, self.accum_iter = math.inf, 1  # micro-steps of an epoch, and of an update
-        self.images = 0  # of the training set
-        self.names = lambda index: [str(int(i)) for i in index]  # sample names for reports
+        self.interrupts = Interrupts(options.run.save_every_minutes, options.machine.timeout_minutes)
+        self.profiler: StepProfiler | None = None
 
-    def follow(self, loader, accum_iter: int) -> None:
-        """The order of samples that the run goes through: training's Loader, and micro-steps per update."""
-        self.global_batch, self.total = loader.order.batch_size * self.world.size, len(loader)
-        self.images, self.accum_iter = loader.order.n, accum_iter
-        self.names = lambda index: [loader.data.name(int(i)) for i in index]
+    def __enter__(self) -> "Run":
+        return self
 
-    def start_at(self, epoch: int, epochs: int) -> None:
-        """A run without a checkpoint begins with `epoch` of `epochs`. UserError if there is nothing to train."""
-        if epoch >= epochs:
+    def __exit__(self, *error) -> None:
+        self.interrupts.close()
+        self.log.close()
+
+    def begin(self, training: Training, epochs: int, found: Found | None, *, lr: float, new_optimizer: bool = False):
+        """Go on from `found`, or begin with --start_epoch, towards `epochs` in all; open the log there.
+
+        new_optimizer: what `found` has is of another phase. UserError if there is nothing to train.
+        """
+        settings, first = self.options.run, self.options.run.start_epoch
+        if found:
+            self.restore(found, training, new_optimizer)
+        elif first >= epochs:
             raise UserError(
-                f"--start_epoch {epoch}: should be below the {epochs} epochs of the run"
+                f"--start_epoch {first}: should be below the {epochs} epochs of the run"
                 if epochs
                 else "--epochs 0: should be 1 or more; there is nothing to train"
             )
-        self.position = Position(epoch=epoch)
-
-    def plan(self, epochs: int) -> None:
-        """How many epochs the run has in all. One that is finished goes on when it is given another number."""
+        else:
+            self.position.epoch = first
         position = self.position
+        # A run that is finished goes on when it is given another number of epochs.
         position.finished = position.epoch >= epochs or (position.finished and position.planned == epochs)
         position.planned = epochs
-        if position.finished and not goes_on_in(self.options["output_dir"], self.options["resume"]):
-            raise UserError(f"--resume {self.source}: is finished after {position.epoch} epochs; give more --epochs")
+        if position.finished and found and not goes_on_in(settings.output_dir, settings.resume):
+            raise UserError(f"--resume {found.path}: is finished after {position.epoch} epochs; give more --epochs")
+        self.log.start(position.epoch + position.step / len(self.loader))
         if position.finished:
             self.log.say("the run is finished; more --epochs would go on with it")
+        else:
+            self.log.write_args({**self.options.flat(), "resolved": self.meta, "lr": lr})
+        if settings.profile and self.log.output_dir:
+            precision = training.precision
+            self.profiler = StepProfiler(settings.profile, self.log, precision.device, precision.dtype)
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs from the position on, until it is finished."""
+        while not self.position.finished:
+            yield self.position.epoch
+        if self.profiler is not None:
+            self.profiler.close()
+
+    def end_epoch(self, training: Training, values: dict, *, is_best: bool = False, finished: bool = False) -> None:
+        """Write the epoch's line of log.txt and its checkpoints. values: train_* and val_*; finished: it is the last."""
+        position, epoch = self.position, self.position.epoch
+        parameters = sum(p.numel() for p in training.net.parameters())
+        line = {**values, "epoch": epoch, "n_parameters": parameters, "bad_steps": position.bad_total, **self.speed}
+        self.log.epoch(line)
+        position.next_epoch()
+        position.finished = finished or position.epoch >= position.planned
+        self.save(training, finished_epoch=epoch, is_best=is_best)
 
     def describe_speed(self) -> str:
         return (
-            f"{self.speed['images_per_second']:.4g} images/s, {self.speed['data_wait_percent']:.0f} % waiting for data"
+            f"{self.speed['seconds']:.1f} s, {self.speed['images_per_second']:.4g} images/s, "
+            f"{self.speed['data_wait_percent']:.0f} % waiting for data"
         )
 
-    def state(self, model, optimizer=None, scaler=None, ema=None) -> dict:
+    def report(self, write: Callable[[str], None]) -> None:
+        """write(output_dir) makes report.md and its pictures; one that a finished run has stays."""
+        if self.log.output_dir and (self.speed or not os.path.exists(self.log.path("report.md"))):
+            with survive(self.log.path("report.md")):
+                write(self.log.output_dir)
+
+    def state(self, training: Training) -> dict:
         """The checkpoint's dict. A collective: every rank gives its generators' states."""
         return {
             "format": FORMAT,
             "kind": self.kind,
             "meta": self.meta,
-            "args": self.options,
+            "args": self.options.flat(),
             "epoch": self.position.epoch,
             "step": self.position.step,
             "progress": {**asdict(self.position), "sums": {}},
             "sums": gather_objects(self.position.sums),  # each rank's own
             "global_batch": self.global_batch,
-            "images": self.images,
+            "images": self.loader.order.n,
             "world_size": self.world.size,
-            "model": model.state_dict(),
-            "ema": ema.module.state_dict() if ema is not None else None,
-            "optimizer": optimizer.state_dict() if optimizer is not None else None,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "model": training.net.state_dict(),
+            "ema": training.ema.module.state_dict() if training.ema is not None else None,
+            "optimizer": training.optimizer.state_dict(),
+            "scaler": training.precision.scaler.state_dict(),
             "rng": gather_objects(rng_state(self.world.device)),
         }
 
-    def save(self, state: dict, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
+    def save(self, training: Training, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
         """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} where they are due.
 
         UserError, on all ranks, if a rank's weights or buffers are not finite: they would replace those that are.
         """
-        name = next(filter(None, (non_finite(state.get(part) or {}) for part in ("model", "ema"))), None)
+        state = self.state(training)
+        name = next(filter(None, (non_finite(state[part] or {}) for part in ("model", "ema"))), None)
         if all_reduce(torch.tensor(int(name is not None)), "max"):
             raise UserError(
-                f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is saved; the "
-                "checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+                f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is saved; "
+                "the checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
             )
         if self.writer is None:
             return
@@ -144,18 +270,19 @@ class Run:
         else:
             self.writer.retry_best()
         self.wrote = wrote = self.writer.save_last(state)
-        due = (
-            finished_epoch is not None
-            and self.save_freq
-            and ((finished_epoch + 1) % self.save_freq == 0 or self.position.finished)
-        )
-        if due and wrote:
+        every = self.options.run.save_freq
+        due = every and finished_epoch is not None and ((finished_epoch + 1) % every == 0 or self.position.finished)
+        if finished_epoch is not None and due and wrote:
             self.writer.save_epoch(state, finished_epoch)
         if self.position.finished and not wrote:
             raise UserError(
-                f"{self.writer.output_dir}: the finished run's checkpoint could not be written; make room there and run "
-                "the same line again with --resume auto: it goes on from the last one that could"
+                f"{self.writer.output_dir}: the finished run's checkpoint could not be written; make room there and "
+                "run the same line again with --resume auto: it goes on from the last one that could"
             )
+
+    def stop_requested(self) -> bool:
+        """Whether a signal asks for the end: the same on all ranks, which must ask equally often."""
+        return self.interrupts.poll()[0]
 
     def stopped(self) -> int:
         """The exit code after a signal, and what the log says about what is on disk."""
@@ -168,102 +295,64 @@ class Run:
         self.log.say(f"stopped by a signal at epoch {self.position.epoch}, step {self.position.step}; {saved}")
         return EXIT_STOPPED
 
-    def find(self, resume: str) -> dict | None:
-        """The checkpoint that --resume means, read on every rank; None to start anew."""
-        path = resume
-        if resume == "auto":
-            path = broadcast_object(find_resume(self.log.output_dir or "") if self.world.is_main else None)
-        if not path:
-            return None
-        content = read_checkpoint(path)
-        if content.get("kind") != self.kind:
-            raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {self.kind}")
-        if content.get("optimizer") is None:
-            raise UserError(
-                f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
-            )
-        refuse_other_classes(f"--resume {path}", content["meta"].get("classes"), self.meta.get("classes"))
-        lacking = [k for k in NEEDED if k not in content]
-        if lacking:
-            raise UserError(f"--resume {path}: lacks {', '.join(lacking[:4])}; not a whole checkpoint")
-        if not all(type(content[k]) is int and 0 <= content[k] < 2**31 for k in ("epoch", "step")):
-            raise UserError(f"--resume {path}: its epoch or step is not a number of 0 or more")
-        self.source = path
-        if resume != "auto":
-            self.later = broadcast_object(self._later_than(content))
-        if self.later and not self.options.get("overwrite"):
-            raise UserError(
-                f"--resume {path}: {self.later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes "
-                "what is later, or choose another --output_dir"
-            )
-        return content
-
-    def _later_than(self, content: dict) -> list[str]:
-        folder, here = self.log.output_dir, (content["epoch"], content["step"])
-        if not folder or not goes_on_in(folder, self.source):
-            return []
-        return [path for position, path in resumable(folder) if position > here]
-
-    def compare(self, content: dict, force: bool) -> None:
-        """UserError if a flag that changes the results, or the images per micro-step, are others than in the checkpoint.
-
-        What a resume may set anew is told, and so is all that --force_resume lets pass.
-        """
-        before = content.get("args")
-        found = differences(self.flags, before if isinstance(before, dict) else {}, self.options)
-        refused = [d for d in found if not d.flag.free_at_resume]
-        if refused and not force:
-            raise UserError(
-                refusal(refused, f"--resume {self.source} was written with", "give its value, or --force_resume")
-            )
-        if content["global_batch"] != self.global_batch and not force:
-            raise UserError(
-                f"--resume {self.source}: written with {content['global_batch']} images per micro-step over "
-                f"{content.get('world_size')} processes, this line has {self.global_batch} over {self.world.size}; choose "
-                "--batch_size so that they are equal (then the sample order goes on exactly), or --force_resume"
-            )
-        images, split = (
-            content.get("images", self.images),
-            next((k for k in ("val_split", "kfold") if self.options.get(k)), ""),
-        )
-        if images != self.images:
-            if split and not force:  # the split is drawn anew
-                raise UserError(
-                    f"--resume {self.source}: written with {images} training images, now there are {self.images}, and "
-                    f"--{split} would hold out some that were trained on; bring the set back, or --force_resume"
-                )
-            self.log.say(f"resume: {self.images} training images from here on, {images} before")
-        for d in found:
-            self.log.say(f"resume: {d.flag.name} {d.now} from here on, {d.before} before")
-
-    def restore(self, content: dict, model, optimizer=None, scaler=None, ema=None, force: bool = False) -> None:
+    def restore(self, found: Found, training: Training, new_optimizer: bool = False) -> None:
         """Put everything back; learning-rate scales and weight decay stay those of this command line.
 
-        UserError if the checkpoint is of another model or another run (`compare`), or some part of it is not what `state`
-        writes. Uses `content` up: it is empty afterwards, so that its tensors do not stay in memory.
+        UserError if the checkpoint is of another model or another run (`compare`), or some part of it is not what
+        `state` writes. Uses `found.content` up: it is empty afterwards, so that its tensors do not stay in memory.
         """
+        refuse_other_classes(f"--resume {found.path}", found.content["meta"].get("classes"), self.meta.get("classes"))
         try:
-            self.compare(content, force)
-            self._restore(content, model, optimizer, scaler, ema)
+            self.compare(found)
+            self._restore(found.content, training, new_optimizer)
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
-        self.log.say(f"resume: {self.source} at epoch {self.position.epoch}, step {self.position.step}")
-        content.clear()
-        for path in self.later if self.world.is_main else ():
+        self.log.say(f"resume: {found.path} at epoch {self.position.epoch}, step {self.position.step}")
+        found.content.clear()
+        for path in found.later if self.world.is_main else ():
             with survive(path, "not removed"):
                 os.unlink(path)
 
-    def _restore(self, content: dict, model, optimizer, scaler, ema) -> None:
-        load_exactly(model, content["model"], "--resume")
-        if ema is not None:
-            load_exactly(ema.module, content["ema"] or content["model"], "--resume")
-        if optimizer is not None and content["optimizer"] is not None:
-            restore_optimizer(optimizer, content["optimizer"])
-        if scaler is not None and content["scaler"]:
-            scaler.load_state_dict(content["scaler"])
+    def compare(self, found: Found) -> None:
+        """UserError if a flag that changes the results, or the images per micro-step, are others than in the checkpoint.
+
+        What a resume may set anew is told, and so is all that --force_resume lets pass.
+        """
+        content, force, options = found.content, self.options.run.force_resume, self.options.flat()
+        before, resumed = content.get("args"), f"--resume {found.path}"
+        changed = differences(type(self.options).flags(), before if isinstance(before, dict) else {}, options)
+        refused = [d for d in changed if not d.flag.free_at_resume]
+        if refused and not force:
+            raise UserError(refusal(refused, f"{resumed} was written with", "give its value, or --force_resume"))
+        if content["global_batch"] != self.global_batch and not force:
+            raise UserError(
+                f"{resumed}: written with {content['global_batch']} images per micro-step over "
+                f"{content.get('world_size')} processes, this line has {self.global_batch} over {self.world.size}; "
+                "choose --batch_size so that they are equal (then the sample order goes on exactly), or --force_resume"
+            )
+        now = self.loader.order.n
+        images, split = content.get("images", now), next((k for k in ("val_split", "kfold") if options.get(k)), "")
+        if images != now:
+            if split and not force:  # the split is drawn anew
+                raise UserError(
+                    f"{resumed}: written with {images} training images, now there are {now}, and --{split} would hold "
+                    "out some that were trained on; bring the set back, or --force_resume"
+                )
+            self.log.say(f"resume: {now} training images from here on, {images} before")
+        for d in changed:
+            self.log.say(f"resume: {d.flag.name} {d.now} from here on, {d.before} before")
+
+    def _restore(self, content: dict, training: Training, new_optimizer: bool) -> None:
+        load_exactly(training.net, content["model"], "--resume")
+        if training.ema is not None:
+            load_exactly(training.ema.module, content["ema"] or content["model"], "--resume")
+        if not new_optimizer:
+            restore_optimizer(training.optimizer, content["optimizer"])
+        if content["scaler"]:
+            training.precision.scaler.load_state_dict(content["scaler"])
         self.position = Position(**content["progress"])
         self.position.step = self._step_after(content["step"], content["global_batch"])
         same_steps = content["global_batch"] == self.global_batch and content["step"] == self.position.step
@@ -283,11 +372,13 @@ class Run:
             set_rng_state(content["rng"][self.world.rank], self.world.device)
 
     def _step_after(self, step: int, global_batch: int) -> int:
-        """The micro-step that comes after `step` steps of an epoch in `global_batch` images each, rounded down to a whole
-        update. The epoch's order of samples is the same for any batch size: none is left out and few are seen twice."""
+        """The micro-step that comes after `step` steps of an epoch in `global_batch` images each, down to a whole update.
+
+        The epoch's order of samples is the same for any batch size: none is left out and few are seen twice.
+        """
         if global_batch != self.global_batch:
             step = step * global_batch // self.global_batch
-        return self.total if step >= self.total else step - step % self.accum_iter
+        return len(self.loader) if step >= len(self.loader) else step - step % self.accum_iter
 
 
 def refuse_other_classes(given: str, old: list[str] | None, new: list[str] | None) -> None:
@@ -365,5 +456,5 @@ def wrap_ddp(model, world: World):
     DDP = torch.nn.parallel.DistributedDataParallel
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     new = "forward_sync_buffers" in inspect.signature(DDP.__init__).parameters  # its name since torch 2.14
-    keep = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    keep: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
     return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **keep)

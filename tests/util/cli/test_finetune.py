@@ -1,16 +1,15 @@
 """main_finetune.py's flags: MAE's and their defaults, and what is wrong with a value."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from main_finetune import get_args_parser
-from util.cli.finetune import check_finetune_options
+from util.cli.finetune import get_options
 from util.errors import UserError
 
 
 def parse(*argv):
-    args = get_args_parser().parse_args(list(argv))
-    check_finetune_options(args)
-    return args
+    return SimpleNamespace(**get_options(list(argv)).flat())
 
 
 # MAE's main_finetune.py as published, without flags that do nothing here: dist_on_itp, local_rank, world_size, resplit.

@@ -1,14 +1,12 @@
 """Encoders from the files that a probe may be given."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
-import main_linprobe
 from augment.batch import BatchTransform
 from models import create_model
 from models.noprop_mae import NoPropMAE
+from util.cli.linprobe import LinprobeOptions, get_options
 from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import Loader
 from util.dist import Precision, World
@@ -47,16 +45,9 @@ def pretrained(tmp_path_factory):
     return str(path), net.eval()
 
 
-def options(*line: str):
-    args = main_linprobe.get_args_parser().parse_args(line)
-    main_linprobe.check_linprobe_options(args)
-    args.dataset = args.dataset or "digits"
-    return args
-
-
 def encoder(*line: str):
-    args = options(*line)
-    return load_encoder(args, ["a", "b"], read_content(args.finetune))
+    options = get_options(["--dataset", "digits", *line])
+    return load_encoder(options, ["a", "b"], read_content(options.model.finetune))[:3]
 
 
 def test_features_of_a_pretraining_checkpoint_are_the_encoders_with_nothing_masked(pretrained):
@@ -134,7 +125,6 @@ def test_the_checkpoint_names_its_data_set():
         (dict(dataset="cifar10", data_path=None), ("cifar10", "data")),
         (dict(dataset=None, data_path="x"), ("fashion-mnist", "x")),
     ):
-        args = Namespace(**given)
-        resolve_data(args, content)
-        assert (args.dataset, args.data_path) == expected
+        data = resolve_data(LinprobeOptions.of(**given), content).data
+        assert (data.dataset, data.data_path) == expected
     assert len(read_split("digits", ".", "val")) == 360

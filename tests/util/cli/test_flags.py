@@ -2,11 +2,12 @@
 
 import pytest
 
-from util.cli import finetune as options_finetune
-from util.cli import pretrain as options_pretrain
-from util.flags import differences, refusal
+from util.cli.finetune import FinetuneOptions
+from util.cli.flags import differences, refusal
+from util.cli.parser import Parser
+from util.cli.pretrain import PretrainOptions
 
-PARSERS = {"finetune": options_finetune.get_args_parser, "pretrain": options_pretrain.get_args_parser}
+OPTIONS = {"finetune": FinetuneOptions, "pretrain": PretrainOptions}
 # Where files go, how fast, how often something is told: with any of these a run comes to the same numbers.
 HARMLESS = {
     "num_workers",
@@ -50,20 +51,20 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_every_flag_of_training_declares_what_it_changes(kind):
-    parser = PARSERS[kind]()
-    assert set(vars(parser.parse_args([]))) <= set(parser.flags)
+    flags = OPTIONS[kind].flags()
+    assert set(vars(Parser(OPTIONS[kind]).parse_args([]))) == set(flags)
     harmless, schedule = OWN[kind]
-    assert {k for k, f in parser.flags.items() if not f.changes_results} == HARMLESS | harmless
-    assert {k for k, f in parser.flags.items() if f.free_at_resume} == SCHEDULE | schedule
+    assert {k for k, f in flags.items() if not f.changes_results} == HARMLESS | harmless
+    assert {k for k, f in flags.items() if f.free_at_resume} == SCHEDULE | schedule
 
 
 def changed(before: list[str], now: list[str], **edits) -> dict[str, tuple[str, str]]:
     """Both lines through argparse; the first as a checkpoint would give it back."""
-    parser = PARSERS["finetune"]()
-    saved = {**vars(parser.parse_args(before)), **edits}
-    found = differences(parser.flags, saved, vars(parser.parse_args(now)))
+    parser = Parser(FinetuneOptions)
+    saved = {**parser.options(before).flat(), **edits}
+    found = differences(FinetuneOptions.flags(), saved, parser.options(now).flat())
     return {d.flag.name: (d.before, d.now) for d in found}
 
 
@@ -85,11 +86,11 @@ def test_only_flags_that_change_results_differ_and_both_values_are_shown(tmp_pat
 
 
 def test_what_an_earlier_version_did_not_save_is_not_compared():
-    parser = PARSERS["pretrain"]()
-    now = vars(parser.parse_args(["--sigma_max", "40"]))
-    before = {k: v for k, v in vars(parser.parse_args([])).items() if k != "sigma_max"}
-    assert differences(parser.flags, {**before, "gone": 1}, now) == []
-    [only] = differences(parser.flags, {**before, "sigma_max": 80.0, "lr": None}, now)
+    now = PretrainOptions.of(sigma_max=40.0).flat()
+    before = {k: v for k, v in PretrainOptions.of().flat().items() if k != "sigma_max"}
+    flags = PretrainOptions.flags()
+    assert differences(flags, {**before, "gone": 1}, now) == []
+    [only] = differences(flags, {**before, "sigma_max": 80.0, "lr": None}, now)
     assert (
         refusal([only], "x.pth was written with", "or else") == "--sigma_max 40.0: x.pth was written with 80.0; or else"
     )

@@ -1,0 +1,129 @@
+"""Checked values of flags: what argparse's `type` calls, each a text -> value or a line that says what would be right."""
+
+import argparse
+import difflib
+import math
+import re
+
+from util.choices import MAE_NAMES, VIEW_NAMES, is_mae_name, timm_names
+
+MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: beyond, arithmetic with floats overflows
+
+
+def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_high=False):
+    """A checked int or float: finite, within [low, high] (ends excluded where open)."""
+    word = "whole number" if kind is int else "number"
+    left, right = "(" if open_low else "[", ")" if open_high else "]"
+    unbounded = high in (math.inf, MAX_COUNT)
+    if low == 0 and unbounded:
+        wanted = f"a {word} {'above 0' if open_low else 'of 0 or more'}"
+    elif unbounded:
+        wanted = f"a {word} of {low} or more" if low > -math.inf else f"a {word}"
+    else:
+        wanted = f"a {word} in {left}{low}, {high}{right}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if (
+            value != value
+            or abs(value) == math.inf
+            or value < low
+            or value > high
+            or (open_low and value == low)
+            or (open_high and value == high)
+        ):
+            most = f", at most {high}" if unbounded and value > high and value != math.inf else ""
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            raise argparse.ArgumentTypeError(f"{shown!r} should be {wanted}{most}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1, MAX_COUNT)
+count = number(int, 0, MAX_COUNT)
+
+
+def device_name(text: str) -> str:
+    """--device, as far as it can be judged without torch."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+fraction = number(float, 0.0, 1.0)
+non_negative = number(float, 0.0)
+positive = number(float, 0.0, open_low=True)
+# Bounds beyond which float32 only overflows, far from any value of use.
+rate = number(float, 0.0, 1e3)
+sigma = number(float, 1e-6, 1e6)
+pixel_mean, pixel_std = number(float, -1e6, 1e6), number(float, 1e-6, 1e6)
+
+
+def keyword(text: str) -> tuple[str, object]:
+    """NAME=VALUE for --model_kwargs; numbers, True/False/None and tuples are read as such."""
+    import ast
+
+    name, sep, value = text.partition("=")
+    if not sep or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} should be NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return name, value
+
+
+def model_name(text: str) -> str:
+    """--model: one of MAE's names, or of timm's, with or without the tag of its weights."""
+    known = timm_names()
+    if is_mae_name(text) or text.partition(".")[0] in known or not known:
+        return text
+    near = difflib.get_close_matches(text.partition(".")[0], [*MAE_NAMES, *sorted(known)], n=3, cutoff=0.5)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of MAE's names or timm's{hint}")
+
+
+_NUMBER = r"\d+(\.\d+)?"
+_POLICY = re.compile(
+    rf"rand(-([mn]\d+|mmax\d+|inc[01]|p{_NUMBER}|mstd({_NUMBER}|inf)|t(weights|3aw?)))*"
+    rf"|augmix(-([mwd]\d+|b[01]|(a|mstd){_NUMBER}))*|(original|v0)r?(-mstd{_NUMBER})*|3a(-mstd{_NUMBER})*"
+)
+
+
+def policy_or_none(text: str) -> str | None:
+    """--aa: an augmentation policy as timm writes it, or `none` (None)."""
+    if text.lower() in ("", "none", "off"):
+        return None
+    if _POLICY.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} should be none or timm's rand-m9-mstd0.5-inc1, original, originalr, v0, v0r, 3a, augmix-m3-w3"
+        )
+    return text
+
+
+def sigma_data(text: str) -> float | None:
+    """A number as --sigma_max takes, or `auto` (None)."""
+    return None if text == "auto" else sigma(text)
+
+
+def view_list(text: str) -> list[int]:
+    """--views: 1 is the centre crop, 12 is all; a list has numbers 1 to 12 or names -> numbers from 0 on."""
+    if text in ("1", "12"):
+        return list(range(int(text)))
+    views = []
+    for word in text.split(","):
+        word = word.strip()
+        if word in VIEW_NAMES:
+            views.append(VIEW_NAMES.index(word))
+        elif "," in text and word.isdecimal() and 1 <= int(word) <= len(VIEW_NAMES):
+            views.append(int(word) - 1)
+        else:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} should be 1, 12, or a list such as 1,2,5 of {', '.join(VIEW_NAMES)}"
+            )
+    if len(set(views)) < len(views):
+        raise argparse.ArgumentTypeError(f"{text!r} should have each view once")
+    return views

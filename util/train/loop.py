@@ -1,0 +1,220 @@
+"""What surrounds the micro-steps of a training epoch: where they are, what is recorded of them, what saves and stops."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from util.data.loader import Batch, Loader
+from util.dist import all_reduce
+from util.errors import UserError
+from util.optim import Update
+from util.progress import Progress
+from util.train.run import Run, Training
+
+COUNT = "micro_steps"  # beside the sums of losses in a checkpoint: how many micro-steps are in them
+
+
+def effective_batch(loader: Loader, accum_iter: int) -> tuple[int, str]:
+    """(images per update over all ranks, the words for it). An update ends with the epoch, however few its micro-steps."""
+    steps = min(accum_iter, len(loader))
+    images = loader.order.batch_size * steps * loader.world.size
+    note = f" (--accum_iter {accum_iter}: an epoch has {steps} micro-steps)" if steps < accum_iter else ""
+    return images, f"effective batch {images}{note}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Micro-step `number` of the `total` of an epoch, of which `group` make an update: from the `first` to the `last`."""
+
+    epoch: int
+    number: int
+    total: int
+    group: int
+    first: bool
+    last: bool
+    update: int  # the number of that update in the run, from 1 on
+    seeds: tuple[int, int, int]  # epoch, number and rank: what it draws is the same in a run that was interrupted
+
+    @property
+    def time(self) -> float:
+        """The fractional epoch."""
+        return self.epoch + self.number / self.total
+
+    def exchange(self, model: nn.Module) -> AbstractContextManager:
+        """Around forward and backward: ranks exchange gradients in an update's last micro-step only."""
+        return nullcontext() if self.last else getattr(model, "no_sync", nullcontext)()
+
+
+class Loop:
+    """Goes from run.position to the end of its epoch; an engine reads
+
+        loop = Loop(run, training, loader, ["loss"])
+        for step, batch in loop:
+            ...
+            loop.add(losses)
+            if step.last:
+                loop.record(update, lr)
+        return loop.metrics()
+
+    names: of the losses given to `add`. An update takes the gradients of --accum_iter micro-steps; the epoch's last group
+    may be shorter. After an update the loop saves, or ends early, where a signal or the timer asks for it.
+    """
+
+    def __init__(self, run: Run, training: Training, loader: Loader, names: Sequence[str]):
+        self.run, self.training, self.loader, self.names = run, training, loader, list(names)
+        self.position, self.epoch, self.total = run.position, run.position.epoch, len(loader)
+        self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
+        self.stopped = False
+        device, sums = run.world.device, self.position.sums
+        counted = sums.get(COUNT, float(self.position.step) if sums else 0.0)
+        self.sums = torch.tensor([*(sums.get(n, 0.0) for n in self.names), counted], device=device)
+        self.made, self.tried = torch.zeros((), dtype=torch.long, device=device), 0  # updates
+        self.group_losses = torch.zeros(len(self.names), device=device)  # mean over the accumulation group so far
+        self.group_index: list[torch.Tensor] = []
+        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
+        self.print_freq = run.options.run.print_freq
+        self.shown: dict[str, float] | None = None  # by the line of progress
+        self.progress = Progress(
+            f"Epoch: [{self.epoch}]",
+            self.total,
+            every=self.print_freq,
+            start=self.position.step,
+            enabled=run.world.is_main,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Step, Batch]]:
+        """The rest of this epoch's micro-steps and their batches; ends early if a signal stops the run."""
+        batches, profiler = iter(self.loader.epoch(self.epoch, self.position.step)), self.run.profiler
+        while (batch := self._next(batches)) is not None:
+            self.step, self.index, self.shown = self._step(self.position.step), batch.index, None
+            yield self.step, batch
+            self.position.step += 1
+            self.progress.update(self.shown)
+            if self.step.last:
+                self._poll()
+            self.images += len(batch.index)
+            if profiler is not None:
+                profiler.done(len(batch.index))
+            if self.stopped:
+                break
+        self.progress.close()
+
+    def _step(self, number: int) -> Step:
+        accum_iter = self.run.accum_iter
+        begin = number - number % accum_iter
+        group = min(accum_iter, self.total - begin)
+        first, last = number == begin, number == begin + group - 1
+        seeds = (self.epoch, number, self.run.world.rank)
+        return Step(self.epoch, number, self.total, group, first, last, self.position.updates + 1, seeds)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, None after the last; the time it takes is time that the device may stand still."""
+        profiler = self.run.profiler
+        if profiler is not None:
+            profiler.begin()
+        tic = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - tic
+        if profiler is not None and batch is not None:
+            profiler.got()
+        return batch
+
+    def add(self, losses: torch.Tensor) -> None:
+        """A micro-step's losses: [names], detached, not divided by the group's size."""
+        self.group_losses += losses / self.step.group
+        self.group_index.append(self.index)
+
+    def record(self, update: Update, lr: float) -> None:
+        """An update, made or skipped, of the losses since the one before."""
+        self.made += ~update.skipped
+        self.tried += 1
+        self.position.updates += 1
+        bad = update.skipped
+        if self.training.precision.scaler.is_enabled():
+            # The GradScaler starts at 65536 and halves until the gradients fit: an overflow of the scaled gradients
+            # alone is usual. A non-finite loss is not, nor are gradients that do not fit even scaled down.
+            bad = bad & (~torch.isfinite(self.group_losses.sum()) | (update.loss_scale < 1))
+        counted = torch.cat([self.group_losses, torch.ones_like(self.group_losses[:1])]) * self.step.group
+        self.sums += torch.where(bad, 0.0, counted)
+        self.recent.append((bad, torch.cat(self.group_index)))
+        done = self.step.number + 1
+        # Where a multiple of print_freq lies in this update: it depends on nothing but the step, not on where a resumed
+        # run began, so that the log's lines are the same.
+        if done // self.print_freq > (done - self.step.group) // self.print_freq or done == self.total:
+            self._check_bad_steps()
+            values = self.group_losses.tolist()
+            self.shown = {"lr": lr, "loss": sum(values), "grad_norm": update.norm.item()}
+            scalars = {"loss": sum(values), **dict(zip(self.names, values))}
+            scalars = {**{f"train_{n}": v for n, v in scalars.items()}, "lr": lr}
+            self.run.log.scalars(scalars, int((self.epoch + done / self.total) * 1000))
+        self.group_losses, self.group_index = torch.zeros_like(self.group_losses), []
+
+    def _poll(self) -> None:
+        """Save and stop where a signal or the timer asks for it; the epoch's end saves by itself."""
+        stop, save = self.run.interrupts.poll()
+        if self.position.step == self.total:
+            return
+        if stop or save:
+            self._check_bad_steps()
+            self._keep_sums()
+            self.run.save(self.training)
+        self.stopped = stop
+
+    def _keep_sums(self) -> None:
+        self.position.sums = dict(zip([*self.names, COUNT], self.sums.tolist()))
+
+    def _check_bad_steps(self) -> None:
+        """Count and report non-finite steps since the last look; all ranks give up together after too many in a row."""
+        if not self.recent:
+            return
+        position, most = self.position, self.run.options.run.max_bad_steps
+        flags = torch.stack([bad for bad, _ in self.recent]).int().cpu()
+        flags = all_reduce(flags, "max")  # under fp16, a loss may be non-finite on one rank only
+        for bad, (_, index) in zip(flags.tolist(), self.recent):
+            if bad:
+                position.bad_in_a_row += 1
+                position.bad_total += 1
+                samples = ", ".join(self.loader.data.name(i) for i in index[:8].tolist())
+                samples += ", ..." if len(index) > 8 else ""
+                self.run.log.say(
+                    f"warning: epoch {self.epoch}: non-finite loss or gradient, step skipped; samples {samples}"
+                )
+            else:
+                position.bad_in_a_row = 0
+        self.recent = []
+        if position.bad_in_a_row >= most:
+            raise UserError(
+                f"--max_bad_steps {most}: {position.bad_in_a_row} non-finite steps in a row in epoch {self.epoch}; "
+                "the last checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+            )
+
+    def metrics(self) -> dict[str, float] | None:
+        """Means over ranks and the epoch's micro-steps that were not bad: `loss`, the sum of all, and each by name.
+
+        None if a signal stopped the epoch. The epoch's speed goes to run.speed.
+        """
+        if self.stopped:
+            return None
+        self._check_bad_steps()
+        if self.tried and not self.made:
+            scale = self.training.precision.scaler.get_scale()
+            self.run.log.say(
+                f"warning: epoch {self.epoch}: none of {self.tried} updates was made, no gradient was finite "
+                f"(loss scale {scale:g}); the weights are what they were"
+            )
+        self._keep_sums()  # for a checkpoint written during the evaluation that follows
+        *sums, count = all_reduce(self.sums.double().cpu()).tolist()
+        means = [s / count if count else math.nan for s in sums]
+        seconds = time.perf_counter() - self.began
+        self.run.speed = {
+            "seconds": round(seconds, 2),
+            "images_per_second": round(self.images * self.run.world.size / seconds, 2),
+            "data_wait_percent": round(100 * self.waited / seconds, 2),  # of this rank
+        }
+        lr = self.training.lr_at(self.epoch + (self.total - 1) / self.total)
+        return {"loss": sum(means), **dict(zip(self.names, means)), "lr": lr}
