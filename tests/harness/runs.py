@@ -83,7 +83,7 @@ def copy_first_epoch(run, to) -> None:
 
 
 def run_script(*args, nproc: int = 0, check: int | None = 0, timeout: int = 240, env: dict | None = None, cwd=ROOT):
-    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in the repository, or in `cwd`; returns the result."""
+    """Run `python ARGS` or, with nproc, `torchrun --nproc_per_node N ARGS` in `cwd`; returns the result."""
     command = [sys.executable]
     if nproc:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]

@@ -1,4 +1,4 @@
-"""A made-up family, as a file of models/families would hold it (models/families/__init__.py): patches, cells, a head."""
+"""A made-up family, as a file of models/families/ would hold it (see its __init__.py): patches, cells, a head."""
 
 import torch
 from timm.layers import DropPath, PatchEmbed
