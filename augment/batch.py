@@ -6,7 +6,6 @@ GPU, and every device cuts the same boxes.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from torchvision.transforms.v2 import functional as TVF
 from augment.image import SCALES, Geometry
 from augment.rand_augment import PillowPolicy, RandAugmentPolicy, color_jitter, parse_rand_augment, rand_augment
 from augment.transfer import to_device
+from util.choices import is_rand_augment
 from util.seed import counted_normal, counted_uniform
 
 ERASE_MODES = ("const", "rand", "pixel")
@@ -246,9 +246,8 @@ class BatchTransform:
         self.size = (size, size) if isinstance(size, int) else size
         self.geometry, self.color_jitter, self.erasing, self.seed = geometry, color_jitter, erasing, seed
         self.aa: RandAugmentPolicy | PillowPolicy | None = None
-        if aa:  # -t names another set of operations
-            batched = re.fullmatch(r"rand(-[^t][^-]*)*", aa)
-            self.aa = parse_rand_augment(aa) if batched else PillowPolicy(aa, self.mean)
+        if aa:
+            self.aa = parse_rand_augment(aa) if is_rand_augment(aa) else PillowPolicy(aa, self.mean)
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor | None, epoch: int, train: bool) -> torch.Tensor:

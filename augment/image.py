@@ -1,7 +1,8 @@
 """Per-image transforms in loader workers: file -> PIL image -> uint8 tensor [C, H, W].
 
 Normalisation and erasing come later, for the whole batch on its device (augment/batch.py). Randomness comes from the
-global generators of random, numpy and torch, which util.seed.sample_rng sets per sample.
+global generators of random, numpy and torch, which util.seed.sample_rng sets per sample. Policies here are timm's own on
+Pillow images: what augment/opencv_ops.py and augment/rand_augment.py compute faster is measured and tested against them.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,13 +1,55 @@
 """Pillow's image operations on uint8 batches [B, C, H, W], C = 1 or 3, each sample with its own strength.
 
-They repeat Pillow's integer arithmetic (truncation included), so a batch on the device gets the colours that timm's
-and torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device if nothing else is said.
+They repeat Pillow's integer arithmetic (truncation included), so a batch on the device gets the colours that timm's and
+torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device unless
+said otherwise.
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from augment.transfer import to_device
+
+# ---- Formulas of tables, for tensors and for numpy arrays (augment/opencv_ops.py): what the levels 0..255 become, before
+# it is cut to 8 bits. Levels are the last dimension.
+
+Array = TypeVar("Array", torch.Tensor, np.ndarray)
+
+
+def blend(degenerate, value: Array, factor) -> Array:
+    """Image.blend."""
+    return degenerate + factor * (value - degenerate)
+
+
+def autocontrast(levels: Array, low: Array, high: Array) -> Array:
+    """Stretch low..high to 0..255; a flat channel stays."""
+    scale = 255.0 / (high - low).clip(1)
+    return (high > low) * (levels * scale - low * scale) + (high <= low) * levels
+
+
+def equalize(levels: Array, histogram: Array, step: Array) -> Array:
+    """ImageOps.equalize. step: (pixels - pixels of the brightest level that occurs) // 255."""
+    below = histogram.cumsum(-1) - histogram
+    return (step > 0) * ((below + step // 2) // step.clip(1)) + (step <= 0) * levels
+
+
+def posterize(levels: Array, bits) -> Array:
+    """Keep the upper 0..8 bits."""
+    return levels & ~((1 << (8 - bits)) - 1)
+
+
+def solarize(levels: Array, threshold) -> Array:
+    """Invert the levels from the threshold (0..256) up."""
+    return levels + (levels >= threshold) * (255 - 2 * levels)
+
+
+def solarize_add(levels: Array, add, threshold=128) -> Array:
+    """Add to the levels below the threshold."""
+    return levels + (levels < threshold) * add
+
 
 # ---- Tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
 
@@ -22,9 +64,9 @@ def _levels(like: torch.Tensor) -> torch.Tensor:
     return torch.arange(256, device=like.device)
 
 
-def _blend(degenerate: torch.Tensor, value: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Image.blend: degenerate + factor (value - degenerate), clipped and truncated to 8 bits."""
-    return (degenerate + factor * (value - degenerate)).clamp_(0, 255).to(torch.uint8)
+def _to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Clipped and truncated to 8 bits."""
+    return x.clamp_(0, 255).to(torch.uint8)
 
 
 def _histogram(x: torch.Tensor) -> torch.Tensor:
@@ -51,12 +93,12 @@ def mean_grey(x: torch.Tensor) -> torch.Tensor:
 
 def brightness_table(factor: torch.Tensor) -> torch.Tensor:
     """Levels times factor [B]."""
-    return _blend(torch.zeros((), device=factor.device), _levels(factor).float(), factor.view(-1, 1, 1))
+    return _to_uint8(blend(0.0, _levels(factor).float(), factor.view(-1, 1, 1)))
 
 
 def contrast_table(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Distance from the image's mean grey times factor [B]."""
-    return _blend(mean_grey(x).float().view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1))
+    return _to_uint8(blend(mean_grey(x).float().view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1)))
 
 
 def autocontrast_table(x: torch.Tensor) -> torch.Tensor:
@@ -64,19 +106,15 @@ def autocontrast_table(x: torch.Tensor) -> torch.Tensor:
     # float64 as Pillow, where there is any; float32 may put a level that falls on a whole number one lower.
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     low, high = (extreme(x.flatten(2), 2, keepdim=True).to(dtype) for extreme in (torch.amin, torch.amax))
-    scale = 255.0 / (high - low).clamp(min=1.0)
-    table = (_levels(x) * scale - low * scale).clamp_(0, 255).to(torch.uint8)
-    return torch.where(high > low, table, _levels(x).to(torch.uint8))
+    return _to_uint8(autocontrast(_levels(x), low, high))
 
 
 def equalize_table(x: torch.Tensor) -> torch.Tensor:
-    """ImageOps.equalize's table: the cumulative histogram in steps of (pixels - pixels of the top level) // 255."""
+    """Spread each channel's levels so that all are as frequent as they can be."""
     histogram = _histogram(x)
     top = x.flatten(2).amax(2, keepdim=True).long()
     step = (x.shape[2] * x.shape[3] - histogram.gather(2, top)) // 255  # [B, C, 1]
-    below = histogram.cumsum(2) - histogram
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    return torch.where(step > 0, table, _levels(x)).to(torch.uint8)
+    return _to_uint8(equalize(_levels(x), histogram, step))
 
 
 def invert_table(like: torch.Tensor) -> torch.Tensor:
@@ -84,20 +122,18 @@ def invert_table(like: torch.Tensor) -> torch.Tensor:
 
 
 def posterize_table(bits: torch.Tensor) -> torch.Tensor:
-    """Keep the upper 0..8 bits, int64 [B]."""
-    return (_levels(bits) & ~((1 << (8 - bits.view(-1, 1, 1))) - 1)).to(torch.uint8)
+    """bits: int64 [B], 0..8."""
+    return _to_uint8(posterize(_levels(bits), bits.view(-1, 1, 1)))
 
 
 def solarize_table(threshold: torch.Tensor) -> torch.Tensor:
-    """Invert the levels from threshold [B] (0..256) up."""
-    levels = _levels(threshold)
-    return torch.where(levels < threshold.view(-1, 1, 1), levels, 255 - levels).to(torch.uint8)
+    """threshold: int64 [B], 0..256."""
+    return _to_uint8(solarize(_levels(threshold), threshold.view(-1, 1, 1)))
 
 
 def solarize_add_table(add: torch.Tensor) -> torch.Tensor:
-    """Add [B] to the levels below 128."""
-    levels = _levels(add)
-    return torch.where(levels < 128, (levels + add.view(-1, 1, 1)).clamp(max=255), levels).to(torch.uint8)
+    """add: int64 [B]."""
+    return _to_uint8(solarize_add(_levels(add), add.view(-1, 1, 1)))
 
 
 # ---- Operations that see more than one channel or pixel
@@ -107,7 +143,7 @@ def color(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Saturation: distance from the pixel's own grey times factor [B]. The identity on grey images."""
     if x.shape[1] == 1:
         return x
-    return _blend(grey(x).float(), x.float(), factor.view(-1, 1, 1, 1))
+    return _to_uint8(blend(grey(x).float(), x.float(), factor.view(-1, 1, 1, 1)))
 
 
 def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +155,7 @@ def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     rows = value[..., :-2, :] + value[..., 1:-1, :] + value[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4.0 * value[..., 1:-1, 1:-1]  # centre 5, others 1
     smooth[..., 1:-1, 1:-1] = total.div_(13.0).add_(0.5).floor_()
-    return _blend(smooth, value, factor.view(-1, 1, 1, 1))
+    return _to_uint8(blend(smooth, value, factor.view(-1, 1, 1, 1)))
 
 
 def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tensor:
@@ -134,13 +170,13 @@ def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tens
     m = matrix[..., None, None]  # [B, 2, 3, 1, 1]
     # Input coordinates in grid_sample's units, -1..1 from edge to edge: the terms of rows and columns in float64,
     # then one sum per pixel.
-    terms = (
+    parts = (
         m[:, 0, 0] * xs * (2 / W),  # [B, 1, W]
         (m[:, 0, 1] * ys + m[:, 0, 2]) * (2 / W) - 1,  # [B, H, 1]
         m[:, 1, 0] * xs * (2 / H),
         (m[:, 1, 1] * ys + m[:, 1, 2]) * (2 / H) - 1,
     )
-    terms = [to_device(t.float(), x.device) for t in terms]
+    terms = [to_device(t.float(), x.device) for t in parts]
     u, v = terms[0] + terms[1], terms[2] + terms[3]  # [B, H, W]
     grid = torch.stack([u, v], dim=-1)
     y = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)

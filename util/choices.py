@@ -35,6 +35,25 @@ VIEW_NAMES = (
 
 LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
 
+# Augmentation policies (augment/rand_augment.py).
+_NUMBER = r"\d+(\.\d+)?"
+_RAND = rf"-([mn]\d+|mmax\d+|inc[01]|p{_NUMBER}|mstd({_NUMBER}|inf))"
+_POLICY = re.compile(
+    rf"rand({_RAND}|-t(weights|3aw?))*|augmix(-([mwd]\d+|b[01]|(a|mstd){_NUMBER}))*"
+    rf"|(original|v0)r?(-mstd{_NUMBER})*|3a(-mstd{_NUMBER})*"
+)
+
+
+def is_policy(text: str) -> bool:
+    """Whether it is an augmentation policy (--aa) as timm writes it."""
+    return _POLICY.fullmatch(text) is not None
+
+
+def is_rand_augment(text: str) -> bool:
+    """Whether it is RandAugment with its usual set of operations; `-t` names another set."""
+    return re.fullmatch(rf"rand({_RAND})*", text) is not None
+
+
 MAE_NAMES = tuple(f"vit_{size}_patch16" for size in ("tiny", "small", "base", "large")) + ("vit_huge_patch14",)
 _MAE_NAME = re.compile(r"vit_(tiny|small|base|large|huge|custom)_patch(\d+)")
 

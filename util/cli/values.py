@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 
-from util.choices import MAE_NAMES, VIEW_NAMES, is_mae_name, timm_names
+from util.choices import MAE_NAMES, VIEW_NAMES, is_mae_name, is_policy, timm_names
 
 MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: beyond, arithmetic with floats overflows
 
@@ -86,18 +86,11 @@ def model_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of MAE's names or timm's{hint}")
 
 
-_NUMBER = r"\d+(\.\d+)?"
-_POLICY = re.compile(
-    rf"rand(-([mn]\d+|mmax\d+|inc[01]|p{_NUMBER}|mstd({_NUMBER}|inf)|t(weights|3aw?)))*"
-    rf"|augmix(-([mwd]\d+|b[01]|(a|mstd){_NUMBER}))*|(original|v0)r?(-mstd{_NUMBER})*|3a(-mstd{_NUMBER})*"
-)
-
-
 def policy_or_none(text: str) -> str | None:
     """--aa: an augmentation policy as timm writes it, or `none` (None)."""
     if text.lower() in ("", "none", "off"):
         return None
-    if _POLICY.fullmatch(text) is None:
+    if not is_policy(text):
         raise argparse.ArgumentTypeError(
             f"{text[:40]!r} should be none or timm's rand-m9-mstd0.5-inc1, original, originalr, v0, v0r, 3a, augmix-m3-w3"
         )
