@@ -25,8 +25,8 @@ class Criterion(nn.Module):
 
         loss = 1/B sum_b w_b sum_c t_bc (-log p_bc),   t = (1 - s) m + s / C,   w_b = sum_c weight_c m_bc
 
-    m is the target before smoothing: one class, or a mixture of two by lambda. A sample's weight is its classes': the
-    weight of a class that had only smoothing's share s / C of it would outweigh the true class's where classes are rare.
+    m is the target before smoothing: one class, or a mixture of two by lambda. A sample's weight is that of its classes
+    in m: by smoothing's share s / C, the weights of rare classes would outweigh that of the true one.
     The mean is over samples, not over weights: balanced weights are 1 in the mean over the training set, and a batch of
     frequent classes has a small loss. Class numbers are smoothed here, mixed targets arrive smoothed (timm's Mixup).
     """
@@ -100,7 +100,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
 
     collect: keep probabilities, gathered in sample order on every rank. poll() -> True stops early on all ranks (None).
     """
-    model.train()  # LeViT and its kin keep what they computed of the weights in evaluation until then; an EMA changes them
+    model.train()  # LeViT and its kin cache what evaluation computes of the weights until then; an EMA changes them
     model.eval()
     device = loader.world.device
     add_up = all_reduce if loader.world.size > 1 else lambda x: x  # a loader that is not shared counts alone

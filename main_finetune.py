@@ -35,6 +35,7 @@ from util.data_specs import DATASETS
 from util.dist import Precision, World, broadcast_buffers, prepare_net
 from util.errors import UserError
 from util.log import RunLog
+from util.meta import refuse_other_classes
 from util.metrics import Evaluation
 from util.optim import build_ema, param_groups
 from util.precision import place
@@ -45,7 +46,7 @@ from util.train import folds
 from util.train.compiled import compile_net
 from util.train.loop import effective_batch
 from util.train.phases import enter_phase, freezing
-from util.train.run import Run, begin, find_checkpoint, open_log, refuse_other_classes
+from util.train.run import Run, begin, find_checkpoint, open_log
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
 
 
 def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision, val_loader: Loader, lr: float) -> int:
-    """Train from where --resume says to the last epoch; after each one evaluate, log and save. Returns the exit code."""
+    """Train from where --resume says to the last epoch; after each one evaluate, log and save; returns the code."""
     options, world, log, meta, train_loader = run.options, run.world, run.log, run.meta, run.loader
     head_epochs, epochs, num_classes = options.phases.head_epochs, options.optimizer.epochs, meta["num_classes"]
     ema = build_ema(net, options.selection.ema_decay)
@@ -325,8 +326,8 @@ def build_noise(noise: Noise) -> AlphaBlend | None:
 def build_criterion(loss: Loss, train: Dataset, num_classes: int) -> Criterion:
     """Cross entropy with --smoothing and --class_weights.
 
-    `balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1. C counts the classes
-    that have images; the others, those of --nb_classes above the data's, have weight 0.
+    `balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1. C counts the
+    classes that have images; the others, those of --nb_classes above the data's, have weight 0.
     """
     if loss.class_weights == "none":
         return Criterion(loss.smoothing)

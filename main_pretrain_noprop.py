@@ -26,7 +26,7 @@ from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
 from util.data.loader import Loader
 from util.data.splits import read_splits
 from util.data_specs import DATASETS
-from util.dist import Precision, World, broadcast_object, prepare_net
+from util.dist import Precision, World, broadcast_object, prepare_net, wrap_ddp
 from util.errors import UserError
 from util.files import survive
 from util.lr_sched import lr_at
@@ -36,7 +36,7 @@ from util.report.training import write_pretrain_report
 from util.seed import mix, seed_all
 from util.train.compiled import compile_noprop
 from util.train.loop import effective_batch
-from util.train.run import Found, Run, Training, begin, find_checkpoint, open_log, wrap_ddp
+from util.train.run import Found, Run, Training, begin, find_checkpoint, open_log
 
 NUM_PICTURES = 8
 NUM_MEASURED = 4096  # images that tell --sigma_data
@@ -93,7 +93,7 @@ def fit(
     lr: float,
     found: Found | None,
 ) -> int:
-    """Train from where `found` was, or anew, to the last epoch; after each one log, save and draw. Returns the exit code."""
+    """Train from where `found` was, or anew, to the last epoch; after each one log, save and draw; returns the code."""
     options, optimizer, masking, log, loader = (
         run.options,
         run.options.optimizer,
@@ -183,7 +183,7 @@ def read_images(data: Data, world: World, in_chans: int) -> tuple[Dataset, Datas
 def build_loaders(
     options: PretrainOptions, meta: dict, train: Dataset, held_out: Dataset, world: World
 ) -> tuple[Loader, Loader, Loader]:
-    """Loaders of training, of the pictures, and of the images that --sigma_data is measured on, the same on any ranks."""
+    """Loaders of training, of the pictures, and of the images that tell --sigma_data: the same on any ranks."""
     reading, seed, size = options.reading, options.machine.seed, tuple(meta["img_size"])
     in_memory = isinstance(train, ArrayDataset)
     hflip = options.augmentation.hflip

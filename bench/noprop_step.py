@@ -43,10 +43,11 @@ def build_product(variant: str, args):
     from util.data.datasets import ArrayDataset
     from util.data.loader import Loader
     from util.data_specs import DATASETS
+    from util.dist import wrap_ddp
     from util.log import RunLog
     from util.optim import build_adamw, param_groups
     from util.train.compiled import compile_noprop
-    from util.train.run import Run, Training, wrap_ddp
+    from util.train.run import Run, Training
 
     world = common.start_up(variant, args.device)
     net = NoPropMAE(T=args.T, img_size=args.img_size, patch_size=args.patch_size, use_checkpoint=args.use_checkpoint)

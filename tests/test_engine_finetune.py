@@ -21,12 +21,11 @@ from tests.harness.training import new_run, new_training
 from util.cli.settings import Loss
 from util.data.datasets import ArrayDataset
 from util.data.loader import Loader
-from util.dist import Precision, World, init_world
+from util.dist import Precision, World, init_world, wrap_ddp
 from util.errors import UserError
 from util.lr_sched import lr_at
 from util.metrics import scores_from_confusion
 from util.optim import build_adamw, build_ema
-from util.train.run import wrap_ddp
 
 CPU = torch.device("cpu")
 

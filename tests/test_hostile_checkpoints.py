@@ -13,9 +13,8 @@ from models import create_model, load_pretrained
 from models.loading import load_classifier
 from tests.harness.checks import one_line, peak_memory_below
 from tests.harness.runs import NET
-from util.checkpoint import LAST, find_resume, peek_meta, read_checkpoint, read_file
+from util.checkpoint import LAST, find_resume, load_exactly, peek_meta, read_checkpoint, read_file
 from util.errors import UserError
-from util.train.run import load_exactly
 
 
 def classifier_meta(**changes) -> dict:

@@ -272,3 +272,22 @@ def own_meta(content: dict, path: str) -> dict | None:
         return None
     check_meta(content["meta"], path, whole=True)
     return content["meta"]
+
+
+def load_exactly(model, state: dict, flag: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
+    name = non_finite(state)
+    if name is not None:
+        raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
+
+
+def non_finite(state: dict[str, torch.Tensor]) -> str | None:
+    """The first entry that holds a NaN or infinite value; None if there is none."""
+    names = [k for k, v in state.items() if v.is_floating_point()]
+    finite = [torch.isfinite(state[k]).all() for k in names]
+    if not finite or torch.stack(finite).all():
+        return None
+    return next(k for k, ok in zip(names, finite) if not ok)

@@ -2,11 +2,13 @@
 
 import ctypes
 import datetime
+import inspect
 import os
 import platform
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -292,3 +294,19 @@ def prepare_net(
         if names
         else []
     )
+
+
+def wrap_ddp(model, world: World):
+    """DistributedDataParallel, or the model itself in a single process.
+
+    DDP would send rank 0's buffers to the others at every update: 86 MB of attention masks and position tables for
+    Swin-V2-B at 384 px, which never change. No training step reads the ones that do, BatchNorm's statistics; what reads
+    them takes rank 0's (util.dist.broadcast_buffers before an evaluation, and checkpoints, which rank 0 writes).
+    """
+    if world.size == 1:
+        return model
+    DDP = torch.nn.parallel.DistributedDataParallel
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    new = "forward_sync_buffers" in inspect.signature(DDP.__init__).parameters  # its name since torch 2.14
+    keep: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **keep)

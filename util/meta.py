@@ -132,3 +132,18 @@ def _is_plain_keywords(v) -> bool:
 
 def _are_model_keywords(v) -> bool:
     return _is_plain_keywords(v) and not set(v) & set(OWN_FLAGS)
+
+
+def refuse_other_classes(given: str, old: list[str] | None, new: list[str] | None) -> None:
+    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order.
+
+    given: the checkpoint as the command line has it, with its flag.
+    """
+    if not old or not new or list(old) == list(new):
+        return
+    i = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
+    was, now = (repr(names[i]) if i < len(names) else "missing" for names in (old, new))
+    raise UserError(
+        f"{given}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
+        "a new run from it with --finetune, which moves the classifier by name"
+    )

@@ -8,6 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from util.errors import UserError
+
 # Exempt in every model: MAE exempts the first two, DeiT and timm the rest; Swin-V2's logit_scale, which timm 1.0.15
 # meant to name and did not.
 NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token", "logit_scale"}
@@ -148,3 +150,32 @@ def build_ema(model: nn.Module, decay: float) -> Ema | None:
     if not decay:
         return None
     return Ema(model, decay=decay, use_warmup=True, warmup_power=2 / 3)
+
+
+def restore_optimizer(optimizer, state: dict) -> None:
+    """Moments from the checkpoint; lr_scale, weight_decay and the rest from this run's flags, matched by name."""
+    fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    by_name, order = {}, []
+    for group in state["param_groups"]:
+        for name, i in zip(group["names"], group["params"]):
+            by_name[name] = i
+    for group in optimizer.param_groups:
+        order += group["names"]
+    if set(order) != set(by_name):
+        raise UserError("--resume: the checkpoint's optimizer covers other parameters; was it another model or phase?")
+    # Another --layer_decay groups the parameters differently: renumber the moments to this run's order.
+    moments = {new: state["state"][by_name[name]] for new, name in enumerate(order) if by_name[name] in state["state"]}
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for i, moment in moments.items():
+        for value in moment.values():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[i].shape:
+                raise UserError(
+                    f"--resume: the checkpoint's optimizer has {list(value.shape)} for {order[i]}, "
+                    f"which is {list(parameters[i].shape)}"
+                )
+    groups, start = [], 0
+    for group in fresh:
+        n = len(group["names"])
+        groups.append({**group, "params": list(range(start, start + n))})
+        start += n
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})

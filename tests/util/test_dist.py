@@ -14,11 +14,10 @@ from bench.ranks import Ranks
 from tests.harness.checks import assert_same_state, comparable, log_without_times
 from tests.harness.runs import NET, finetune
 from util import checkpoint
-from util.dist import broadcast_buffers, gather_objects, init_world, lost_rank, shutdown
+from util.dist import broadcast_buffers, gather_objects, init_world, lost_rank, shutdown, wrap_ddp
 from util.log import versions
 from util.train import interrupts
 from util.train.interrupts import MAIN_THREAD_FIRST, Interrupts
-from util.train.run import wrap_ddp
 
 HANGS, GONE, BROKEN = "waited for another rank longer", "another rank died", "the exchange with another rank failed"
 # As torch 2.6 to 2.14 and NCCL 2.21 to 2.28 word them; numbers and names differ each time.

@@ -63,7 +63,8 @@ def describe(
             f"({len(g['names'])})"
         )
     lines += [
-        f"effective batch: {batch * micro_steps * ranks} (= {batch} x accum {micro_steps} x {ranks} processes), lr {lr:.4g}",
+        f"effective batch: {batch * micro_steps * ranks} (= {batch} x accum {micro_steps} x {ranks} processes), "
+        f"lr {lr:.4g}",
         f"steps per epoch: {steps} ({-(-steps // accum_iter)} updates), {flat['epochs']} epochs",
         f"estimated memory per process: {(weights * copies + activations) / 2**30:.2f} GiB "
         f"({weights * copies / 2**30:.2f} weights, gradients and optimizer; {activations / 2**30:.2f} activations)",

@@ -62,8 +62,9 @@ def flag(
 ) -> Any:
     """A field that is a flag: `--` and the field's name, unless `names` has others.
 
-    mains: those that have it, all of the group's if empty. default: one value, or by_main(...), which tells the mains as
-    well; names: a tuple, or by_main(...) for mains that call it otherwise. also: further flags that set the same value, with their keywords of add_argument.
+    mains: those that have it, all of the group's if empty. default: one value, or by_main(...), which tells the mains
+    as well. names: a tuple, or by_main(...) for mains that call it otherwise. also: further flags that set the same
+    value, with their keywords of add_argument.
     """
     if isinstance(default, by_main):
         mains = " ".join(default)

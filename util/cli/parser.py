@@ -87,8 +87,8 @@ _QUOTED = re.compile(r"""^\\(#)|\\([\s"'])|"([^"]*)"|'([^']*)'""")
 def words_of(line: str) -> list[str]:
     """The words of a recipe's line. A `#` at a word's start begins a comment; in quotes everything is literal.
 
-    A backslash takes the meaning of the space or quote after it, or of a word's first `#`; before anything else, as in a
-    path of Windows, it is itself. ValueError for a quote without its end.
+    A backslash takes the meaning from the space or quote after it, or from a word's first `#`; before anything else, as
+    in a path of Windows, it is itself. ValueError for a quote without its end.
     """
     if "\0" in line:
         raise ValueError("not UTF-8 text; save it as UTF-8")
@@ -98,7 +98,8 @@ def words_of(line: str) -> list[str]:
         rest = rest[word.end() :] if word else rest
         if rest and not rest[0].isspace():
             raise ValueError(f"a quote without its end: {rest[:40]}")
-        words.append(_QUOTED.sub(lambda m: "".join(g or "" for g in m.groups()), word[0]))
+        if word:
+            words.append(_QUOTED.sub(lambda m: "".join(g or "" for g in m.groups()), word[0]))
         rest = rest.lstrip()
     return words[:-1] if words[-1:] == ["\\"] else words  # the end of a shell's line that goes on
 

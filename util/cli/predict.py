@@ -16,8 +16,8 @@ class PredictOptions(Options):
 
     MAIN = "predict"
     DESCRIPTION = (
-        "Predict images with one or many fine-tuned networks: 12 views of each image, probabilities averaged over views "
-        "and members."
+        "Predict images with one or many fine-tuned networks: 12 views of each image, probabilities averaged over "
+        "views and members."
     )
     NETWORK_FROM = "each of --checkpoints"
 
@@ -50,5 +50,5 @@ def get_options(argv: list[str] | None = None) -> PredictOptions:
     if not output_dir:
         raise UserError("--output_dir: give a folder for predictions.csv")
     if data.dataset == "folder":
-        refuse_output_among_images("--output_dir", output_dir, data.data_path)
+        refuse_output_among_images("--output_dir", output_dir, data.data_path or "")
     return options

@@ -12,7 +12,10 @@ class PretrainOptions(Options):
     """What a pretraining run is told."""
 
     MAIN = "pretrain"
-    DESCRIPTION = "Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, no propagation between them."
+    DESCRIPTION = (
+        "Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, no propagation between "
+        "them."
+    )
 
     optimizer: Optimizer
     noprop: NoProp

@@ -3,6 +3,8 @@
 The result is `meta`: all that rebuilds a classifier without a flag. It goes into every checkpoint.
 """
 
+from typing import Any
+
 import timm
 
 from augment.image import default_crop_pct
@@ -78,7 +80,7 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
         config = pretrained_cfg.to_dict() if pretrained_cfg else {}
     own_size = config["input_size"][1:] if config else None
 
-    candidates = [
+    candidates: list[tuple[str, Any]] = [
         ("--input_size", given.size),
         ("the checkpoint's", _pair(source.get("img_size"))),
         ("the weights'", own_size if foreign_weights else None),

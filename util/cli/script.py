@@ -113,7 +113,8 @@ def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None
         path = file_of_process(int(pid.group(1))) if pid else None
         at = f" at {printable(path)}" if path else ""
         return UserError(
-            f"--num_workers: a loader process died{at} ({text[:160]}); was it killed for want of memory? Run the line again "
-            "(training goes on from its last checkpoint by --resume auto), with fewer --num_workers if it happens again"
+            f"--num_workers: a loader process died{at} ({text[:160]}); was it killed for want of memory? Run the line "
+            "again (training goes on from its last checkpoint by --resume auto), with fewer --num_workers if it happens "
+            "again"
         )
     return None

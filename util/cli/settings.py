@@ -1,7 +1,7 @@
 """The settings of all mains, by group. Each field is a flag, declared here and nowhere else (see flags.py).
 
-A flag keeps the name and default that it has in MAE's scripts. Where the default is None, the checkpoint or the data set
-decides; what was decided is printed and stored in args.json.
+A flag keeps the name and default that it has in MAE's scripts. Where the default is None, the checkpoint or the data
+set decides; what was decided is printed and stored in args.json.
 """
 
 from dataclasses import dataclass
@@ -257,8 +257,8 @@ class Reading:
     )
     on_bad_image: str = scheduled(
         "error",
-        "an unreadable image ends the run, or is skipped: replaced (training) or left out; predictions.csv has an empty "
-        "row for it",
+        "an unreadable image ends the run, or is skipped: replaced (training) or left out; predictions.csv has an "
+        "empty row for it",
         choices=("error", "skip"),
     )
     max_pixels: int = scheduled(
@@ -288,8 +288,8 @@ class Model:
     )
     finetune: str = flag(
         "",
-        "start from the weights in this file (.pth or .safetensors): a checkpoint of this project, or weights of another "
-        "origin with their --model",
+        "start from the weights in this file (.pth or .safetensors): a checkpoint of this project, or weights of "
+        "another origin with their --model",
         names=by_main(linprobe=("--checkpoint", "--finetune")),
         metavar="FILE",
     )
@@ -383,8 +383,8 @@ class Augmentation:
             raise UserError("--aug none: neither crops nor flips; leave --scale and --vflip away")
         if self.color_jitter is not None and self.aug in ("light", "none"):
             raise UserError(
-                f"--color_jitter {self.color_jitter}: --aug {self.aug} leaves colours alone; use --aug photo, or mae with "
-                "--aa none"
+                f"--color_jitter {self.color_jitter}: --aug {self.aug} leaves colours alone; use --aug photo, or mae "
+                "with --aa none"
             )
 
 
@@ -529,8 +529,8 @@ class Sampling:
     num_samples: int = flag(1000, "held-out images that are measured: PSNR, Frechet distance", type=positive_int)
     inception_weights: str | None = flag(
         None,
-        "torch-fidelity's file for the Frechet distance (default: its earlier download, else the encoder's own features "
-        "serve)",
+        "torch-fidelity's file for the Frechet distance (default: its earlier download, else the encoder's own "
+        "features serve)",
         metavar="FILE|download",
     )
     batch_size: int = flag(100, "images per batch", type=positive_int)
@@ -549,7 +549,8 @@ class Prediction:
     )
     weights: str = flag(
         "equal",
-        "of the members: equal, by their validation accuracy, or a logistic regression on their out-of-fold predictions",
+        "of the members: equal, by their validation accuracy, or a logistic regression on their out-of-fold "
+        "predictions",
         choices=("equal", "val", "stacked"),
     )
     views: list[int] = flag(

@@ -1,4 +1,4 @@
-"""Checked values of flags: what argparse's `type` calls, each a text -> value or a line that says what would be right."""
+"""Checked values of flags, for argparse's `type`: text -> value, or an error that says what would be right."""
 
 import argparse
 import difflib
@@ -92,7 +92,8 @@ def policy_or_none(text: str) -> str | None:
         return None
     if not is_policy(text):
         raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} should be none or timm's rand-m9-mstd0.5-inc1, original, originalr, v0, v0r, 3a, augmix-m3-w3"
+            f"{text[:40]!r} should be none or timm's rand-m9-mstd0.5-inc1, original, originalr, v0, v0r, 3a, "
+            "augmix-m3-w3"
         )
     return text
 

@@ -11,18 +11,17 @@ from models.containers import find_weights, tensor_names
 from models.loading import create_from_meta
 from models.noprop_mae import NoPropMAE
 from models.vit import classifier_prefixes
-from util.checkpoint import peek_meta, read_file
+from util.checkpoint import load_exactly, peek_meta, read_file
 from util.choices import is_mae_name
-from util.cli.flags import Options
 from util.cli.linprobe import LinprobeOptions
 from util.cli.parser import default_path
 from util.cli.resolve import resolve_meta
+from util.cli.sample import SampleOptions
 from util.data_specs import DATASETS
 from util.errors import UserError, reason_of
 from util.seed import seed_all
-from util.train.run import load_exactly
 
-Own = TypeVar("Own", bound=Options)
+Own = TypeVar("Own", LinprobeOptions, SampleOptions)
 
 
 def read_content(path: str) -> dict:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 BACKEND = "inductor"
 
@@ -14,9 +14,9 @@ def require_compiler(device: torch.device) -> None:
     try:
         probe(torch.ones(3, device=device))
     except Exception as error:  # whatever the compiler behind it raises
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"--compile: does not work on this machine ({reason[:160]}); install a C++ compiler (g++), or leave --compile away"
+            f"--compile: does not work on this machine ({reason_of(error)}); install a C++ compiler (g++), or leave "
+            "--compile away"
         ) from None
 
 

@@ -88,7 +88,8 @@ def refuse_other_folds(output_dir: str, kfold: int) -> None:
         number = re.fullmatch(r"fold-(\d+)", name)
         if number and int(number.group(1)) >= kfold:
             raise UserError(
-                f"--kfold {kfold}: {output_dir} holds {name} of another run; choose another --output_dir, or --overwrite"
+                f"--kfold {kfold}: {output_dir} holds {name} of another run; choose another --output_dir, or "
+                "--overwrite"
             )
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import timedelta
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ class Interrupts:
         self.period = 60.0 * save_every_minutes
         self.next_save = time.monotonic() + self.period
         timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
         self.watched: SimpleQueue = SimpleQueue()
         self.closed = threading.Event()

@@ -1,4 +1,4 @@
-"""What surrounds the micro-steps of a training epoch: where they are, what is recorded of them, what saves and stops."""
+"""What surrounds the micro-steps of a training epoch: their position, their record, saving and stopping."""
 
 import math
 import time
@@ -20,7 +20,7 @@ COUNT = "micro_steps"  # beside the sums of losses in a checkpoint: how many mic
 
 
 def effective_batch(loader: Loader, accum_iter: int) -> tuple[int, str]:
-    """(images per update over all ranks, the words for it). An update ends with the epoch, however few its micro-steps."""
+    """(images per update over all ranks, the words for it). An update ends with the epoch, however short it is."""
     steps = min(accum_iter, len(loader))
     images = loader.order.batch_size * steps * loader.world.size
     note = f" (--accum_iter {accum_iter}: an epoch has {steps} micro-steps)" if steps < accum_iter else ""
@@ -29,7 +29,7 @@ def effective_batch(loader: Loader, accum_iter: int) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Step:
-    """Micro-step `number` of the `total` of an epoch, of which `group` make an update: from the `first` to the `last`."""
+    """Micro-step `number` of an epoch's `total`; `group` of them make an update, from the `first` to the `last`."""
 
     epoch: int
     number: int
@@ -61,8 +61,8 @@ class Loop:
                 loop.record(update, lr)
         return loop.metrics()
 
-    names: of the losses given to `add`. An update takes the gradients of --accum_iter micro-steps; the epoch's last group
-    may be shorter. After an update the loop saves, or ends early, where a signal or the timer asks for it.
+    names: of the losses given to `add`. An update takes the gradients of --accum_iter micro-steps; the epoch's last
+    group may be shorter. After an update the loop saves, or ends early, where a signal or the timer asks for it.
     """
 
     def __init__(self, run: Run, training: Training, loader: Loader, names: Sequence[str]):

@@ -9,11 +9,11 @@ from torch import nn
 from models.vit import classifiers
 from util.cli.finetune import FinetuneOptions
 from util.cli.settings import Phases
-from util.dist import Precision, World
+from util.dist import Precision, World, wrap_ddp
 from util.errors import UserError
 from util.lr_sched import lr_at
 from util.optim import Ema, build_adamw, layer_ids, param_groups
-from util.train.run import Training, wrap_ddp
+from util.train.run import Training
 
 
 def freeze_backbone(model) -> None:

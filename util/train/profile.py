@@ -23,7 +23,7 @@ FORMULAS = {
 class StepProfiler:
     """Follows the first WARMUP + 2 N micro-steps of a run: N timed, then N under torch.profiler.
 
-    util/train/loop.py calls `begin` before it asks for a batch, `got` when it has one, `done` after the step. At the end
+    util/train/loop.py calls `begin` before it asks for a batch, `got` when it has one, `done` after the step. Then
     output_dir gets trace.json (chrome://tracing, Perfetto) and profile.txt (the rates and the top operations), and the
     log one line. An epoch's end does not matter; a run that is too short for it says so in `close`.
     """
@@ -89,9 +89,10 @@ class StepProfiler:
     def summary(self) -> str:
         rate, peak = self.flops * self.steps / self.seconds, matmul_rate(self.device, self.dtype)
         return (
-            f"profile: {self.images / self.seconds:.4g} images/s per process, waiting for data {100 * self.waited / self.seconds:.1f} %, "
-            f"{self.flops / 1e9:.4g} GFLOP a step, {rate / 1e9:.4g} GFLOP/s = {100 * rate / peak:.1f} % of the {peak / 1e9:.4g} "
-            f"that a {str(self.dtype).removeprefix('torch.')} matrix product reaches here"
+            f"profile: {self.images / self.seconds:.4g} images/s per process, "
+            f"waiting for data {100 * self.waited / self.seconds:.1f} %, "
+            f"{self.flops / 1e9:.4g} GFLOP a step, {rate / 1e9:.4g} GFLOP/s = {100 * rate / peak:.1f} % "
+            f"of the {peak / 1e9:.4g} that a {str(self.dtype).removeprefix('torch.')} matrix product reaches here"
         )
 
     def _write(self) -> None:

@@ -1,28 +1,38 @@
 """The life of a run, the same for pretraining and fine-tuning: position, signals, saving, resuming."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from augment.decoding import limit_pixels
-from util.checkpoint import FORMAT, CheckpointWriter, find_resume, read_checkpoint, resumable, rng_state, set_rng_state
+from util.checkpoint import (
+    FORMAT,
+    CheckpointWriter,
+    find_resume,
+    load_exactly,
+    non_finite,
+    read_checkpoint,
+    resumable,
+    rng_state,
+    set_rng_state,
+)
 from util.cli.finetune import FinetuneOptions
 from util.cli.flags import differences, refusal
 from util.cli.pretrain import PretrainOptions
 from util.cli.settings import Run as RunSettings
 from util.data.loader import Loader, choose_loader
 from util.dist import Precision, World, all_reduce, broadcast_object, gather_objects, init_world
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import survive
 from util.folder import goes_on_in
 from util.log import RunLog, claim
-from util.optim import Ema
+from util.meta import refuse_other_classes
+from util.optim import Ema, restore_optimizer
 from util.train.compiled import require_compiler
 from util.train.interrupts import Interrupts
 from util.train.profile import StepProfiler
@@ -58,7 +68,7 @@ class Position:
 
 @dataclass
 class Training:
-    """What an epoch of training works on: `model` is called (net, or DistributedDataParallel around it), `net` is saved.
+    """What an epoch works on: `model` is called (net, or DistributedDataParallel around it), `net` is saved.
 
     lr_at(fractional epoch) -> learning rate. freeze(net), after net.train(): layers that compute as in evaluation.
     """
@@ -129,8 +139,8 @@ def find_checkpoint(settings: RunSettings, kind: str, log: RunLog, world: World)
     later = broadcast_object(later)
     if later and not settings.overwrite:
         raise UserError(
-            f"--resume {path}: {later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes what "
-            "is later, or choose another --output_dir"
+            f"--resume {path}: {later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes "
+            "what is later, or choose another --output_dir"
         )
     return Found(content, path, later)
 
@@ -208,7 +218,7 @@ class Run:
             self.profiler.close()
 
     def end_epoch(self, training: Training, values: dict, *, is_best: bool = False, finished: bool = False) -> None:
-        """Write the epoch's line of log.txt and its checkpoints. values: train_* and val_*; finished: it is the last."""
+        """Write the epoch's line of log.txt and its checkpoints. values: train_*, val_*; finished: it is the last."""
         position, epoch = self.position, self.position.epoch
         parameters = sum(p.numel() for p in training.net.parameters())
         line = {**values, "epoch": epoch, "n_parameters": parameters, "bad_steps": position.bad_total, **self.speed}
@@ -259,8 +269,8 @@ class Run:
         name = next(filter(None, (non_finite(state[part] or {}) for part in ("model", "ema"))), None)
         if all_reduce(torch.tensor(int(name is not None)), "max"):
             raise UserError(
-                f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is saved; "
-                "the checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+                f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is "
+                "saved; the checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
             )
         if self.writer is None:
             return
@@ -308,7 +318,7 @@ class Run:
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
         self.log.say(f"resume: {found.path} at epoch {self.position.epoch}, step {self.position.step}")
         found.content.clear()
@@ -317,7 +327,7 @@ class Run:
                 os.unlink(path)
 
     def compare(self, found: Found) -> None:
-        """UserError if a flag that changes the results, or the images per micro-step, are others than in the checkpoint.
+        """UserError if a flag that changes the results, or the images per micro-step, differ from the checkpoint's.
 
         What a resume may set anew is told, and so is all that --force_resume lets pass.
         """
@@ -372,89 +382,10 @@ class Run:
             set_rng_state(content["rng"][self.world.rank], self.world.device)
 
     def _step_after(self, step: int, global_batch: int) -> int:
-        """The micro-step that comes after `step` steps of an epoch in `global_batch` images each, down to a whole update.
+        """The micro-step after `step` steps of an epoch in `global_batch` images each, rounded down to a whole update.
 
         The epoch's order of samples is the same for any batch size: none is left out and few are seen twice.
         """
         if global_batch != self.global_batch:
             step = step * global_batch // self.global_batch
         return len(self.loader) if step >= len(self.loader) else step - step % self.accum_iter
-
-
-def refuse_other_classes(given: str, old: list[str] | None, new: list[str] | None) -> None:
-    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order.
-
-    given: the checkpoint as the command line has it, with its flag.
-    """
-    if not old or not new or list(old) == list(new):
-        return
-    i = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
-    was, now = (repr(names[i]) if i < len(names) else "missing" for names in (old, new))
-    raise UserError(
-        f"{given}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
-        "a new run from it with --finetune, which moves the classifier by name"
-    )
-
-
-def load_exactly(model, state: dict, flag: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
-    name = non_finite(state)
-    if name is not None:
-        raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
-
-
-def non_finite(state: dict[str, torch.Tensor]) -> str | None:
-    """The first entry that holds a NaN or infinite value; None if there is none."""
-    names = [k for k, v in state.items() if v.is_floating_point()]
-    finite = [torch.isfinite(state[k]).all() for k in names]
-    if not finite or torch.stack(finite).all():
-        return None
-    return next(k for k, ok in zip(names, finite) if not ok)
-
-
-def restore_optimizer(optimizer, state: dict) -> None:
-    """Moments from the checkpoint; lr_scale, weight_decay and the rest from this run's flags, matched by name."""
-    fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    by_name, order = {}, []
-    for group in state["param_groups"]:
-        for name, i in zip(group["names"], group["params"]):
-            by_name[name] = i
-    for group in optimizer.param_groups:
-        order += group["names"]
-    if set(order) != set(by_name):
-        raise UserError("--resume: the checkpoint's optimizer covers other parameters; was it another model or phase?")
-    # Another --layer_decay groups the parameters differently: renumber the moments to this run's order.
-    moments = {new: state["state"][by_name[name]] for new, name in enumerate(order) if by_name[name] in state["state"]}
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for i, moment in moments.items():
-        for value in moment.values():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameters[i].shape:
-                raise UserError(
-                    f"--resume: the checkpoint's optimizer has {list(value.shape)} for {order[i]}, "
-                    f"which is {list(parameters[i].shape)}"
-                )
-    groups, start = [], 0
-    for group in fresh:
-        n = len(group["names"])
-        groups.append({**group, "params": list(range(start, start + n))})
-        start += n
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def wrap_ddp(model, world: World):
-    """DistributedDataParallel, or the model itself in a single process.
-
-    DDP would send rank 0's buffers to the others at every update: 86 MB of attention masks and position tables for
-    Swin-V2-B at 384 px, which never change. No training step reads the ones that do, BatchNorm's statistics; what reads
-    them takes rank 0's (util.dist.broadcast_buffers before an evaluation, and checkpoints, which rank 0 writes).
-    """
-    if world.size == 1:
-        return model
-    DDP = torch.nn.parallel.DistributedDataParallel
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    new = "forward_sync_buffers" in inspect.signature(DDP.__init__).parameters  # its name since torch 2.14
-    keep: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-    return DDP(model, device_ids=device_ids, gradient_as_bucket_view=True, **keep)
