@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.cli.settings import Loss
+from util.data.datasets import Dataset
 from util.data.loader import Loader
 from util.dist import all_reduce, gather_objects
 from util.errors import UserError
@@ -48,6 +50,19 @@ class Criterion(nn.Module):
             return F.cross_entropy(logits, targets)
         sample_weight = (mixed * self.weight).sum(1)  # no matrix product: autocast would round the weights
         return (sample_weight * F.cross_entropy(logits, targets, reduction="none")).mean()
+
+
+def build_criterion(loss: Loss, train: Dataset, num_classes: int) -> Criterion:
+    """Cross entropy with --smoothing and --class_weights.
+
+    `balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1. C counts the
+    classes that have images; the others, those of --nb_classes above the data's, have weight 0.
+    """
+    if loss.class_weights == "none":
+        return Criterion(loss.smoothing)
+    counts = torch.bincount(train.targets, minlength=num_classes).float()
+    weight = torch.where(counts > 0, len(train) / ((counts > 0).sum() * counts), 0.0)
+    return Criterion(loss.smoothing, weight)
 
 
 def train_one_epoch(
@@ -96,7 +111,9 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(model, loader, precision, num_classes: int, *, collect: bool = False, poll=None) -> Evaluation | None:
-    """Accuracy over the whole split, each sample once: ranks share it without padding and add up their counts.
+    """Scores over the whole split, each sample once: ranks share it without padding and add up their counts.
+
+    The loss is plain cross entropy, whatever training's criterion adds to it: comparable between runs.
 
     collect: keep probabilities, gathered in sample order on every rank. poll() -> True stops early on all ranks (None).
     """

@@ -5,6 +5,7 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
+from engine_finetune import build_criterion
 from util.cli.finetune import FinetuneOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
 from util.cli.script import check_command_line, run_main
 
@@ -13,14 +14,13 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
 
 import math
 
-import torch
 from timm.data import Mixup
 from torch import nn
 
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform, Erasing
 from augment.image import PHOTO_JITTER, SCALES, Geometry, build_eval_transform, build_train_transform
-from engine_finetune import Criterion, evaluate, train_one_epoch
+from engine_finetune import evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
@@ -321,19 +321,6 @@ def build_noise(noise: Noise) -> AlphaBlend | None:
         beta_power=noise.noise_beta_power,
         noise_eval=noise.noise_eval,
     )
-
-
-def build_criterion(loss: Loss, train: Dataset, num_classes: int) -> Criterion:
-    """Cross entropy with --smoothing and --class_weights.
-
-    `balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1. C counts the
-    classes that have images; the others, those of --nb_classes above the data's, have weight 0.
-    """
-    if loss.class_weights == "none":
-        return Criterion(loss.smoothing)
-    counts = torch.bincount(train.targets, minlength=num_classes).float()
-    weight = torch.where(counts > 0, len(train) / ((counts > 0).sum() * counts), 0.0)
-    return Criterion(loss.smoothing, weight)
 
 
 def build_mixup(loss: Loss, num_classes: int) -> Mixup | None:

@@ -15,8 +15,7 @@ from torch import nn
 
 from augment.batch import BatchTransform
 from bench.ranks import Ranks
-from engine_finetune import Criterion, evaluate, train_one_epoch
-from main_finetune import build_criterion
+from engine_finetune import Criterion, build_criterion, evaluate, train_one_epoch
 from tests.harness.training import new_run, new_training
 from util.cli.settings import Loss
 from util.data.datasets import ArrayDataset
