@@ -4,8 +4,10 @@ import numpy as np
 import torch
 
 from augment.batch import normalize
+from util.cli.settings import Prediction as Settings
+from util.cli.settings import Reading
 from util.data.datasets import Dataset
-from util.data.loader import read_in_processes, refuse_bad_image
+from util.data.loader import accept_bad_image, read_in_processes
 from util.data.views import ViewReader
 from util.dist import World, gather_objects
 from util.errors import UserError
@@ -17,38 +19,28 @@ from util.progress import Progress
 
 
 @torch.inference_mode()
-def predict(
-    nets: list[Net],
-    data: Dataset,
-    views: list[int],
-    *,
-    world: World,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    on_bad_image: str = "error",
-    margin: int | None = None,
-) -> Prediction:
+def predict(nets: list[Net], data: Dataset, asked: Settings, reading: Reading, world: World) -> Prediction:
     """Every member's probabilities for every image; the same arrays on every rank.
 
-    views: numbers 0..11 (augment/views.py); view 0 is computed in any case, to compare with. batch_size: network
-    inputs per batch, that is images x views; an image's views stay together. Batches are cut from the whole set and
-    then dealt to the ranks, so each is the same whatever the number of ranks, and with it every digit.
+    asked: which views (0..11, augment/views.py; view 0 is computed in any case, to compare with), and network inputs per
+    batch, that is images x views. An image's views stay together. Batches are cut from the whole set and then dealt to
+    the ranks, so each is the same whatever the number of ranks, and with it every digit.
     """
+    views = asked.views
     computed = [0] + [v for v in views if v != 0]
     chosen = [computed.index(v) for v in views]
     V, C, M = len(computed), len(data.classes), 1 + max(net.member for net in nets)
     inputs = sorted({net.input for net in nets})
-    per_batch = max(1, batch_size // V)
+    per_batch = max(1, asked.batch_size // V)
     batches = [list(range(i, min(i + per_batch, len(data)))) for i in range(0, len(data), per_batch)]
     mine = batches[world.rank :: world.size]
-    reader = ViewReader(data, inputs, computed, margin)
-    loader = read_in_processes(reader, mine, world.device, num_workers=num_workers, ahead=2)
+    reader = ViewReader(data, inputs, computed, asked.margin)
+    loader = read_in_processes(reader, mine, reading, world.device, ahead=2)
     progress = Progress("Predict:", len(mine), every=max(1, len(mine) // 10), enabled=world.is_main)
     done, bad = list[tuple[np.ndarray, ...]](), dict[int, str]()
     for index, images, unreadable, _ in loader:
-        if unreadable and on_bad_image == "error":
-            i, reason = next(iter(unreadable.items()))
-            refuse_bad_image(reader.path(i), reason)
+        for i, reason in unreadable.items():
+            accept_bad_image(reader.path(i), reason, reading)
         bad |= unreadable
         if len(index):
             probabilities = forward(nets, inputs, images, world.device)  # [nets, b, V, C]
@@ -95,7 +87,13 @@ def require_finite(probabilities: np.ndarray, nets: list[Net], data, index: torc
 
 
 def predict_out_of_fold(
-    nets: list[Net], net_folds: list[int], data: Dataset, image_folds: np.ndarray, views: list[int], **options
+    nets: list[Net],
+    net_folds: list[int],
+    data: Dataset,
+    image_folds: np.ndarray,
+    asked: Settings,
+    reading: Reading,
+    world: World,
 ) -> Prediction:
     """`predict`, fold by fold, with that fold's networks on that fold's images.
 
@@ -106,7 +104,7 @@ def predict_out_of_fold(
     for fold in sorted(set(image_folds.tolist())):
         rows = np.flatnonzero(image_folds == fold)
         own = [net for net, f in zip(nets, net_folds) if f == fold]
-        part = predict(own, data.subset(torch.from_numpy(rows)), views, **options)
+        part = predict(own, data.subset(torch.from_numpy(rows)), asked, reading, world)
         parts.append((rows[part.index], part.one_view, part.all_views, part.geometric))
         bad.update({int(rows[i]): reason for i, reason in part.bad.items()})
-    return Prediction.joined(views, parts, bad)
+    return Prediction.joined(asked.views, parts, bad)

@@ -19,7 +19,7 @@ from torch import nn
 
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform, Erasing
-from augment.image import PHOTO_JITTER, SCALES, Geometry, build_eval_transform, build_train_transform
+from augment.image import PHOTO_JITTER, SCALES, Geometry, build_train_transform
 from engine_finetune import evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
@@ -29,7 +29,7 @@ from util.cli.dry_run import describe
 from util.cli.resolve import resolve_meta
 from util.cli.settings import Loss, Noise
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
-from util.data.loader import Loader
+from util.data.loader import Loader, evaluation_loader
 from util.data.splits import load_data
 from util.data_specs import DATASETS
 from util.dist import Precision, World, broadcast_buffers, prepare_net
@@ -278,32 +278,19 @@ def build_loaders(
     train_transform = build_train_transform(
         size, aug.aug, geometry=geometry, aa=aug.aa, color_jitter=aug.color_jitter, mean=meta["mean"]
     )
-    common = dict(
-        batch_transform=batch_transform,
-        batch_size=options.optimizer.batch_size,
-        seed=options.machine.seed,
-        in_chans=meta["in_chans"],
-        num_workers=reading.num_workers,
-        pin_memory=reading.pin_mem,
-        on_bad_image=reading.on_bad_image,
-    )
+    batch_size = options.optimizer.batch_size
     train_loader = Loader(
         train,
         transform=train_transform,
+        batch_transform=batch_transform,
+        batch_size=batch_size,
         train=True,
         even=options.loss.mixes,
         world=world,
-        fast=reading.loader == "fast",
-        **common,
+        reading=reading,
     )
-    val_loader = Loader(
-        val,
-        transform=build_eval_transform(size, meta["crop_pct"]),
-        train=False,
-        world=world if options.selection.dist_eval else World(device=world.device),
-        **common,
-    )
-    return train_loader, val_loader
+    shared = world if options.selection.dist_eval else World(device=world.device)
+    return train_loader, evaluation_loader(val, meta, shared, batch_size=batch_size, reading=reading)
 
 
 def build_noise(noise: Noise) -> AlphaBlend | None:

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
 
 import os
 import time
-from argparse import Namespace
 
 import torch
 
@@ -30,68 +29,62 @@ from util.report.prediction import write_all
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started = Namespace(**get_options(argv).flat()), time.time()
-    limit_pixels(args.max_pixels)
-    world = init_world(args.device, args.dist_url)
+    options, started = get_options(argv), time.time()
+    asked, data, machine, output_dir = options.prediction, options.data, options.machine, options.run.output_dir
+    limit_pixels(options.reading.max_pixels)
+    world = init_world(machine.device, machine.dist_url)
     # The fastest algorithm is chosen by timing, and so may differ between ranks and runs, and with it the last digits.
     torch.backends.cudnn.benchmark = False
-    say = print if world.is_main else lambda *text, **kwargs: None
 
-    members, classes = find_members(args.checkpoints)
-    log = claim(args.output_dir, "predict", world)
-    combiners = build_combiners(members, classes, args.weights)
-    data, ids, notes = read_images(args.dataset, args.data_path, classes, args.labels, trained_on=args.out_of_fold)
-    if world.is_main:
-        for note in notes_of(data):
-            say(f"note: {note}")
-    if args.margin is not None:
-        notes.append(f"--margin {args.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts")
-    if args.out_of_fold:
-        fold_of_nets(members)  # a single network is refused before its weights are read
-        image_folds = fold_of_images(members, classes, data, ids)
+    members, classes = find_members(asked.checkpoints)
+    log = claim(output_dir, "predict", world)
+    combiners = build_combiners(members, classes, asked.weights)
+    images, ids, notes = read_images(data.dataset, data.data_path, classes, asked.labels, trained_on=asked.out_of_fold)
+    for note in notes_of(images):
+        log.say(f"note: {note}")
+    if asked.margin is not None:
+        notes.append(
+            f"--margin {asked.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts"
+        )
+    if asked.out_of_fold:
+        net_folds = fold_of_nets(members)  # a single network is refused before its weights are read
+        image_folds = fold_of_images(members, classes, images, ids)
         notes.append("out of fold: each image is predicted by the networks that had not seen it")
-    log.write_args(vars(args))
-    nets = load_nets(members, classes, world.device, args.amp)
+    log.write_args(options.flat())
+    nets = load_nets(members, classes, world.device, machine.amp)
     for m, (name, member) in enumerate(zip(short_names(members), members)):
         precision = next(net.precision for net in nets if net.member == m)
-        say(f"member {name}: {len(member.paths)} x {member.model}, input {member.metas[0]['img_size']}, {precision}")
-    say(
-        f"{len(ids)} images, {int((data.targets >= 0).sum())} with labels, {len(classes)} classes, "
-        f"{len(args.views)} view(s); {world.size} x {world.device}",
-        flush=True,
+        size = member.metas[0]["img_size"]
+        log.say(f"member {name}: {len(member.paths)} x {member.model}, input {size}, {precision}")
+    log.say(
+        f"{len(ids)} images, {int((images.targets >= 0).sum())} with labels, {len(classes)} classes, "
+        f"{len(asked.views)} view(s); {world.size} x {world.device}"
     )
 
-    how = dict(
-        world=world,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        on_bad_image=args.on_bad_image,
-        margin=args.margin,
-    )
-    if args.out_of_fold:
-        prediction = predict_out_of_fold(nets, fold_of_nets(members), data, image_folds, args.views, **how)
+    if asked.out_of_fold:
+        prediction = predict_out_of_fold(nets, net_folds, images, image_folds, asked, options.reading, world)
         read = prediction.index
         combiners.cross_fit([ids[i] for i in read], image_folds[read], prediction.geometric)
     else:
-        prediction = predict(nets, data, args.views, **how)
+        prediction = predict(nets, images, asked, options.reading, world)
     if not world.is_main:
         return 0
     notes += combiners.notes
     for i, reason in prediction.bad.items():
         notes.append(f"not readable, its row is empty: {ids[i]} ({reason})")
     text = write_all(
-        args.output_dir,
-        data=data,
+        output_dir,
+        data=images,
         ids=ids,
         combiners=combiners,
         prediction=prediction,
         notes=notes,
         seconds=time.time() - started,
-        spreadsheet_safe=args.spreadsheet_safe,
+        spreadsheet_safe=asked.spreadsheet_safe,
     )
-    say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(data))]))
-    table, report = (os.path.join(args.output_dir, name) for name in ("predictions.csv", "report.md"))
-    say(f"predictions: {table}, report: {report}")
+    log.say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(images))]))
+    table, report = (os.path.join(output_dir, name) for name in ("predictions.csv", "report.md"))
+    log.say(f"predictions: {table}, report: {report}")
     return 0
 
 

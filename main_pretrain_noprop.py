@@ -11,19 +11,19 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
     check_command_line(get_options)
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 
 from augment.batch import BatchTransform
-from augment.image import Geometry, build_eval_transform, build_train_transform
+from augment.image import Geometry, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from util.cli.dry_run import describe
 from util.cli.settings import Data
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
-from util.data.loader import Loader
+from util.data.loader import Loader, evaluation_loader
 from util.data.splits import read_splits
 from util.data_specs import DATASETS
 from util.dist import Precision, World, broadcast_object, prepare_net, wrap_ddp
@@ -192,39 +192,15 @@ def build_loaders(
     batch_transform = BatchTransform(
         meta["mean"], meta["std"], size=size, geometry=geometry if in_memory else Geometry(), seed=seed
     )
-    common = dict(
-        batch_transform=batch_transform,
-        seed=seed,
-        in_chans=meta["in_chans"],
-        pin_memory=reading.pin_mem,
-        on_bad_image=reading.on_bad_image,
-    )
     transform, alone = build_train_transform(size, "pretrain", geometry=geometry), World(device=world.device)
-    train_loader = Loader(
-        train,
-        transform=transform,
-        batch_size=options.optimizer.batch_size,
-        train=True,
-        world=world,
-        num_workers=reading.num_workers,
-        fast=reading.loader == "fast",
-        **common,
-    )
+    common = dict(transform=transform, batch_transform=batch_transform, reading=reading)
+    train_loader = Loader(train, batch_size=options.optimizer.batch_size, train=True, world=world, **common)
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(seed)))[:NUM_MEASURED]
-    measured_loader = Loader(
-        train.subset(some),
-        transform=transform,
-        batch_size=64,
-        train=False,
-        world=alone,
-        num_workers=reading.num_workers,
-        **common,
-    )
+    measured_loader = Loader(train.subset(some), batch_size=64, train=False, world=alone, **common)
     measured_loader.bad_images = train_loader.bad_images  # each is named once
     few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
-    picture_loader = Loader(
-        few, transform=build_eval_transform(size), batch_size=NUM_PICTURES, train=False, world=alone, **common
-    )
+    here = replace(reading, num_workers=0)
+    picture_loader = evaluation_loader(few, meta, alone, batch_size=NUM_PICTURES, reading=here)
     return train_loader, picture_loader, measured_loader
 
 
@@ -266,17 +242,7 @@ def save_pictures(run: Run, net: NoPropMAE, loader: Loader, epoch: int, *, only_
         generator = torch.Generator(device=images.device).manual_seed(run.options.machine.seed)
         net.eval()
         out = net.reconstruct(images, masking.mask_ratio, sampler=masking.vis_type, generator=generator)
-        picture = reconstruction_grid(
-            images,
-            out["masked"],
-            out["steps"],
-            out["final"],
-            meta["mean"],
-            meta["std"],
-            path,
-            net.sigmas[:-1],
-            mask=out["mask"],
-        )
+        picture = reconstruction_grid(images, out, meta["mean"], meta["std"], path, net.sigmas[:-1])
         # As the epoch's other values: dropped if it is done again.
         log.image("reconstruction", picture, (epoch + 1) * 1000)
         log.flush()  # the picture's file says that both are there

@@ -44,6 +44,7 @@ def product(variant: str, paths: list[str], args):
 
     from augment.batch import BatchTransform, Erasing
     from augment.image import build_train_transform
+    from util.cli.settings import Reading
     from util.data.datasets import FileDataset
     from util.data.loader import Loader
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
@@ -56,11 +57,10 @@ def product(variant: str, paths: list[str], args):
         batch_transform=BatchTransform(
             IMAGENET_MEAN, IMAGENET_STD, size=args.img_size, erasing=Erasing(0.25 if mae else 0.0)
         ),
-        fast=True,
         batch_size=args.batch_size,
         train=True,
         world=world,
-        num_workers=args.workers,
+        reading=Reading(num_workers=args.workers, loader="fast"),
     )
     return lambda: (batch.images for batch in loader.epoch())
 

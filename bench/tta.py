@@ -46,6 +46,7 @@ def product(variant: str, paths: list[str], modules, args):
     import torch
 
     from engine_predict import predict
+    from util.cli.settings import Prediction, Reading
     from util.data.datasets import FileDataset
     from util.data_specs import IMAGENET_MEAN, IMAGENET_STD
     from util.precision import place
@@ -59,9 +60,8 @@ def product(variant: str, paths: list[str], modules, args):
         precision = common.precision_of(variant, module, world, args.amp)
         order = torch.arange(CLASSES, device=world.device)
         nets.append(Net(module, m, meta, order, precision))
-    return lambda: predict(
-        nets, data, list(range(12)), world=world, batch_size=args.batch_size, num_workers=args.workers
-    )
+    asked, reading = Prediction(batch_size=args.batch_size), Reading(num_workers=args.workers)
+    return lambda: predict(nets, data, asked, reading, world)
 
 
 def view_pipelines(S: int) -> list:

@@ -37,7 +37,7 @@ def toy_data(n=22, classes=3, seed=0):
 
 def toy_loader(data, batch_size=4, train=True):
     transform = BatchTransform((0.5,), (0.25,), seed=1)
-    return Loader(data, batch_transform=transform, batch_size=batch_size, train=train, world=World(), seed=1)
+    return Loader(data, batch_transform=transform, batch_size=batch_size, train=train, world=World())
 
 
 def toy_net(classes=3):
@@ -277,7 +277,7 @@ def test_ranks_agree_on_a_skipped_step_and_keep_their_own_statistics(tmp_path):
         world = init_world("cpu")
         net, data = norm_net({2} if world.rank else ()), toy_data(n=16)
         transform = BatchTransform((0.5,), (0.25,), seed=1)
-        loader = Loader(data, batch_transform=transform, batch_size=4, train=True, world=world, seed=1)
+        loader = Loader(data, batch_transform=transform, batch_size=4, train=True, world=world)
         groups = [{"params": list(net.parameters()), "names": [n for n, _ in net.named_parameters()]}]
         optimizer = build_adamw(groups, lr=1e-2)
         run = new_run(loader, world=world)

@@ -17,6 +17,7 @@ from augment.batch import BatchTransform
 from augment.image import build_eval_transform, open_image, to_channels
 from tests.harness.checks import one_line, peak_memory_below
 from util.checkpoint import BEST, read_checkpoint
+from util.cli.settings import Reading
 from util.data.datasets import FileDataset, read_class_folder
 from util.data.image_files import find_images
 from util.data.loader import Loader
@@ -115,8 +116,7 @@ def loader_of(paths, on_bad_image, workers=0, train=False):
         batch_size=4,
         train=train,
         world=World(),
-        num_workers=workers,
-        on_bad_image=on_bad_image,
+        reading=Reading(num_workers=workers, on_bad_image=on_bad_image),
     )
 
 

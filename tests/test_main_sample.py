@@ -77,8 +77,8 @@ def test_the_seed_decides_every_pixel(checkpoint, tmp_path):
 
 def test_given_images_are_read_whole_and_in_their_order(checkpoint, photo_folder, tmp_path):
     one, folder = photo_folder / "train" / "blue" / "blue_03.png", photo_folder / "val"
-    args = main_sample.get_args_parser().parse_args([str(checkpoint), "--images", str(one), str(folder)])
-    data, others, name = main_sample.read_images(args, 1)
+    options = main_sample.get_options([str(checkpoint), "--images", str(one), str(folder)])
+    data, others, name = main_sample.read_images(options.sampling, options.data, 0)
     assert data.paths == [str(one), *(str(p) for p in sorted(folder.rglob("*.png")))]
     assert (others, name) == (None, "given images")
     line = [

@@ -22,6 +22,7 @@ from tests.harness import ROOT
 from tests.harness.checks import one_line
 from tests.harness.runs import finetune
 from util.cli.script import known_failure
+from util.cli.settings import Reading
 from util.data.datasets import FileDataset, read_split
 from util.data.loader import Loader, SampleReader, choose_loader
 from util.data.views import ViewReader
@@ -236,7 +237,8 @@ def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, mo
 
 def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_death(photo_folder):
     data = read_split("folder", str(photo_folder), "val")
-    how = dict(batch_transform=None, batch_size=2, train=False, world=World(), num_workers=1)
+    transform, reading = BatchTransform((0.5,) * 3, (0.5,) * 3), Reading(num_workers=1)
+    how = dict(batch_transform=transform, batch_size=2, train=False, world=World(), reading=reading)
     with pytest.raises(RuntimeError, match="of the transform") as caught:
         list(Loader(data, transform=partial(fails, kind=RuntimeError), **how).epoch())
     assert known_failure(caught.value) is None
@@ -300,7 +302,7 @@ def test_images_that_only_opencv_cannot_decode_are_counted_once_an_epoch(tmp_pat
         world=World(),
         batch_transform=BatchTransform((0.5,) * 3, (0.5,) * 3),
     )
-    fast, plain = Loader(data, fast=True, **how), Loader(data, **how)
+    fast, plain = (Loader(data, reading=Reading(num_workers=0, loader=name), **how) for name in ("fast", "pil"))
     for epoch in (0, 1):
         for a, b in zip(fast.epoch(epoch), plain.epoch(epoch)):
             for i, x, y in zip(a.index.tolist(), a.images, b.images):

@@ -8,18 +8,21 @@ and resumes do not change which samples a step sees. Augmentation is counted by 
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn, cast
+from typing import cast
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
+from augment.batch import BatchTransform
 from augment.decoding import ImageError, limit_pixels, open_image
+from augment.image import build_eval_transform
 from augment.transfer import to_device
-from util.data.datasets import ArrayDataset, Dataset, FileDataset
+from util.cli.settings import Reading
+from util.data.datasets import ArrayDataset, Dataset, FileDataset, to_channels
 from util.data_specs import IN_MEMORY
 from util.dist import World
 from util.errors import UserError, reason_of
@@ -192,16 +195,16 @@ def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, 
 
 
 def read_in_processes(
-    reader: Reader, batches, device: torch.device, *, num_workers: int, pin_memory: bool = True, ahead: int = 4
+    reader: Reader, batches: Iterable[list], reading: Reading, device: torch.device, *, ahead: int = 4
 ) -> DataLoader:
     """Batches of a reader, collated; `batches` yields lists of its keys. ahead: batches that each process reads ahead."""
-    workers = loader_processes(num_workers)
+    workers = loader_processes(reading.num_workers)
     return DataLoader(
         reader,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=pin_memory and device.type == "cuda",
+        pin_memory=reading.pin_mem and device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=ahead if workers else None,
         # Where processes are not forked they know nothing of this one's limit of pixels.
@@ -224,8 +227,12 @@ def _start(max_pixels: int, worker: int) -> None:
     limit_pixels(max_pixels)
 
 
-def refuse_bad_image(path: str, reason: str) -> NoReturn:
-    raise UserError(f"{printable(path)}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip")
+def accept_bad_image(path: str, reason: str, reading: Reading) -> None:
+    """UserError for an image that cannot be read, unless --on_bad_image skip."""
+    if reading.on_bad_image == "error":
+        raise UserError(
+            f"{printable(path)}: cannot be read as an image ({reason}); remove it or give --on_bad_image skip"
+        )
 
 
 class Loader:
@@ -238,32 +245,27 @@ class Loader:
         self,
         data: Dataset,
         *,
-        batch_transform,
-        transform=None,
+        batch_transform: BatchTransform,
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
         batch_size: int,
         train: bool,
         world: World,
-        seed: int = 0,
-        in_chans: int = 3,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
         even: bool = False,
-        num_workers: int = 0,
-        pin_memory: bool = True,
-        on_bad_image: str = "error",
-        fast: bool = False,
     ):
         self.data, self.batch_transform, self.world, self.train = data, batch_transform, world, train
+        seed = batch_transform.seed
         self.order = EpochOrder(len(data), batch_size, world=world, seed=seed, train=train, even=even)
-        self.on_bad_image = on_bad_image
+        self.reading = reading
         self.bad_images: dict[str, str] = {}  # path -> why it cannot be read
         self.targets = data.targets.to(world.device)
         self.files: DataLoader | None = None
         if isinstance(data, ArrayDataset):
             self.images = data.images.to(world.device)
         else:
+            in_chans, fast = len(batch_transform.mean), reading.loader == "fast"
             reader = SampleReader(data, transform, in_chans=in_chans, seed=seed, train=train, fast=fast)
-            self.files = read_in_processes(
-                reader, self.order, world.device, num_workers=num_workers, pin_memory=pin_memory
-            )
+            self.files = read_in_processes(reader, self.order, reading, world.device)
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -309,8 +311,27 @@ class Loader:
 
     def _report(self, bad: dict[str, str]) -> None:
         for path, reason in bad.items():
-            if self.on_bad_image == "error":
-                refuse_bad_image(path, reason)
+            accept_bad_image(path, reason, self.reading)
             if path not in self.bad_images:
                 self.bad_images[path] = reason
                 print(f"warning: {printable(path)}: skipped, cannot be read as an image ({reason})", file=sys.stderr)
+
+
+def evaluation_loader(
+    data: Dataset, meta: dict, world: World, *, batch_size: int, reading: Reading, crop_pct: float | None = None
+) -> Loader:
+    """Images as the network of `meta` is evaluated on them: resized, cropped to the middle, normalised.
+
+    crop_pct: the share of a resized file that it sees (default: meta's, else the usual one for the size).
+    """
+    height, width = meta["img_size"]
+    crop_pct = crop_pct or meta.get("crop_pct")
+    return Loader(
+        to_channels(data, meta["in_chans"]) if isinstance(data, ArrayDataset) else data,
+        transform=build_eval_transform((height, width), crop_pct),
+        batch_transform=BatchTransform(meta["mean"], meta["std"], size=(height, width)),
+        batch_size=batch_size,
+        train=False,
+        world=world,
+        reading=reading,
+    )

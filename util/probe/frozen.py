@@ -40,8 +40,7 @@ def read_content(path: str) -> dict:
 
 
 def resolve_data(options: Own, content: dict) -> Own:
-    """The options with --dataset and --data_path of the run that wrote the checkpoint `content`, where they leave them
-    open."""
+    """The options; --dataset and --data_path, where not given, are those of the run that wrote the checkpoint `content`."""
     known = str((content.get("meta") or {}).get("dataset"))
     dataset, path = options.data.dataset, options.data.data_path
     dataset = dataset or (known if known in DATASETS else "folder")
@@ -71,8 +70,9 @@ def _noprop(path: str, meta: dict, **changes) -> NoPropMAE:
 
 
 def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) -> tuple[nn.Module, dict, str, str]:
-    """(model, meta, pooling, words for the input) that the options and the checkpoint `content` ({}: none) describe; all
-    of its weights are there.
+    """(model, meta, pooling, words for the input) that the options and the checkpoint `content` ({}: none) describe.
+
+    UserError where the model would lack some of its weights.
 
     Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has no
     classifier; for any other model `head`, what its classifier reads.
@@ -96,7 +96,7 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
             start = _noprop(given.finetune, source, img_size=meta["img_size"], in_chans=meta["in_chans"]).state_dict()
             model.load_state_dict({k: v for k, v in start.items() if k in model.state_dict()}, strict=False)
     elif content:
-        report = load_pretrained(model, given.finetune, pos_grid=given.pos_grid)
+        report = load_pretrained(model, given.finetune, pos_grid=(g[0], g[1]) if (g := given.pos_grid) else None)
         trained = {name for name, _ in model.named_parameters()}
         head = tuple(f"{name}." for name in classifier_prefixes(model))
         missing = [k for k in report.missing if k in trained and not k.startswith(head)]

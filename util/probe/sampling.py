@@ -75,11 +75,9 @@ class Study:
                     score = psnr(denormalize(picture, *norm), target, 1.0, hidden)
                     errors[name].append(10.0 ** (-score / 10.0))  # back to errors; every image hides as many pixels
                 if step == 0:
-                    steps, sigmas = [x[:num] for x in out["steps"]], self.net.sigmas[:-1]
-                    first = [x[:num] for x in (images, out["masked"])]
-                    reconstruction_grid(
-                        *first, steps, out["final"][:num], *norm, path.format(sampler), sigmas, out["mask"][:num]
-                    )
+                    first = {k: out[k][:num] for k in ("masked", "final", "mask")}
+                    first["steps"] = [x[:num] for x in out["steps"]]
+                    reconstruction_grid(images[:num], first, *norm, path.format(sampler), self.net.sigmas[:-1])
         return {name: -10.0 * torch.cat(e).mean().log10().item() for name, e in errors.items()}
 
     def draw_generated(self, rows: int, path: str) -> None:

@@ -57,26 +57,23 @@ def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0, mask: torch.
 
 def reconstruction_grid(
     originals: torch.Tensor,
-    masked: torch.Tensor,
-    steps: Sequence[torch.Tensor],
-    final: torch.Tensor,
+    out: dict,
     mean: Sequence[float],
     std: Sequence[float],
     path: str | None,
     step_labels: Sequence[float | str],
-    mask: torch.Tensor | None = None,
 ) -> np.ndarray:
     """A row per image: original | masked | the estimate of each step | final -> uint8 [H, W, 3], also saved as PNG.
 
-    originals, masked, final, and each of `steps`: [B, C, H, W], as NoPropMAE.reconstruct returns them.
-    step_labels: each step's sigma, or a title of your own. path: None saves nothing.
-    mask: [B, N], 1 = removed; with it, the PSNR on masked patches stands below each step and the final image.
+    originals: [B, C, H, W]; out: NoPropMAE.reconstruct's result for them. If it has their `mask`, the PSNR on masked
+    patches stands below each step and the final image. step_labels: each step's sigma, or a title of your own. path:
+    None saves nothing.
     """
-    columns = [originals, masked, *steps, final]
-    if len(step_labels) != len(steps):
-        raise ValueError(f"step_labels: {len(step_labels)} for {len(steps)} steps")
+    columns = [originals, out["masked"], *out["steps"], out["final"]]
+    if len(step_labels) != len(out["steps"]):
+        raise ValueError(f"step_labels: {len(step_labels)} for {len(out['steps'])} steps")
     pixels = [to_pixels(c, mean, std) for c in columns]
-    captions = None
+    captions, mask = None, out.get("mask")
     if mask is not None:
         hidden, target = pixel_mask(mask, *originals.shape[-2:]), denormalize(originals, mean, std)
         scores = [psnr(denormalize(c, mean, std), target, 1.0, hidden).tolist() for c in columns[2:]]

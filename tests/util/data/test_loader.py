@@ -10,6 +10,7 @@ from PIL import Image
 from augment.batch import BatchTransform, Erasing
 from augment.image import Geometry, build_eval_transform, build_train_transform
 from tests.harness.pictures import write_image
+from util.cli.settings import Reading
 from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import EpochOrder, Loader
 from util.dist import World
@@ -52,9 +53,7 @@ def file_loader(root, *, workers=0, train=True, on_bad="error", split="train"):
         batch_size=4,
         train=train,
         world=World(),
-        seed=5,
-        num_workers=workers,
-        on_bad_image=on_bad,
+        reading=Reading(num_workers=workers, on_bad_image=on_bad),
     )
 
 

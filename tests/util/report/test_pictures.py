@@ -87,7 +87,8 @@ def test_pixel_mask_covers_the_patches_that_the_model_hides():
 def test_every_image_stands_in_its_row_and_column_with_square_pixels(tmp_path):
     columns = [normalize(uint8_images(2, 3, 8, 16).roll(k, 0) // (k + 1), MEAN, STD) for k in range(4)]
     path = tmp_path / "grid.png"
-    grid = reconstruction_grid(columns[0], columns[1], [columns[2]], columns[3], MEAN, STD, str(path), [80.0])
+    out = {"masked": columns[1], "steps": [columns[2]], "final": columns[3]}
+    grid = reconstruction_grid(columns[0], out, MEAN, STD, str(path), [80.0])
     assert grid.dtype == np.uint8 and np.array_equal(np.asarray(Image.open(path)), grid)
     places = [
         [find_tile(grid, to_pixels(c, MEAN, STD)[row].repeat(6, axis=0).repeat(6, axis=1)) for c in columns]
@@ -108,11 +109,12 @@ def test_titles_name_the_sigmas_and_captions_the_psnr_of_hidden_patches(monkeypa
     step, final = originals + 100.0, originals + 0.2  # clipped to 1: off by 0.75; off by 0.1
     step[..., :4], final[..., :4] = 0.0, 0.0
     mask = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
-    reconstruction_grid(originals, originals, [step, final], final, mean, std, None, [80.0, 0.002], mask)
+    out = {"masked": originals, "steps": [step, final], "final": final, "mask": mask}
+    reconstruction_grid(originals, out, mean, std, None, [80.0, 0.002])
     assert drawn["titles"] == ["original", "masked", "σ = 80", "σ = 0.002", "final"]
     assert drawn["captions"] == [["", "", "2.5 dB", "20.0 dB", "20.0 dB"]]
     with pytest.raises(ValueError, match="1 for 2 steps"):
-        reconstruction_grid(originals, originals, [step, final], final, mean, std, None, ["one"])
+        reconstruction_grid(originals, out, mean, std, None, ["one"])
 
 
 def test_large_images_keep_their_size_and_long_titles_widen_the_columns():
