@@ -164,6 +164,7 @@ def test_the_trial_pass_leaves_running_statistics_and_generators_alone():
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_family_that_timm_lacks_is_one_file(run, tmp_path):
     """In a copy of the product with that file in models/families; what it can do is asserted there."""
     for room in ("models", "augment", "util"):

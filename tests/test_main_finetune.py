@@ -329,6 +329,7 @@ def test_freezing_more_layers_than_there_are_is_an_error(tmp_path):
         finetune(*TINY, "--output_dir", tmp_path, "--freeze_layers", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["loss", "acc1"])
 def test_epoch_with_a_nan_loss_is_never_the_best(tmp_path, monkeypatch, metric):
     """NaN compares as neither above nor below: taken as the first best, it would stay it."""
