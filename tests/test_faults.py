@@ -20,7 +20,7 @@ from bench.ranks import Ranks, empty_store
 from tests.harness import ROOT
 from tests.harness.checks import assert_same_state, comparable, log_without_times, one_line
 from tests.harness.runs import NET, VIT, save_member
-from util.checkpoint import BEST, LAST, read_checkpoint
+from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.cli.script import known_failure, run_main
 from util.data import loader as data
 from util.data import views
@@ -330,6 +330,26 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
     for name in (LAST, BEST):
         assert_same_state(comparable(tmp_path / "killed" / name), comparable(tmp_path / "whole" / name))
     assert log_without_times(tmp_path / "killed") == log_without_times(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,why", [(signal.SIGUSR1, "as torchrun is gone"), (signal.SIGTERM, "by a signal")])
+def test_a_signal_to_torchrun_saves_and_leaves_no_rank_behind(tmp_path, number, why):
+    """SIGUSR1 kills torchrun, which does not handle it: the ranks notice. SIGTERM it hands on to them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_finetune.py"]
+    command += [*NET, "--batch_size", "32", "--epochs", "500", "--output_dir", str(tmp_path)]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **out)
+    said = []
+    for text in process.stdout:  # ends when the last rank has closed it
+        said.append(text)
+        if text.startswith("epoch 0:"):
+            process.send_signal(number)
+    assert any(text.startswith(f"stopped {why} at epoch ") and "saved; " in text for text in said), "".join(said)[
+        -3000:
+    ]
+    assert process.wait(timeout=60) in (-number, 1)
+    assert find_resume(str(tmp_path)) == str(tmp_path / LAST)
 
 
 @pytest.mark.slow

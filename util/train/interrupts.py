@@ -18,14 +18,16 @@ MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
 
 
 class Interrupts:
-    """SIGTERM, SIGUSR1, SIGINT and the save timer, agreed by all ranks at the same step without stalling one.
+    """SIGTERM, SIGUSR1, SIGINT, the end of torchrun and the save timer, agreed by all ranks without stalling one.
 
     Each poll starts a small all-reduce on a group of its own and reads the one before, which ran beside the step. A
     second SIGINT interrupts at once. A thread waits for the all-reduces as well: see `_watch`.
     """
 
     def __init__(self, save_every_minutes: float = 0.0, timeout_minutes: float = 10.0):
-        self.stop = False
+        self.stop, self.why = False, "by a signal"
+        # torchrun, where it started this process. Gone, it leaves ranks that nobody would end or start again.
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.period = 60.0 * save_every_minutes
         self.next_save = time.monotonic() + self.period
         timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
@@ -52,6 +54,8 @@ class Interrupts:
 
     def poll(self) -> tuple[bool, bool]:
         """(stop, save), the same on every rank; call it equally often on all of them."""
+        if self.parent is not None and os.getppid() != self.parent:
+            self.stop, self.why = True, "as torchrun is gone"
         save_due = self.period > 0 and time.monotonic() >= self.next_save
         if self.group is None:
             stop, save = self.stop, save_due

@@ -302,7 +302,9 @@ class Run:
             saved = "saved; --resume auto goes on"
         else:
             saved = "not saved; --resume auto goes on from the checkpoint before, if there is one"
-        self.log.say(f"stopped by a signal at epoch {self.position.epoch}, step {self.position.step}; {saved}")
+        self.log.say(
+            f"stopped {self.interrupts.why} at epoch {self.position.epoch}, step {self.position.step}; {saved}"
+        )
         return EXIT_STOPPED
 
     def restore(self, found: Found, training: Training, new_optimizer: bool = False) -> None:
