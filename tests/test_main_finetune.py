@@ -16,7 +16,7 @@ from tests.harness.checks import assert_same_run
 from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
 from util.cli.script import run_main
-from util.data.datasets import ArrayDataset
+from util.data.datasets import ArrayDataset, read_split
 from util.dist import World
 from util.errors import UserError
 from util.log import read_log
@@ -349,6 +349,21 @@ def test_epoch_with_a_nan_loss_is_never_the_best(tmp_path, monkeypatch, metric):
     assert best["progress"]["best_epoch"] == 1 and best["epoch"] == 2
     assert best["progress"]["best"] == (-line["val_loss"] if metric == "loss" else line["val_acc1"])
     assert Position(best=float("nan")).improves(0.5), "a checkpoint written before"
+
+
+def test_the_best_checkpoints_model_is_what_was_validated(tmp_path):
+    """With an EMA, the average: loaded by hand and scored in NumPy, it has the run's best accuracy."""
+    assert finetune(*NET, "--output_dir", tmp_path) == 0
+    best, last = (torch.load(tmp_path / f"checkpoint-{name}.pth", weights_only=True) for name in ("best", "last"))
+    assert "ema" not in best and not torch.equal(last["model"]["head.weight"], last["ema"]["head.weight"])
+    meta = best["meta"]
+    net = create_model(meta["model"], num_classes=10, img_size=8, in_chans=1, **meta["model_kwargs"]).eval()
+    net.load_state_dict(best["model"])
+    val = read_split("digits", ".", "val")
+    with torch.no_grad():
+        logits = net((val.images / 255 - meta["mean"][0]) / meta["std"][0]).numpy()
+    accuracy = 100 * np.mean(logits.argmax(1) == val.targets.numpy())
+    assert accuracy == pytest.approx(best["progress"]["best"], abs=0.3)  # one image of 360
 
 
 def test_run_without_a_finite_validation_loss_ends_and_says_so(tmp_path, monkeypatch):

@@ -170,13 +170,14 @@ class CheckpointWriter:
         return True
 
     def save_best(self, state: dict) -> bool:
-        """checkpoint-best.pth: weights and meta only, what evaluation and prediction need."""
-        slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng")}
+        """checkpoint-best.pth, for evaluation and prediction: `model` is what was selected, the EMA where there is one."""
+        slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng", "ema")}
+        slim["model"] = state.get("ema") or state["model"]
         wrote = self._write(BEST, slim)
         if wrote:
             self.owed = None
         else:  # training goes on and changes these tensors: keep what they were
-            self.owed = {k: _on_cpu(v) if k in ("model", "ema") else v for k, v in slim.items()}
+            self.owed = {**slim, "model": _on_cpu(slim["model"])}
         return wrote
 
     def retry_best(self) -> None:
