@@ -5,7 +5,6 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
-from engine_finetune import build_criterion
 from util.cli.finetune import FinetuneOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
 from util.cli.script import check_command_line, run_main
 
@@ -20,7 +19,7 @@ from torch import nn
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform, Erasing
 from augment.image import PHOTO_JITTER, SCALES, Geometry, build_train_transform
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import build_criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
