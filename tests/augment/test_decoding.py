@@ -1,5 +1,6 @@
 """Files to upright images: names that say nothing, odd EXIF, float pixels, too many pixels, whose fault an error is."""
 
+import gc
 import importlib
 import io
 import os
@@ -235,13 +236,17 @@ def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, mo
         views[0]
 
 
-def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_death(photo_folder):
+def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_death(photo_folder, monkeypatch):
+    # torch waits so long for a process that raised, 5 s by default, when the loader is collected.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     data = read_split("folder", str(photo_folder), "val")
     transform, reading = BatchTransform((0.5,) * 3, (0.5,) * 3), Reading(num_workers=1)
     how = dict(batch_transform=transform, batch_size=2, train=False, world=World(), reading=reading)
     with pytest.raises(RuntimeError, match="of the transform") as caught:
         list(Loader(data, transform=partial(fails, kind=RuntimeError), **how).epoch())
     assert known_failure(caught.value) is None
+    del caught
+    gc.collect()
 
 
 def test_an_error_of_the_fast_transform_is_not_hidden_by_the_plain_one(tmp_path):
