@@ -8,6 +8,7 @@ The module has no parameters and no persistent buffers: attaching it leaves a mo
 """
 
 import math
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -23,100 +24,93 @@ def alphas_cumprod(beta_power: float = 1.2) -> torch.Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
+@dataclass(frozen=True)
+class NoiseConfig:
+    """How much noise, on what and when. ValueError, one line, for values out of range.
+
+    timestep: index t of abar, 0..999; 0 switches the noise off.
+    schedule: `fixed` uses t for every sample, `uniform` draws t ~ U{1..timestep} per sample.
+    prob: fraction of samples that get noise, 0..1.
+    anneal: over training, scale t towards 0: `none`, `linear` (1 - p) or `cosine` (1 + cos(pi p)) / 2.
+    tokens: `all`, or `patches` to leave class and register tokens clean (where a model has them; pixels have none).
+    space: `embedding` or `pixel`: which tensor `models.vit.attach_noise` hands to the module.
+    layer: `embedding` noise goes to the input of this block.
+    beta_power: exponent on DDPM's betas.
+    noise_eval: keep the noise in evaluation too.
+    """
+
+    timestep: int = 15
+    schedule: str = "fixed"
+    prob: float = 1.0
+    anneal: str = "none"
+    tokens: str = "all"
+    space: str = "embedding"
+    layer: int = 0
+    beta_power: float = 1.2
+    noise_eval: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.timestep < NUM_TIMESTEPS:
+            raise ValueError(f"alpha_blend timestep {self.timestep}: must be 0 (off) to {NUM_TIMESTEPS - 1}")
+        if not 0.0 <= self.prob <= 1.0:
+            raise ValueError(f"noise prob {self.prob}: must be in [0, 1]")
+        if self.layer < 0:
+            raise ValueError(f"noise layer {self.layer}: must be 0 or more")
+        choices = {"schedule": SCHEDULES, "anneal": ANNEALS, "tokens": TOKENS, "space": SPACES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"noise {name} {getattr(self, name)!r}: must be one of {', '.join(known)}")
+
+
 class AlphaBlend(nn.Module):
     """Blend noise into a tensor [B, ...] in training; the identity in evaluation unless `noise_eval`.
 
-    Args:
-        timestep: index t of abar, 0..999; 0 switches the noise off.
-        schedule: `fixed` uses t for every sample, `uniform` draws t ~ U{1..timestep} per sample.
-        prob: fraction of samples that get noise, 0..1.
-        anneal: over training, scale t towards 0: `none`, `linear` (1 - p) or `cosine` (1 + cos(pi p)) / 2.
-        tokens: `all`, or `patches` to leave class and register tokens clean (where a model has them; pixels have none).
-        space: `embedding` or `pixel`: which tensor `models.attach_noise` hands to this module.
-        layer: `embedding` noise goes to the input of this block.
-        beta_power: exponent on DDPM's betas.
-        noise_eval: keep the noise in evaluation too.
+    The keywords are NoiseConfig's: AlphaBlend(15), AlphaBlend(15, prob=0.5), AlphaBlend(config).
     """
 
-    def __init__(
-        self,
-        timestep: int = 15,
-        *,
-        schedule: str = "fixed",
-        prob: float = 1.0,
-        anneal: str = "none",
-        tokens: str = "all",
-        space: str = "embedding",
-        layer: int = 0,
-        beta_power: float = 1.2,
-        noise_eval: bool = False,
-    ):
+    signal_scale: torch.Tensor
+    noise_scale: torch.Tensor
+
+    def __init__(self, config: NoiseConfig | int = 15, **keywords):
         super().__init__()
-        if not 0 <= timestep < NUM_TIMESTEPS:
-            raise ValueError(f"alpha_blend timestep {timestep}: must be 0 (off) to {NUM_TIMESTEPS - 1}")
-        if not 0.0 <= prob <= 1.0:
-            raise ValueError(f"noise prob {prob}: must be in [0, 1]")
-        if layer < 0:
-            raise ValueError(f"noise layer {layer}: must be 0 or more")
-        for name, value, known in (
-            ("schedule", schedule, SCHEDULES),
-            ("anneal", anneal, ANNEALS),
-            ("tokens", tokens, TOKENS),
-            ("space", space, SPACES),
-        ):
-            if value not in known:
-                raise ValueError(f"noise {name} {value!r}: must be one of {', '.join(known)}")
-        self.timestep, self.schedule, self.prob, self.anneal = timestep, schedule, prob, anneal
-        self.tokens, self.space, self.layer, self.beta_power, self.noise_eval = (
-            tokens,
-            space,
-            layer,
-            beta_power,
-            noise_eval,
-        )
+        self.config = replace(NoiseConfig(config) if isinstance(config, int) else config, **keywords)
         self.num_prefix_tokens = 0  # set by models.attach_noise
-        self.current_timestep = timestep  # after annealing
+        self.current_timestep = self.config.timestep  # after annealing
         # Factors in float64, stored in float32: in bf16, 1 - abar_15 = 7.7e-4 would still be there but
         # abar_15 itself rounds to 1, and the difference to 0.
-        abar = alphas_cumprod(beta_power)
+        abar = alphas_cumprod(self.config.beta_power)
         self.register_buffer("signal_scale", abar.sqrt().float(), persistent=False)
         self.register_buffer("noise_scale", (1.0 - abar).sqrt().float(), persistent=False)
 
     def set_progress(self, progress: float) -> None:
         """Anneal: `progress` is the fraction of training done, 0..1."""
-        scale = {"none": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[
-            self.anneal
-        ]
-        self.current_timestep = round(self.timestep * scale)
+        scales = {"none": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        self.current_timestep = round(self.config.timestep * scales[self.config.anneal])
 
     @property
     def active(self) -> bool:
-        return (self.training or self.noise_eval) and self.current_timestep > 0 and self.prob > 0
+        return (self.training or self.config.noise_eval) and self.current_timestep > 0 and self.config.prob > 0
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """z [B, ...] -> noised z, same shape and dtype. Draws from the global generator of z's device."""
         if not self.active:
             return z
-        B = z.shape[0]
+        c, B = self.config, z.shape[0]
         per_sample = (B,) + (1,) * (z.ndim - 1)
-        if self.schedule == "fixed":
+        if c.schedule == "fixed":
             t = torch.full((B,), self.current_timestep, device=z.device)
         else:
             t = torch.randint(1, self.current_timestep + 1, (B,), device=z.device)
         signal, noise = self.signal_scale[t].view(per_sample), self.noise_scale[t].view(per_sample)
-        if self.prob < 1.0:
-            keep = torch.rand(B, device=z.device).view(per_sample) < self.prob
+        if c.prob < 1.0:
+            keep = torch.rand(B, device=z.device).view(per_sample) < c.prob
             signal, noise = torch.where(keep, signal, 1.0), torch.where(keep, noise, 0.0)
         # Outside autocast: the blend is float32 whatever the model computes in.
         eps = torch.randn(z.shape, device=z.device, dtype=torch.float32)
         blended = signal * z.float() + noise * eps
-        if self.tokens == "patches" and self.space == "embedding" and self.num_prefix_tokens:
+        if c.tokens == "patches" and c.space == "embedding" and self.num_prefix_tokens:
             blended[:, : self.num_prefix_tokens] = z[:, : self.num_prefix_tokens].float()
         return blended.to(z.dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"timestep={self.timestep}, schedule={self.schedule}, prob={self.prob}, anneal={self.anneal}, "
-            f"tokens={self.tokens}, space={self.space}, layer={self.layer}, beta_power={self.beta_power}, "
-            f"noise_eval={self.noise_eval}"
-        )
+        return ", ".join(f"{k}={v}" for k, v in asdict(self.config).items())

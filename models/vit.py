@@ -230,13 +230,13 @@ def attach_noise(model: nn.Module, noise: nn.Module) -> None:
     """Register `noise` (an AlphaBlend) as `model.alpha_blend` and run it at its layer's input; keys do not change."""
     model.alpha_blend = noise
     noise.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-    if noise.space == "pixel":
+    if noise.config.space == "pixel":
         model.register_forward_pre_hook(_BlendInput(noise))
         return
     blocks = trunk_blocks(model)
-    if noise.layer >= len(blocks):
-        raise UserError(f"--noise_layer {noise.layer}: {type(model).__name__} has blocks 0 to {len(blocks) - 1}")
-    blocks[noise.layer].register_forward_pre_hook(_BlendInput(noise))
+    if noise.config.layer >= len(blocks):
+        raise UserError(f"--noise_layer {noise.config.layer}: {type(model).__name__} has blocks 0 to {len(blocks) - 1}")
+    blocks[noise.config.layer].register_forward_pre_hook(_BlendInput(noise))
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ net.cells[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs
 net.eval()(x)
 clean = net.patch_embed(x) + net.pos_embed
 assert list(net.state_dict()) == list(build().state_dict())
-assert seen[0].shape == clean.shape and (seen[0] - clean).std() > 0.5 and net.alpha_blend.layer == 0
+assert seen[0].shape == clean.shape and (seen[0] - clean).std() > 0.5 and net.alpha_blend.config.layer == 0
 
 # Layers: stem 0, cells 1 to 3, head 4; what has one dimension, or is named by no_weight_decay, does not decay.
 scales, decays = {}, {}
