@@ -146,7 +146,7 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Erasing:
-    """timm RandomErasing's rules (Zhong et al., Random Erasing Data Augmentation, AAAI 2020). ValueError for what cannot be.
+    """timm's RandomErasing (Zhong et al., Random Erasing Data Augmentation, AAAI 2020). ValueError for wrong values.
 
     A sample is erased with probability `prob`, in 1..recount boxes; each box has area ~ U(area) / count of the image,
     log aspect h/w ~ U(log aspect), and is the first of 10 draws that is smaller than the image, or none.
@@ -220,7 +220,8 @@ def random_erase(x: torch.Tensor, index: torch.Tensor, erasing: Erasing, *, seed
 class BatchTransform:
     """uint8 batches to normalised float32 on their device: the last step before the model, in training and evaluation.
 
-    Training: crop and flip, RandAugment or colour jitter, resize to `size`, normalise, erase. Evaluation: resize, normalise.
+    Training: crop and flip, RandAugment or colour jitter, resize to `size`, normalise, erase. Evaluation: resize and
+    normalise.
     File data sets arrive cropped and flipped by augment/image.py; for them only normalise and erase are set.
 
     mean, std: per channel, of pixels in [0, 1].

@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 LARGEST_ASPECT = 16
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit: 179 million
-# What Pillow knows and does not decode itself: PostScript is handed to Ghostscript, a program, and Windows' metafiles to
-# Windows; formats without a decoder; Microsoft's containers, of which Thumbs.db is one; text about pictures.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit: 179 million
+# What Pillow knows and does not decode itself: PostScript, which is handed to Ghostscript, a program, and Windows'
+# metafiles, to Windows; formats without a decoder; Microsoft's containers, such as Thumbs.db; text about pictures.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC", "IPTC"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +40,7 @@ def decoding() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(
-            f"{pixels[0] if pixels else 'its'} pixels, more than --max_pixels {int(2 * Image.MAX_IMAGE_PIXELS)}"
+            f"{pixels[0] if pixels else 'its'} pixels, more than --max_pixels {int(2 * (Image.MAX_IMAGE_PIXELS or 0))}"
         ) from error
     except Exception as error:
         raise ImageError(str(error) or type(error).__name__) from error
@@ -48,7 +48,8 @@ def decoding() -> Iterator[None]:
 
 def limit_pixels(max_pixels: int) -> None:
     """Images beyond `max_pixels` are refused before any pixel is decoded, in this process and those that it forks."""
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow warns above its limit, and refuses above twice as much
+    # Pillow warns above its limit, and refuses above twice as much.
+    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -83,9 +84,9 @@ def is_known(extension: str) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is read as an image.
+    """Whether a file is read as an image: by its extension where Pillow knows it, without opening the file.
 
-    By its extension where Pillow knows it: then the file is not opened. Any other, or none: by its first bytes and header.
+    With any other extension, or none: by its first bytes and its header.
     """
     if named := _format_of(path):
         return named in Image.OPEN and named not in NOT_DECODED
@@ -94,7 +95,8 @@ def is_image(path: str) -> bool:
             return False
         with open(path, "rb") as file:
             start = file.read(16).ljust(16, b"\0")
-        if not any(Image.OPEN[f][1](start) for f in _formats(None)):
+        known = (Image.OPEN[f][1] for f in _formats(None))
+        if not any(accept(start) for accept in known if accept is not None):
             return False
         with open_file(path):
             return True
@@ -110,7 +112,7 @@ def open_image(path: str, in_chans: int) -> Image.Image:
         return to_channels(image, in_chans)
 
 
-def open_file(path: str) -> Image.Image:
+def open_file(path: str) -> ImageFile.ImageFile:
     """Pillow's Image.open for regular files (a pipe or device would be waited for without end). ImageError."""
     with decoding():
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from einops import rearrange
+from PIL import Image, ImageFile
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -59,19 +60,19 @@ class FastTrainTransform:
             x = decode_crop(image, box, tuple(self.crop.size), self.crop.interpolation)
         for flip in self.flips:
             x = flip(x)
-        x = to_array(x)
+        pixels = to_array(x)
         if self.on_images is not None and self.on_arrays is None:
-            return self.on_images(Image.fromarray(x))
-        return to_tensor(x if self.on_arrays is None else self.on_arrays(x))
+            return self.on_images(Image.fromarray(pixels))
+        return to_tensor(pixels if self.on_arrays is None else self.on_arrays(pixels))
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:
     """uint8 [C, h, w] as [h, w] or [h, w, 3]; free where the channels are interleaved in memory already."""
-    return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).contiguous().numpy()
+    return (x[0] if len(x) == 1 else rearrange(x, "c h w -> h w c")).contiguous().numpy()
 
 
 def to_tensor(x: np.ndarray) -> torch.Tensor:
-    """to_array's inverse, channel by channel in memory: OpenCV separates them ten times as fast as torch.stack would."""
+    """to_array's inverse, channel by channel in memory: OpenCV separates them ten times as fast as torch.stack."""
     out = np.empty((1 if x.ndim == 2 else 3, *x.shape[:2]), np.uint8)
     cv2.split(x, list(out))
     return torch.from_numpy(out)
@@ -83,7 +84,7 @@ def can_be_fast(transform: Callable) -> bool:
     return isinstance(first, (transforms.RandomResizedCrop, RandomResizedCropAndInterpolation))
 
 
-def is_plain_jpeg(image: Image.Image, in_chans: int) -> bool:
+def is_plain_jpeg(image: ImageFile.ImageFile, in_chans: int) -> bool:
     """An opened, not yet decoded file that to_channels would only decode, and that was not cut off."""
     return (
         image.format == "JPEG"
@@ -107,7 +108,7 @@ def reduction(box_h: int, box_w: int, size: tuple[int, int]) -> int:
 
 
 def decode_crop(
-    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: InterpolationMode
+    image: ImageFile.ImageFile, box: tuple[int, int, int, int], size: tuple[int, int], interpolation: InterpolationMode
 ) -> torch.Tensor:
     """Box (top, left, h, w) of an opened JPEG, in its full-size pixels, resized to `size` (h, w): uint8 [C, h, w].
 
@@ -116,6 +117,7 @@ def decode_crop(
     """
     top, left, h, w = box
     scale = reduction(h, w, size)
+    assert image.fp is not None
     with decoding():
         image.fp.seek(0)
         data = image.fp.read()
@@ -124,7 +126,7 @@ def decode_crop(
         raise ImageError("OpenCV decodes it to another size than its header says")
     if scale == 1:
         crop = pixels[top : top + h, left : left + w]
-        x = torch.from_numpy(crop.reshape(1, h, w, -1)).permute(0, 3, 1, 2)
+        x = rearrange(torch.from_numpy(crop), "h w ... -> 1 (...) h w")
         x = x.contiguous(memory_format=torch.channels_last)  # torch keeps the layout only of what is dense in it
         return F.interpolate(x, size=size, mode=interpolation.value, antialias=True)[0]
     # Pillow takes the box in fractions of the reduced image's pixels.

@@ -1,8 +1,8 @@
 """Per-image transforms in loader workers: file -> PIL image -> uint8 tensor [C, H, W].
 
 Normalisation and erasing come later, for the whole batch on its device (augment/batch.py). Randomness comes from the
-global generators of random, numpy and torch, which util.seed.sample_rng sets per sample. Policies here are timm's own on
-Pillow images: what augment/opencv_ops.py and augment/rand_augment.py compute faster is measured and tested against them.
+global generators of random, numpy and torch, which util.seed.sample_rng sets per sample. Policies are timm's own, on
+Pillow images; augment/opencv_ops.py and augment/rand_augment.py compute the same faster and are tested against them.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,16 +91,16 @@ def build_train_transform(
     low, high = (r * size[1] / size[0] for r in geometry.ratio)
     if preset != "photo":
         transform = create_transform(
-            tuple(size),
+            size,
             is_training=True,
             scale=scale,
             ratio=(low, high),
             hflip=geometry.hflip,
             vflip=geometry.vflip,
-            color_jitter=color_jitter,
+            color_jitter=color_jitter,  # type: ignore[arg-type] # None is none
             auto_augment=aa,
             interpolation=interpolation,
-            mean=mean,
+            mean=tuple(mean),
             normalize=False,
         )
         return transforms.Compose([allow_zero_bits(step) for step in transform.transforms])

@@ -3,10 +3,10 @@
 For image files, in loader processes (augment/fast_image.py): 32 images of 224 pixels take 19 ms of CPU, 27 ms by
 the batch and 31 ms through Pillow (bench/rand_augment.py).
 
-timm draws the operations and their magnitudes (AugmentOp, RandAugment); only the pixels are computed elsewhere. Tables
-(their formulas are in augment/pixel_ops.py) are Pillow's to the level; colour, sharpness, shears and translations within
-one. OpenCV's rotation rounds where Pillow truncates, blends the fill into the image over one pixel at its border where
-Pillow cuts, and its bicubic kernel is a little less sharp (a = -0.75; Pillow's transform: -1).
+timm draws the operations and their magnitudes (AugmentOp, RandAugment); only the pixels are computed here. Tables, by
+the formulas of augment/pixel_ops.py, are Pillow's to the level; colour, sharpness, shears and translations within one.
+OpenCV's rotation rounds where Pillow truncates. At the border it blends the fill into the image over one pixel, where
+Pillow cuts. Its bicubic kernel is a little less sharp (a = -0.75; Pillow's transform: -1).
 """
 
 import copy
@@ -33,7 +33,7 @@ _TRUNCATE = 1e-3 - 0.5  # added before OpenCV rounds, what comes out is truncate
 def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
     """uint8 [h, w, 3] in RGB order, or [h, w]: Pillow's pixels, at 1/scale (1, 2, 4 or 8) of the file's size.
 
-    The orientation in EXIF is ignored. ImageError for what cannot be decoded; a file that ends too early is filled up grey.
+    The orientation in EXIF is ignored. ImageError for what cannot be decoded; what a file lacks at its end is grey.
     """
     reduced = {1: 0, 2: 16, 4: 32, 8: 64}[scale]  # cv2.IMREAD_REDUCED_GRAYSCALE_*
     colour = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
@@ -78,7 +78,8 @@ def _taps(d: np.ndarray, interpolation: str) -> np.ndarray:
 def _shift_rows(x: np.ndarray, shift: np.ndarray, fillcolor, resample) -> np.ndarray:
     """Column j of row i shows column j + shift[i] of the same row: shears and translations need no more than that.
 
-    shift: float64 [h], or [1] for all rows. Several times as fast as a map of two dimensions, and Pillow's pixels to the level.
+    shift: float64 [h], or [1] for all rows. Pillow's pixels to the level, several times as fast as a map of two
+    dimensions.
     """
     h, w = x.shape[:2]
     channels = 1 if x.ndim == 2 else x.shape[2]
@@ -87,9 +88,9 @@ def _shift_rows(x: np.ndarray, shift: np.ndarray, fillcolor, resample) -> np.nda
     # Repeated at both ends so far that every tap is inside.
     before, after = max(0, 1 - int(whole.min())), max(0, 2 + int(whole.max()))
     x = cv2.copyMakeBorder(x, 0, 0, before, after, cv2.BORDER_REPLICATE)
-    # What is outside shows the fill. A row of it is repeated: assigning the colour to pixels costs as much as all the rest.
+    # What is outside shows the fill. A row of it is repeated: assigning the colour to pixels costs as much as the rest.
     out = np.empty((h, w * channels), np.uint8)
-    out[:] = np.tile(np.uint8(_fill(x, fillcolor)), w)
+    out[:] = np.tile(np.array(_fill(x, fillcolor), np.uint8), w)
     out = out.reshape((h, w) + x.shape[2:])
     low, high = (np.ceil(edge - 0.5 - shift).clip(0, w).astype(np.int32) for edge in (0, w))  # columns inside
     if len(shift) == 1:
@@ -102,7 +103,8 @@ def _shift_rows(x: np.ndarray, shift: np.ndarray, fillcolor, resample) -> np.nda
     y = taps[:, :1] * spans[:, : w * channels]
     for k in (1, 2, 3):
         y += taps[:, k : k + 1] * spans[:, k * channels : (k + w) * channels]
-    y = cv2.add(y, _TRUNCATE, dtype=cv2.CV_8U).reshape(out.shape)
+    y = cv2.add(y, _TRUNCATE, dtype=cv2.CV_8U)  # type: ignore[call-overload] # a number, too
+    y = y.reshape(out.shape)
     column = np.arange(w, dtype=np.int32)
     inside = (column >= low[:, None]) & (column < high[:, None])
     return cv2.copyTo(y, inside.view(np.uint8), out)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from augment.transfer import to_device
 
-# ---- Formulas of tables, for tensors and for numpy arrays (augment/opencv_ops.py): what the levels 0..255 become, before
-# it is cut to 8 bits. Levels are the last dimension.
+# ---- Formulas of tables, for tensors and for numpy arrays (augment/opencv_ops.py): what the levels 0..255, the last
+# dimension, become before they are cut to 8 bits.
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 

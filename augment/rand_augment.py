@@ -1,7 +1,7 @@
 """RandAugment and colour jitter on whole uint8 batches, for sets that live in memory, on any device.
 
 128 images of 32 pixels take 6 ms of CPU here, 16 ms one by one through OpenCV (augment/opencv_ops.py) and 21 ms through
-timm on Pillow; at 224 pixels one by one is faster (bench/rand_augment.py). timm's other policies go through Pillow here.
+timm on Pillow; at 224 pixels one by one is faster (bench/rand_augment.py). Other policies of timm go through Pillow.
 
 timm's policies and magnitudes (Cubuk et al., RandAugment, CVPR Workshops 2020), with counted random numbers.
 Geometric operations interpolate bilinearly (timm draws bilinear or bicubic unless told), one resampling per layer.
@@ -134,7 +134,7 @@ def op_argument(name: str, level: torch.Tensor, sign: torch.Tensor, increasing: 
 
 
 def affine_matrix(name: str, argument: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Output-to-input matrices of a geometric operation, float64 [B, 2, 3], as Pillow's rotate and transform set them."""
+    """Output-to-input matrices of a geometric operation, float64 [B, 2, 3], as Pillow's rotate and transform do."""
     matrix = torch.eye(2, 3, dtype=torch.float64, device=argument.device).repeat(len(argument), 1, 1)
     if name == "Rotate":
         angle = -torch.deg2rad(argument.double())

@@ -27,6 +27,7 @@ ENLARGE = 1.15  # L / S
 DEGREES = 10.0
 GAIN = 1.2  # of brightness and of contrast
 BLUR_SIGMA = 0.5
+OF_CENTRE = {0, 1, 6, 11}  # the views that are made from the centre crop; the others from the large resize
 
 
 def saccadic_views(
@@ -43,10 +44,10 @@ def saccadic_views(
 
     image: PIL `L` or `RGB` (augment.image.to_channels makes any file one of them), or uint8 [C, H, W], C = 1 or 3.
     size: S, or (h, w): then S + 32 and L hold for each side. views: numbers 0..11 into VIEW_NAMES, any order.
-    margin: pixels that the small resize is larger than S. 32 is the method's, for photos of 224 to 384 pixels; far below
-        that it would cut most of the image away.
-    centre: the centre crop, uint8 [C, h, w], where it was made elsewhere: a checkpoint's evaluation has its own resize and
-        margin (augment.image.build_eval_transform). Then its mirror, `bright` and `blur` are made from it too.
+    margin: pixels that the small resize is larger than S. 32 is the method's, for photos of 224 to 384 pixels; for
+        much smaller ones it would cut most of the image away.
+    centre: the centre crop, uint8 [C, h, w], where it was made elsewhere: a checkpoint's evaluation has its own resize
+        and margin (augment.image.build_eval_transform). Its mirror, `bright` and `blur` are then made from it too.
     """
     views = list(views)
     if not views or any(v not in range(len(VIEW_NAMES)) for v in views):
@@ -54,49 +55,52 @@ def saccadic_views(
     if isinstance(image, Image.Image):
         if image.mode not in ("L", "RGB"):
             raise ValueError(f"image mode {image.mode}: must be L or RGB")
-        image = TVF.pil_to_tensor(image)
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {image.dtype} {list(image.shape)}")
+        pixels = TVF.pil_to_tensor(image)
+    else:
+        pixels = image
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
+        raise ValueError(f"image: must be uint8 [1 or 3, H, W], got {pixels.dtype} {list(pixels.shape)}")
     h, w = (size, size) if isinstance(size, int) else size
-    small, large = centre, None
-    if small is None and not set(views).isdisjoint((0, 1, 6, 11)):
-        small = center_crop(resize_to_cover(image, h + margin, w + margin), h, w).contiguous()
-    if not set(views).isdisjoint((2, 3, 4, 5, 7, 8, 9, 10)):
+    sources = {} if centre is None else {"centre": centre}
+    if centre is None and not OF_CENTRE.isdisjoint(views):
+        sources["centre"] = center_crop(resize_to_cover(pixels, h + margin, w + margin), h, w).contiguous()
+    if not OF_CENTRE.issuperset(views):
         # Pillow's pixels are interleaved and the resize keeps that; by channel, all that follows is twice as fast.
-        large = resize_to_cover(image, round(ENLARGE * h), round(ENLARGE * w)).contiguous()
-    out = torch.empty(len(views), image.shape[0], h, w, dtype=torch.uint8, device=image.device)
+        sources["large"] = resize_to_cover(pixels, round(ENLARGE * h), round(ENLARGE * w)).contiguous()
+    out = torch.empty(len(views), pixels.shape[0], h, w, dtype=torch.uint8, device=pixels.device)
     for slot, view in zip(out, views):
-        slot.copy_(_view(view, small, large, h, w))
+        slot.copy_(_view(VIEW_NAMES[view], sources["centre" if view in OF_CENTRE else "large"], h, w))
     return out
 
 
-def _view(view: int, small: torch.Tensor | None, large: torch.Tensor | None, h: int, w: int) -> torch.Tensor:
-    """View number `view` as uint8 [C, h, w] from the centre crop `small` or the whole resize `large`."""
-    match VIEW_NAMES[view]:
+def _view(name: str, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """View `name` as uint8 [C, h, w] from x, the centre crop or the whole large resize."""
+    match name:
         case "centre":
-            return small
+            return x
         case "centre_mirror":
-            return small.flip(-1)
+            return x.flip(-1)
         case "large":
-            return center_crop(large, h, w)
+            return center_crop(x, h, w)
         case "large_mirror":
-            return center_crop(large, h, w).flip(-1)
+            return center_crop(x, h, w).flip(-1)
         case "rotate_left":
-            return rotated_crop(large, DEGREES, h, w)
+            return rotated_crop(x, DEGREES, h, w)
         case "rotate_right":
-            return rotated_crop(large, -DEGREES, h, w)
+            return rotated_crop(x, -DEGREES, h, w)
         case "bright":
-            return brighten(small)
+            return brighten(x)
         case "top_left":
-            return large[:, :h, :w]
+            return x[:, :h, :w]
         case "top_right":
-            return large[:, :h, -w:]
+            return x[:, :h, -w:]
         case "bottom_left":
-            return large[:, -h:, :w]
+            return x[:, -h:, :w]
         case "bottom_right":
-            return large[:, -h:, -w:]
+            return x[:, -h:, -w:]
         case "blur":
-            return blur(small)
+            return blur(x)
+    raise ValueError(f"view {name!r}: must be one of {', '.join(VIEW_NAMES)}")
 
 
 def resize_to_cover(x: torch.Tensor, h: int, w: int) -> torch.Tensor:

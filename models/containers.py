@@ -81,7 +81,7 @@ def find_weights(content: dict, path: str, trunk: State, ema: bool = True, conve
 
 def _prefixes(state: State, trunk: State) -> list[str]:
     """Prefixes under which the model may be: none, what trainers use, and what stands before the model's own names."""
-    known, found = [""], Counter()
+    known, found = [""], Counter[str]()
     for name in state:
         parts = name.split(".")
         for i in range(1, len(parts)):
@@ -141,7 +141,7 @@ def plain(state: State, path: str) -> State:
 
 
 def family_filter(model: nn.Module):
-    """timm's conversion of the publishers' names and shapes of this model's family, state -> state; None without one."""
+    """timm's conversion of the publishers' names and shapes for this model's family, state -> state, or None."""
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture", "") if isinstance(config, dict) else config.architecture
     modules = [type(model).__module__]

@@ -1,11 +1,13 @@
 """`create_model` builds a classifier by name."""
 
 from numbers import Integral
+from typing import Any
 
 import timm
 from torch import nn
 
 import models.families  # noqa: F401 (registers them with timm)
+from augment.alpha_blend import AlphaBlend
 from models.vit import attach_noise, mae_vit, timm_classifier
 from util.choices import MAE_NAMES, is_mae_name
 from util.errors import UserError
@@ -19,7 +21,7 @@ def create_model(
     in_chans: int = 3,
     global_pool: bool | str = True,
     drop_path: float = 0.0,
-    alpha_blend: nn.Module | None = None,
+    alpha_blend: AlphaBlend | None = None,
     pretrained: bool = False,
     **kwargs,
 ) -> nn.Module:
@@ -27,8 +29,8 @@ def create_model(
 
     name: MAE's vit_{tiny,small,base,large}_patch16 and vit_huge_patch14 (any other patch size: vit_tiny_patch4),
         or any timm model name. MAE's names win over timm's own without size suffix.
-    global_pool: average pooling (True) or class token (False), for MAE's names; timm names keep their own head. A string
-        is timm's name of a pooling, for both: `avg`, `token`, `map`, ...
+    global_pool: average pooling (True) or class token (False), for MAE's names; timm names keep their own head. A
+        string, for both, is timm's name of a pooling: `avg`, `token`, `map`, ...
     alpha_blend: an AlphaBlend placed at the embedding point (or its own layer or space); keys do not change.
     pretrained: timm's own weights (a download).
     kwargs: passed to the model, e.g. patch_size, embed_dim, drop_rate.
@@ -49,6 +51,7 @@ def create_model(
         drop_path=drop_path,
         **{k: v for k, v in kwargs.items() if v is not None},
     )
+    model: Any  # a net that is given the attribute `built_for`
     if is_mae_name(name):
         if pretrained:
             raise UserError(f"--pretrained with --model {name}: MAE's names have no timm weights; give --finetune FILE")
@@ -70,7 +73,7 @@ def _checked_size(img_size) -> int | tuple[int, int]:
 
 
 def _is_whole(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def list_models(pattern: str = "") -> list[str]:

@@ -20,8 +20,8 @@ _TOKENS = ("cls_token", "dist_token", "reg_token")  # a model may have tokens be
 _STATISTICS = ("running_mean", "running_var")
 # Tensors that are computed, not learned; other versions of a model keep more or fewer of them in a file.
 _COMPUTED = re.compile(
-    r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|attention_bias_idxs|num_batches_tracked|k_bias)$|rope|"
-    r"inv_freq|periods|bias_mask"
+    r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|attention_bias_idxs|num_batches_tracked|k_bias)$"
+    r"|rope|inv_freq|periods|bias_mask"
 )
 # Parts of a trunk that a model may lack as a whole: without them its other weights compute something else.
 _TRUNKS = ("blocks", "layers", "stages", "features", "stem", "patch_embed", "pos_embed", "norm_pre", "rel_pos_bias")
@@ -83,7 +83,8 @@ def load_pretrained(
     _take_head_beside(state, weights, model, path)
     if not set(trunk) & set(state):
         raise UserError(
-            f"{path}: shares no parameter with the model ({next(iter(state), 'nothing')} ... against {next(iter(own))} ...)"
+            f"{path}: shares no parameter with the model "
+            f"({next(iter(state), 'nothing')} ... against {next(iter(own))} ...)"
         )
     if not partial:
         _refuse_part(path, trunk, set(own), set(state), tops)
@@ -142,11 +143,18 @@ def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: st
 def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> set[str]:
     """Put the file's learned positions on the model's grid, in place; the names of those that are on it."""
     learned = any(k == "pos_embed" or k.endswith(TABLE) for k in raw if k in state)
-    described = _described(meta, path, pos_grid) if meta and learned else None
+    described = None
+    if meta and learned:
+        try:
+            described = _described(meta, path)
+        except UserError:
+            if not pos_grid:
+                raise
     said = described and patch_grid(described)
     if pos_grid and said and tuple(pos_grid) != said:
         raise UserError(
-            f"--pos_grid {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; leave it out"
+            f"--pos_grid {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; "
+            "leave it out"
         )
     fitted, resized = fit_positions(raw, model, path, described, pos_grid)
     tables, resized_tables, left_out = fit_tables(raw, model, path, described, pos_grid, partial)
@@ -166,24 +174,20 @@ def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) ->
     if size is None or old == size or old[0] * old[1] != size[0] * size[1]:
         return
     try:
-        here, wider = (
-            _described({**meta, "img_size": s}, path, None).state_dict() for s in (old, (old[0], 2 * old[1]))
-        )
+        sizes = (old, (old[0], 2 * old[1]))
+        here, wider = (_described({**meta, "img_size": s}, path).state_dict() for s in sizes)
     except UserError:
         return  # a family for squares
     turned = sorted(k for k in names if k in here and k in wider and here[k].shape != wider[k].shape)
     if turned:
         raise UserError(
-            f"{path}: {turned[0]} belongs to the places of an image of {old[0]} x {old[1]} pixels, not of {size[0]} x {size[1]}; "
-            f"give --input_size {old[0]} {old[1]}"
+            f"{path}: {turned[0]} belongs to the places of an image of {old[0]} x {old[1]} pixels, "
+            f"not of {size[0]} x {size[1]}; give --input_size {old[0]} {old[1]}"
         )
 
 
-def _described(meta: dict, path: str, pos_grid: Grid | None) -> nn.Module | None:
-    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights.
-
-    None if it describes none and pos_grid tells the grid.
-    """
+def _described(meta: dict, path: str) -> nn.Module:
+    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights."""
 
     def build() -> nn.Module:
         return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
@@ -196,11 +200,9 @@ def _described(meta: dict, path: str, pos_grid: Grid | None) -> nn.Module | None
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version
-        if pos_grid:
-            return None
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path}: its meta describes no model ({reason}), so its grid is unknown; give it with --pos_grid ROWS COLUMNS"
+            f"{path}: its meta describes no model ({reason(error)[:160]}), so its grid is unknown; "
+            "give it with --pos_grid ROWS COLUMNS"
         ) from None
 
 
@@ -221,8 +223,8 @@ def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops
         has = f"lacks {few(lacking)} of its parameters" if lacking else ""
         more = f"has {few(foreign)} that it does not know" if foreign else ""
         raise UserError(
-            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the --model and --model_kwargs "
-            "that it was trained with (or main_finetune.py --partial_load, which starts the rest anew)"
+            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the --model and "
+            "--model_kwargs that it was trained with (or main_finetune.py --partial_load, which starts the rest anew)"
         )
 
 
@@ -261,7 +263,7 @@ def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         nn.init.zeros_(bias)
 
 
-def classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
+def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The linear layer or convolution that gives the logits, by its name; two for a net with two heads."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     inside = [[n for n in layers if n == p or n.startswith(p + ".")] for p in classifier_prefixes(model)]
@@ -331,5 +333,6 @@ def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch, meta["num_classes"]):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(
-            f"--model {name}: gives {got} for {batch} images, not {meta['num_classes']} numbers for each; see --model_kwargs"
+            f"--model {name}: gives {got} for {batch} images, not {meta['num_classes']} numbers for each; "
+            "see --model_kwargs"
         )

@@ -1,8 +1,8 @@
 """NoProp-MAE: a masked encoder and T decoders, each a denoiser for one noise level and for no other.
 
-The encoder is MAE's (He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022), its parameters named as in
-timm's VisionTransformer. No decoder feeds another in training (Li, Teh, Pascanu, NoProp, arXiv 2503.24322): given the
-latent, the T losses are independent problems, preconditioned as in EDM (models/edm.py).
+The encoder is MAE's (He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022); its parameters are named
+as in timm's VisionTransformer. No decoder feeds another in training (Li, Teh, Pascanu, NoProp, arXiv 2503.24322): given
+the latent, the T losses are independent problems, preconditioned as in EDM (models/edm.py).
 
 B images, C channels, patches of p x p pixels, N patches of which V are visible and M masked, P = p p C values each.
 """
@@ -10,6 +10,7 @@ B images, C channels, patches of p x p pixels, N patches of which V are visible 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,8 @@ class NoPropConfig:
 class NoPropMAE(nn.Module):
     """Masked encoder and decoders for the levels sigma_0 > ... > sigma_{T-1} of `karras_sigmas(T, ...)`.
 
-    Images are float [B, C, H, W], normalised. loss_i = weight_i mean over masked patches of |D_i(x + sigma_i eps) - x|^2.
+    Images are float [B, C, H, W], normalised.
+    loss_i = weight_i * mean over masked patches of |D_i(x + sigma_i eps) - x|^2
     The keywords are NoPropConfig's: NoPropMAE(config), NoPropMAE(T=10), NoPropMAE(config, use_checkpoint=True).
     """
 
@@ -192,7 +194,7 @@ class NoPropMAE(nn.Module):
         return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
 
     def decoder_positions(self, ids_keep: torch.Tensor, ids_mask: torch.Tensor) -> torch.Tensor:
-        """Position embeddings [B, 1+V+M, D'] of the decoders' tokens (class, visible, masked), the same for all levels."""
+        """Position embeddings [B, 1+V+M, D'] of all decoders' tokens: class, visible, masked."""
         ids = torch.cat([ids_keep.new_zeros(len(ids_keep), 1), 1 + ids_keep, 1 + ids_mask], dim=1)
         return lookup(self.decoder_pos_embed, ids)
 
@@ -215,6 +217,7 @@ class NoPropMAE(nn.Module):
 
     def encoder_loss(self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         """propagate='none': MAE's loss (0-d), the encoder's own."""
+        assert self.encoder_head is not None
         return F.mse_loss(self.encoder_head(None, latent, pos).to(x.dtype), x)
 
     @property
@@ -225,7 +228,7 @@ class NoPropMAE(nn.Module):
     def losses(
         self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor, generator: torch.Generator | None = None
     ) -> Iterator[Callable[[], torch.Tensor]]:
-        """All that is trained: each loss (0-d) is computed when it is called. Their graphs share nothing but the latent.
+        """All that is trained: each loss (0-d) is computed when it is called. Their graphs share only the latent.
 
         x: the masked targets; pos: `decoder_positions`.
         """
@@ -263,9 +266,9 @@ class NoPropMAE(nn.Module):
     ) -> dict:
         """Mask images and sample what was there. ids: (ids_keep, ids_mask), instead of random ones.
 
-        -> masked [B, C, H, W], the masked patches at 0, which is the mean colour; steps, a list of T images [B, C, H, W],
-        the estimate D_i of each step; final [B, C, H, W]; mask [B, N], 1 = removed. Only masked patches are sampled, so
-        the visible ones are in place at every step and in every picture.
+        -> masked [B, C, H, W], the masked patches at 0, which is the mean colour; steps, a list of T images
+        [B, C, H, W], the estimate D_i of each step; final [B, C, H, W]; mask [B, N], 1 = removed. Only masked patches
+        are sampled, so the visible ones are in place at every step and in every picture.
 
         target='norm_pixel': a masked patch's own mean and deviation are not known. They are taken from the visible
         patches, weighted exp(-d^2 / 2) by the distance d in patches; 0 and 1 if there is no visible patch.
@@ -275,7 +278,8 @@ class NoPropMAE(nn.Module):
         ids_keep, ids_mask = ids if ids is not None else self.random_masking(len(imgs), mask_ratio, generator)
         latent, pos = self.encode(imgs, ids_keep), self.decoder_positions(ids_keep, ids_mask)
         patches = self.patchify(imgs)
-        mean, std = 0.0, 1.0
+        mean: float | torch.Tensor = 0.0
+        std: float | torch.Tensor = 1.0
         if self.target == "norm_pixel" and ids_keep.shape[1]:
             mean, std = self.guess_statistics(take(patches, ids_keep), ids_keep, ids_mask)
         index = repeat(ids_mask, "b m -> b m p", p=patches.shape[-1])
@@ -284,13 +288,13 @@ class NoPropMAE(nn.Module):
             return self.unpatchify(patches.scatter(1, index, x * std + mean))
 
         steps = []
-        sample = {
+        samplers: dict[str, Callable[..., torch.Tensor]] = {
             "stochastic": partial(sample_stochastic, generator=generator),
             "heun": sample_heun,
             "euler": sample_euler,
-        }[sampler]
+        }
         noise = torch.randn(index.shape, generator=generator, device=imgs.device, dtype=imgs.dtype)
-        final = sample(
+        final = samplers[sampler](
             lambda y, i: self.denoise(i, y, latent, pos),
             self.sigmas[0] * noise,
             self.sigmas,
@@ -301,7 +305,7 @@ class NoPropMAE(nn.Module):
         return {"masked": masked, "steps": steps, "final": picture(final), "mask": mask}
 
     def generate(self, n: int, *, sampler: str = "stochastic", generator: torch.Generator | None = None) -> dict:
-        """n images from nothing: `reconstruct` with every patch masked. For models that saw mask ratio 1 in training."""
+        """n images from nothing: `reconstruct` with every patch masked, for models trained at mask ratio 1 too."""
         rows, cols = self.grid_size
         shape = (n, self.in_chans, rows * self.patch_size, cols * self.patch_size)
         imgs = torch.zeros(shape, device=self.pos_embed.device)
@@ -312,21 +316,24 @@ class NoPropMAE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation [B, M, 1] of masked patches from visible [B, V, P]; see `reconstruct`."""
         cols = self.grid_size[1]
-        at = [torch.stack([ids // cols, ids % cols], dim=-1).float() for ids in (ids_mask, ids_keep)]
-        weights = (-0.5 * torch.cdist(*at).square()).softmax(dim=-1)  # [B, M, V]
+        masked, kept = (torch.stack([ids // cols, ids % cols], dim=-1).float() for ids in (ids_mask, ids_keep))
+        weights = (-0.5 * torch.cdist(masked, kept).square()).softmax(dim=-1)  # [B, M, V]
         mean, std = patch_statistics(visible)
         return weights @ mean, weights @ std
 
     @torch.no_grad()
     def attention_maps(self, imgs: torch.Tensor) -> torch.Tensor:
-        """softmax(q k^T / sqrt(d)) of every encoder block on whole images: [depth, B, heads, 1+N, 1+N], token 0 the class's."""
+        """softmax(q k^T / sqrt(d)) of every encoder block on whole images: [depth, B, heads, 1+N, 1+N].
+
+        Token 0 is the class token.
+        """
         maps = []
 
-        def compute(attn: nn.Module, inputs: tuple) -> None:
+        def compute(attn: Any, inputs: tuple) -> None:
             q, k, _ = rearrange(attn.qkv(inputs[0]), "b n (qkv h d) -> qkv b h n d", qkv=3, h=attn.num_heads).float()
             maps.append((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1))
 
-        hooks = [block.attn.register_forward_pre_hook(compute) for block in self.blocks]
+        hooks = [block.get_submodule("attn").register_forward_pre_hook(compute) for block in self.blocks]
         try:
             self.encode(imgs, torch.arange(self.num_patches, device=imgs.device).expand(len(imgs), -1))
         finally:

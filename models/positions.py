@@ -4,8 +4,11 @@ Which place of the image a row of a file belongs to is in the file's own descrip
 it is never guessed among several.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import resize_rel_pos_bias_table
 from torch import nn
 
@@ -24,7 +27,7 @@ def fit_positions(
     """(tensors that replace the file's, names of the resized ones) for the model's absolute position embedding.
 
     The patch part is resampled (bicubic, as MAE does). Positions of class, distillation and register tokens go to the
-    same token. Where only the file has a position for a token, it is added to the token: the sum is what its blocks saw.
+    same token. A position that only the file has is added to its token: the sum is what the blocks saw.
     raw: the file's tensors. described: a model as the file's meta says.
     """
     own, target = model.state_dict(), patch_grid(model)
@@ -52,11 +55,12 @@ def fit_positions(
 
 
 def _resample(patches: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
-    """[1, N, D] -> [1, H W, D], bicubic. timm's own function keeps 4 x 16 as it is for 8 x 8 before its version 1.0.20."""
+    """[1, N, D] -> [1, H W, D], bicubic. timm's own function, before version 1.0.20, takes 4 x 16 for 8 x 8."""
     if old == new:
         return patches
-    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    return F.interpolate(image, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    image = rearrange(patches, "1 (h w) d -> 1 d h w", h=old[0])
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return rearrange(image, "1 d h w -> 1 (h w) d")
 
 
 def _without(kind: str, own: torch.Tensor, raw: State) -> torch.Tensor:
@@ -68,7 +72,8 @@ def _without(kind: str, own: torch.Tensor, raw: State) -> torch.Tensor:
 def _counts(state: State) -> tuple[int, int, int]:
     """Class, distillation and register tokens in a state dict."""
     present = [[state[n] for n in names if n in state and state[n].ndim == 3] for names in _TOKENS.values()]
-    return tuple(tokens[0].shape[1] if tokens else 0 for tokens in present)
+    cls, dist, reg = (tokens[0].shape[1] if tokens else 0 for tokens in present)
+    return cls, dist, reg
 
 
 def _prefix_kinds(number: int, state: State) -> list[str] | None:
@@ -94,8 +99,8 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
             return tuple(known), kinds
         if pos_grid:
             raise UserError(
-                f"--pos_grid {known[0]} {known[1]}: {path} has {n} positions, which are not {known[0] * known[1]} patches "
-                "with or without its class and register tokens"
+                f"--pos_grid {known[0]} {known[1]}: {path} has {n} positions, which are not {known[0] * known[1]} "
+                "patches with or without its class and register tokens"
             )
     cls, dist, reg = _counts(raw)
     counted = {0, cls, cls + dist, cls + dist + reg}
@@ -112,7 +117,8 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
         else "are no square, with or without class and register tokens"
     )
     raise UserError(
-        f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with --pos_grid ROWS COLUMNS"
+        f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with "
+        "--pos_grid ROWS COLUMNS"
     )
 
 
@@ -122,6 +128,7 @@ def _readings(n: int, prefixes: set[int], model: nn.Module) -> list[tuple[Grid, 
     The rectangle that timm names for the family's published weights is what its files have.
     """
     own, published = patch_grid(model), _published_grid(model)
+    assert own is not None, "asked for models with a grid"
     found = []
     for prefix in sorted(p for p in prefixes if p < n):
         m = n - prefix
@@ -150,10 +157,11 @@ def _published_grid(model: nn.Module) -> Grid | None:
     """The grid of the family's published weights where it is a rectangle (Sapiens); None for the usual squares."""
     config = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else config.input_size
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     if not size or size[1] == size[2] or not getattr(embed, "img_size", None):
         return None
-    return tuple(s * g // i for s, g, i in zip(size[1:], embed.grid_size, embed.img_size))
+    rows, columns = (s * g // i for s, g, i in zip(size[1:], embed.grid_size, embed.img_size))
+    return rows, columns
 
 
 def fit_tables(
@@ -168,7 +176,8 @@ def fit_tables(
 
     timm's interpolation, from the file's window of attention. partial: a table whose window cannot be told is left out.
     """
-    own, done, resized, left_out = model.state_dict(), {}, [], []
+    own, done = model.state_dict(), {}
+    resized, left_out = list[str](), list[str]()
     for key in (k for k in own if k.endswith(TABLE) and k in raw):
         old, new = raw[key], own[key]
         name = key.removesuffix(TABLE).removesuffix(".")
@@ -176,6 +185,7 @@ def fit_tables(
         if window is None or old.ndim != new.ndim:
             continue
         window = tuple(window)
+        old_window: Grid | None
         heads, extra = new.shape[-1], len(new) - (2 * window[0] - 1) * (2 * window[1] - 1)
         if old.ndim == 3:  # [heads, 2 rows - 1, 2 columns - 1] says its window by its shape
             heads, extra, old_window = len(new), 0, ((old.shape[1] + 1) // 2, (old.shape[2] + 1) // 2)
@@ -186,19 +196,19 @@ def fit_tables(
             continue
         if old_window is None:
             raise UserError(
-                f"{path}: {key} has {len(old)} rows, which do not tell the window of attention that it was trained with; "
-                f"give the grid of patches that the file was trained on with --pos_grid ROWS COLUMNS"
+                f"{path}: {key} has {len(old)} rows, which do not tell the window of attention that it was trained "
+                "with; give the grid of patches that the file was trained on with --pos_grid ROWS COLUMNS"
             )
         if old_window == window or old.shape[0 if old.ndim == 3 else -1] != heads:
             done[key] = old  # other heads: refused as any other shape
             continue
         # Three dimensions tell timm's function the file's window; two it takes as square.
         rows, columns = (2 * s - 1 for s in old_window)
-        table = old if old.ndim == 3 else old[: rows * columns].T.reshape(heads, rows, columns)
+        table = old if old.ndim == 3 else rearrange(old[: rows * columns], "(r c) heads -> heads r c", r=rows)
         shape = (heads, 2 * window[0] - 1, 2 * window[1] - 1)
         table = resize_rel_pos_bias_table(table.float(), new_window_size=window, new_bias_shape=shape)
         if old.ndim == 2:
-            table = torch.cat([table.reshape(heads, -1).T, old[rows * columns :].float()])
+            table = torch.cat([rearrange(table, "heads r c -> (r c) heads"), old[rows * columns :].float()])
         done[key] = table
         resized.append(key)
     return done, resized, left_out
@@ -207,7 +217,7 @@ def fit_tables(
 def _window(rows: int, window: Grid, name: str, model: nn.Module, described, pos_grid) -> Grid | None:
     """The window behind a table of (2 h - 1)(2 w - 1) rows; None if it cannot be told."""
     known = []
-    twin = dict(described.named_modules()).get(name) if described is not None else None
+    twin: Any = dict(described.named_modules()).get(name) if described is not None else None
     if hasattr(twin, "window_size"):
         known.append(tuple(twin.window_size))
     if pos_grid is not None and patch_grid(model) in (window, tuple(pos_grid)):

@@ -1,6 +1,7 @@
-"""Patch tokens: their positions, their gathering, the transformer over them, and the decoder of a masked autoencoder."""
+"""Patch tokens: their positions, their gathering, the transformer over them, the decoder of a masked autoencoder."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -35,14 +36,14 @@ def lookup(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each patch's values, [B, M, P] -> 2 x [B, M, 1]; 1e-6 keeps flat patches finite."""
+    """Mean and deviation of each patch's values, [B, M, P] -> 2 x [B, M, 1]; 1e-6 keeps flat patches finite."""
     var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
 
 def transformer(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
     """timm's ViT blocks as MAE builds them: pre-norm, bias in qkv, LayerNorm eps 1e-6."""
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
     return nn.ModuleList([Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
 
 

@@ -1,12 +1,14 @@
 """MAE's ViT names on top of timm, and the place in any timm model where the embedding lives."""
 
 import re
+from typing import Any
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from augment.alpha_blend import AlphaBlend
 from util.choices import parse_mae_name
 from util.errors import UserError
 
@@ -20,6 +22,8 @@ VIT_SIZES = {
 }
 
 
+TimmModel = Any  # an nn.Module with timm's methods, which no type of timm's describes
+
 # Keywords that are whole numbers of 1 or more, or tuples of them, in every family that has them.
 SIZES = ("patch_size", "embed_dim", "embed_dims", "dims", "depth", "depths", "layers", "num_heads", "window_size")
 
@@ -31,10 +35,12 @@ class NoStochasticDepth(UserError):
 def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
     """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token whatever the pooling.
 
-    global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token; a string is
-    timm's name of another pooling.
+    global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token. A string
+    is timm's name of another pooling.
     """
-    size, patch = parse_mae_name(name)
+    parsed = parse_mae_name(name)
+    assert parsed is not None, name
+    size, patch = parsed
     kwargs = {
         "patch_size": patch,
         **VIT_SIZES.get(size, {}),
@@ -90,8 +96,8 @@ def check_sizes(name: str, kwargs: dict) -> None:
 def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool | str, **kwargs) -> nn.Module:
     """Any timm classifier. img_size and drop_path reach the families that know them; others adapt to any size.
 
-    NoStochasticDepth where drop_path is above 0 and the family has none. global_pool: timm's name of a pooling, or a bool
-    for the family's own.
+    NoStochasticDepth where drop_path is above 0 and the family has none. global_pool: timm's name of a pooling, or a
+    bool for the family's own.
     """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
@@ -143,12 +149,12 @@ def reason(error: BaseException) -> str:
 
 
 def classifier_prefixes(model: nn.Module) -> list[str]:
-    """Module names of the final classifiers by timm's `default_cfg`: ['head.fc']; ['head', 'head_dist'] of two heads."""
+    """Module names of the final classifiers by timm's `default_cfg`: ['head.fc'], or ['head', 'head_dist']."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return [names] if isinstance(names, str) else list(names)
 
 
-def classifiers(model: nn.Module) -> list[nn.Module]:
+def classifiers(model: TimmModel) -> list[nn.Module]:
     """What the head phase trains: the classifier, or all of a family with several (DeiT distilled, CrossViT, VOLO)."""
     own = model.get_classifier()
     found = list(own) if isinstance(own, (tuple, list, nn.ModuleList)) else [own]
@@ -157,7 +163,7 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
+def enable_grad_checkpointing(model: TimmModel, name: str) -> None:
     """UserError for the families that have none."""
     try:
         model.set_grad_checkpointing()
@@ -165,7 +171,7 @@ def enable_grad_checkpointing(model: nn.Module, name: str) -> None:
         raise UserError(f"--grad_checkpointing: {name} has none; leave the flag out") from None
 
 
-def trunk_blocks(model: nn.Module) -> list[nn.Module]:
+def trunk_blocks(model: TimmModel) -> list[nn.Module]:
     """The blocks after the embedding, in order; the input of the first is the embedding point.
 
     The stem is what timm's own `group_matcher` calls one (class and position embeddings, patch embedding,
@@ -226,8 +232,8 @@ class _BlendInput:
         return (self.noise(inputs[0]), *inputs[1:])
 
 
-def attach_noise(model: nn.Module, noise: nn.Module) -> None:
-    """Register `noise` (an AlphaBlend) as `model.alpha_blend` and run it at its layer's input; keys do not change."""
+def attach_noise(model: nn.Module, noise: AlphaBlend) -> None:
+    """Register `noise` as `model.alpha_blend` and run it at its layer's input; keys do not change."""
     model.alpha_blend = noise
     noise.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     if noise.config.space == "pixel":
