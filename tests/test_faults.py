@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main_finetune
@@ -225,7 +226,6 @@ def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
         plain.flush()  # what print would have met
 
 
-@pytest.mark.slow
 def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_at(photo_folder, tmp_path, monkeypatch):
     """torch raises where it notices, in the middle of anything: in the loader or in a step."""
     line = [
@@ -247,6 +247,7 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
         return real(path, *args)
 
     monkeypatch.setattr(data, "open_image", dies_at_its_second_time)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # not every 5 s
     said = tmp_path / "said.txt"
     assert Ranks(1, lambda: run_main(lambda: main_finetune.main(line)), said).exit_codes() == [2]
     errors = [text for text in said.read_text().splitlines() if "error: " in text]
@@ -254,7 +255,6 @@ def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_
     assert "Traceback" not in said.read_text() and known_failure(RuntimeError("something else")) is None
 
 
-@pytest.mark.slow
 def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, tmp_path, monkeypatch):
     save_member(tmp_path / "a.pth", VIT)
     real = views.open_file
@@ -265,6 +265,7 @@ def test_prediction_names_the_file_at_which_a_loader_process_died(photo_folder, 
         return real(path)
 
     monkeypatch.setattr(views, "open_file", dies)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # not every 5 s
     line = [
         "--checkpoints",
         str(tmp_path / "a.pth"),
