@@ -67,7 +67,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     net = build_model(options, meta, world, noise, log)
     precision = Precision(options.machine.amp, world.device, net)
     loaders = build_loaders(options, meta, train, val, world)
-    global_batch, batch_words = effective_batch(loaders[0], options.optimizer.accum_iter)
+    global_batch, batch_words = effective_batch(loaders[0], options.optimizer)
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
@@ -146,7 +146,7 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
         log.say(
             f"epoch {epoch}: train loss {stats['loss']:.4f}  "
             + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
-            + f"  ({run.describe_speed()}){'  *' if is_best else ''}"
+            + f"  ({run.describe_speed()}){'  * the best so far' if is_best else ''}"
         )
         values = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()}}
         run.end_epoch(training, values, is_best=is_best, finished=stop_early)

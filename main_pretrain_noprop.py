@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     meta |= {"noprop": net.config(), "sigmas": net.sigmas}
     precision = Precision(options.machine.amp, world.device, net)
     prepare_net(net, precision)
-    global_batch, batch_words = effective_batch(loader, options.optimizer.accum_iter)
+    global_batch, batch_words = effective_batch(loader, options.optimizer)
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"NoProp-MAE on {options.data.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} "

@@ -161,6 +161,41 @@ def test_effective_batch_and_learning_rate_are_those_of_an_update(main, accum_it
     assert any(text.startswith(f"effective batch: {images} (= 64 x accum {images // 64} x 1") for text in rest)
 
 
+def test_the_first_lines_tell_a_batch_that_shrinks_and_a_warm_up_without_end(tmp_path, capsys):
+    line = [*NET, "--epochs", 2, "--batch_size", 4000, "--warmup_epochs", 3, "--output_dir", tmp_path]
+    assert finetune(*line) == 0
+    said = capsys.readouterr().out
+    assert "(--batch_size 4000: 1437 of 1437 training images make a batch)" in said.splitlines()[0]
+    assert "warning: --epochs 2 ends within --warmup_epochs 3" in said
+
+
+def test_a_default_model_that_does_not_take_the_images_names_one_that_does(tmp_path):
+    with pytest.raises(
+        UserError, match=r"--model: is not given, .* 8 x 8 pixels .*--model vit_tiny_patch2, "
+    ) as caught:
+        finetune("--dataset", "digits", "--device", "cpu", "--output_dir", tmp_path)
+    named = str(caught.value).split("--model ")[1].split(",")[0]
+    assert create_model(named, num_classes=10, img_size=8, in_chans=1) is not None
+
+
+def test_a_run_that_fails_at_its_start_leaves_no_folder_behind(tmp_path):
+    """Neither those that it made nor, in one that was there, its mark."""
+    (tmp_path / "there").mkdir()
+    for folder in ("a/b", "there"):
+        line = [
+            "--dataset",
+            "digits",
+            "--model",
+            "vit_custom_patch3",
+            "--device",
+            "cpu",
+            "--output_dir",
+            tmp_path / folder,
+        ]
+        assert Ranks(1, lambda line=line: run_main(lambda: finetune(*line)), tmp_path / "said").exit_codes() == [2]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["said", "there"]
+
+
 def test_dry_run_prints_groups_and_memory_and_writes_nothing(tmp_path, capsys):
     assert finetune(*TINY, "--output_dir", tmp_path / "none", "--dry_run") == 0
     said = capsys.readouterr().out

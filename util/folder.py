@@ -105,8 +105,19 @@ def clear_run(folder: str, folds: int = 0) -> None:
                 os.rmdir(path)  # unless something else is in it
 
 
+# What this process has made: folders, the outer ones first, and marks in folders.
+_made: list[str] = []
+_marks: list[str] = []
+
+
 def make_folder(path: str, flag: str) -> None:
+    """`path` and those above it, where they are not there. UserError if that is not possible."""
     try:
+        above = os.path.abspath(path)
+        while not os.path.isdir(above) and above not in _made:
+            _made.append(above)
+            above = os.path.dirname(above)
+        _made.sort()
         os.makedirs(path, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise UserError(f"{flag} {path}: cannot be made ({reason_of(error)})") from None
@@ -114,10 +125,24 @@ def make_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: no permission to write there")
 
 
+def remove_empty_folders() -> None:
+    """Folders that this process made or marked, and wrote nothing to, are as before: it ended before it began."""
+    for mark in _marks:
+        with suppress(OSError):
+            if os.listdir(os.path.dirname(mark)) == [OUTPUT_MARK]:
+                os.unlink(mark)
+    for path in reversed(_made):
+        with suppress(OSError):
+            os.rmdir(path)
+
+
 def mark_output(path: str) -> None:
     """So that its pictures are never read as photos, and it is no class (util/data/image_files.py)."""
+    mark = os.path.join(path, OUTPUT_MARK)
     with suppress(OSError):
-        open(os.path.join(path, OUTPUT_MARK), "a").close()
+        if not os.path.exists(mark):
+            open(mark, "a").close()
+            _marks.append(mark)
 
 
 def lock_folder(path: str):

@@ -42,6 +42,12 @@ def resolve_meta(
     size, in_chans, mean, std, words = resolve_input(
         given, name, dataset, source, foreign_weights=bool(model.pretrained or (weights and not source))
     )
+    if not (model.model or source) and any(side % 16 for side in size):
+        fits = next((p for p in (16, 8, 4, 2) if not any(side % p for side in size) and min(size) // p >= 4), 1)
+        raise UserError(
+            f"--model: is not given, and the default {DEFAULT_MODEL} does not take {size[0]} x {size[1]} pixels "
+            f"({dataset}'s); give for instance --model vit_tiny_patch{fits}, or --input_size 224"
+        )
     # What evaluation sees of a file stays what it was for the checkpoint, at another size when it is only evaluated.
     crop_pct = given.crop_pct
     if crop_pct is None and (evaluating or size == _pair(source.get("img_size"))):

@@ -70,6 +70,7 @@ def run_main(main) -> None:
     """Call a script's main(); the user's mistakes end in one line and exit code 2, an interrupt in 130."""
     from util.dist import shutdown
     from util.files import Sturdy
+    from util.folder import remove_empty_folders
 
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
         if hasattr(stream, "reconfigure"):
@@ -86,8 +87,10 @@ def run_main(main) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again while all is torn down
         print_error(mended)
         code = 2
+        remove_empty_folders()
     except KeyboardInterrupt:
         code = 130
+        remove_empty_folders()
     if code == 2 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(2)  # other ranks may wait in a collective that this one left: no orderly goodbye
     shutdown()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from util.cli.settings import Optimizer
 from util.data.loader import Batch, Loader
 from util.dist import all_reduce
 from util.errors import UserError
@@ -19,12 +20,16 @@ from util.train.run import Run, Training
 COUNT = "micro_steps"  # beside the sums of losses in a checkpoint: how many micro-steps are in them
 
 
-def effective_batch(loader: Loader, accum_iter: int) -> tuple[int, str]:
+def effective_batch(loader: Loader, settings: Optimizer) -> tuple[int, str]:
     """(images per update over all ranks, the words for it). An update ends with the epoch, however short it is."""
-    steps = min(accum_iter, len(loader))
-    images = loader.order.batch_size * steps * loader.world.size
-    note = f" (--accum_iter {accum_iter}: an epoch has {steps} micro-steps)" if steps < accum_iter else ""
-    return images, f"effective batch {images}{note}"
+    steps, batch = min(settings.accum_iter, len(loader)), loader.order.batch_size
+    notes = []
+    if batch < settings.batch_size:
+        notes.append(f"--batch_size {settings.batch_size}: {batch} of {loader.order.n} training images make a batch")
+    if steps < settings.accum_iter:
+        notes.append(f"--accum_iter {settings.accum_iter}: an epoch has {steps} micro-steps")
+    images = batch * steps * loader.world.size
+    return images, f"effective batch {images}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True)
