@@ -87,7 +87,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])
         log.say(describe(options, meta, net, groups, loaders[0], precision, lr))
         return 0
-    with Run(options, world, log, kind="finetune", meta=meta, loader=loaders[0]) as run:
+    with Run(options, world, log, meta=meta, loader=loaders[0]) as run:
         return fit(run, net, noise, precision, loaders[1], lr)
 
 
@@ -102,7 +102,7 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
     mixup = build_mixup(options.loss, num_classes)
     criterion = build_criterion(options.loss, train_loader.data, num_classes).to(world.device)
 
-    found = find_checkpoint(options.run, "finetune", log, world)
+    found = find_checkpoint(options.run, log, world)
     start = found.content["epoch"] if found else options.run.start_epoch
     # Saved at the end of the head phase: its optimizer knows the head only, and the next phase starts its own.
     at_boundary = found is not None and 0 < head_epochs == start and found.content["step"] == 0

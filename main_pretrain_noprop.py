@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     loader, picture_loader, measured_loader = build_loaders(options, meta, train, held_out, world)
     if options.masking.vis_freq and options.run.output_dir:
         next(iter(picture_loader.epoch()))  # what cannot be read is told now, not at the first picture
-    found = None if dry_run else find_checkpoint(options.run, "pretrain", log, world)
+    found = None if dry_run else find_checkpoint(options.run, log, world)
     sigma_data = options.noprop.sigma_data
     if sigma_data is None and found:
         sigma_data = saved_sigma_data(found)  # part of the network that was trained
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         one_decoder = partial(first_loss, net, mask_ratio=options.masking.mask_ratio)
         log.say(describe(options, meta, net, groups, loader, precision, lr, one_decoder))
         return 0
-    with Run(options, world, log, kind="pretrain", meta=meta, loader=loader) as run:
+    with Run(options, world, log, meta=meta, loader=loader) as run:
         return fit(run, net, groups, precision, picture_loader, lr, found)
 
 

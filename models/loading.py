@@ -290,13 +290,18 @@ def load_classifier(path: str, *, ema: bool = True) -> tuple[nn.Module, dict]:
     meta = peek_meta(path)
     if meta is None:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if meta.get("kind") != "classifier":
-        raise UserError(
-            f"{path}: a {meta.get('kind')} checkpoint without a classifier; fine-tune it with main_finetune.py"
-        )
+    require_classifier(meta, path)
     model = create_from_meta(meta)
     require_complete(load_pretrained(model, path, ema=ema), path)
     return model.eval(), meta
+
+
+def require_classifier(meta: dict, path: str) -> None:
+    """UserError unless `meta` is of a checkpoint of main_finetune.py."""
+    if meta.get("kind") != "finetune":
+        raise UserError(
+            f"{path}: a {meta.get('kind')} checkpoint without a classifier; fine-tune it with main_finetune.py"
+        )
 
 
 def require_complete(report: LoadReport, path: str) -> None:

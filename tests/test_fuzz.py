@@ -223,7 +223,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = create_model("vit_custom_patch4", num_classes=2, img_size=8, in_chans=1, embed_dim=4, depth=1, num_heads=2)
     meta = {
-        "kind": "classifier",
+        "kind": "finetune",
         "model": "vit_custom_patch4",
         "model_kwargs": {"embed_dim": 4, "depth": 1, "num_heads": 2},
         "global_pool": True,

@@ -19,7 +19,7 @@ from util.errors import UserError
 
 def classifier_meta(**changes) -> dict:
     meta = {
-        "kind": "classifier",
+        "kind": "finetune",
         "model": "vit_custom_patch4",
         "model_kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 2},
         "global_pool": True,

@@ -106,13 +106,13 @@ def test_files_without_decoders_are_refused(checkpoint, tmp_path):
     meta, state = content["meta"], content["model"]
     encoder = {k: v for k, v in state.items() if not k.startswith("decoders.")}
     classifier = {k: v for k, v in meta.items() if k not in ("noprop", "kind")} | {
-        "kind": "classifier",
+        "kind": "finetune",
         "classes": ["a"],
         "num_classes": 1,
     }
     torch.save({"model": encoder}, tmp_path / "mae.pth")
     for path, message in (
-        (change(checkpoint, tmp_path / "classifier.pth", meta=classifier), "a classifier checkpoint, without decoders"),
+        (change(checkpoint, tmp_path / "classifier.pth", meta=classifier), "a finetune checkpoint, without decoders"),
         (change(checkpoint, tmp_path / "encoder.pth", model=encoder), "a pretrain checkpoint, without decoders"),
         (str(tmp_path / "mae.pth"), "weights of another origin, without decoders"),
         (str(tmp_path / "nothing.pth"), "no such checkpoint file"),

@@ -1,9 +1,9 @@
 """Checkpoints: plain dicts of tensors and primitives, written atomically, checked when read, never executed.
 
-Keys: format, kind ("finetune" or "pretrain"), model, ema, optimizer, scaler, epoch and step (where to go on: the epoch
-in progress and the steps of it that are done), progress (best metric, patience, running sums), rng (a list, one entry
-per rank), args (the options as a dict), and meta: model name and keywords, img_size, in_chans, classes, mean, std
-(util/meta.py).
+Keys: format, kind of run (as util/folder.py has them: "finetune" or "pretrain"), model, ema, optimizer, scaler, epoch and
+step (where to go on: the epoch in progress and the steps of it that are done), progress (best metric, patience, running
+sums), rng (a list, one entry per rank), args (the options as a dict), and meta (util/meta.py): the same kind, model name
+and keywords, img_size, in_chans, classes, mean, std.
 """
 
 import argparse

@@ -53,9 +53,11 @@ def check_model_kwargs(pairs: list[tuple[str, object]]) -> None:
 def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
 
-    whole: also ask for every entry that building the model needs. Classes get the names that their folders have now
-    (util/data/image_files.py), which earlier versions took in either of Unicode's forms.
+    whole: also ask for every entry that building the model needs. What earlier versions wrote otherwise is put as it is
+    written now: `kind`, and the classes, whose names they took from folders in either of Unicode's forms.
     """
+    if meta.get("kind") == "classifier":
+        meta["kind"] = "finetune"
 
     def refuse(key: str, wanted: str):
         raise UserError(f"{path}: its meta is not usable: {key} is {str(meta.get(key))[:60]!r}, should be {wanted}")
@@ -85,7 +87,7 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     check("crop_pct", lambda v: _are_numbers([v]) and LEAST_CROP_PCT <= v <= 1, f"{LEAST_CROP_PCT} to 1")
     check("sigmas", lambda v: _are_numbers(v), "numbers")
     check("noprop", _is_plain_keywords, f"keywords with plain values up to {LARGEST}")
-    needed = {"classifier": ("classes", "num_classes"), "pretrain": ("noprop",)}.get(str(meta.get("kind")))
+    needed = {"finetune": ("classes", "num_classes"), "pretrain": ("noprop",)}.get(str(meta.get("kind")))
     if needed is None or not whole:
         return  # of a kind that no script rebuilds; they say so
     for key in ("model", "img_size", "in_chans", "mean", "std", *needed):
@@ -93,7 +95,7 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
             raise UserError(f"{path}: its meta lacks {key}; not a whole checkpoint of this project")
     if len(meta["mean"]) != meta["in_chans"] or len(meta["std"]) != meta["in_chans"]:
         raise UserError(f"{path}: its meta has {len(meta['mean'])} means for {meta['in_chans']} channels")
-    if meta["kind"] == "classifier" and len(meta["classes"]) > meta["num_classes"]:
+    if meta["kind"] == "finetune" and len(meta["classes"]) > meta["num_classes"]:
         raise UserError(f"{path}: its meta names {len(meta['classes'])} classes but counts {meta['num_classes']}")
 
 

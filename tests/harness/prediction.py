@@ -19,7 +19,7 @@ def probabilities(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).dirichlet([0.5] * 3, shape)
 
 
-def save_head(path, classes=CLASSES, kind="classifier", best=None, best_epoch=-1, **args) -> None:
+def save_head(path, classes=CLASSES, kind="finetune", best=None, best_epoch=-1, **args) -> None:
     """A checkpoint as far as find_members reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = {"best": best, "best_epoch": best_epoch}

@@ -49,7 +49,7 @@ def save_member(
     torch.manual_seed(seed)
     mean, std = ([0.3 + 0.1 * seed] * in_chans, [0.2 + 0.1 * seed] * in_chans)
     meta = {
-        "kind": "classifier",
+        "kind": "finetune",
         **family,
         "global_pool": True,
         "img_size": list(size),

@@ -25,8 +25,8 @@ class Order:
 def new_run(loader=None, *, kind="finetune", world=None, log=None, meta=None, **flags) -> Run:
     """A run at its beginning; flags: those that are not at their defaults."""
     options = {"finetune": FinetuneOptions, "pretrain": PretrainOptions}[kind].of(**flags)
-    log = RunLog(None) if log is None else log
-    return Run(options, world or World(), log, kind=kind, meta=meta or {}, loader=loader or Order())
+    log = RunLog(None, kind=kind) if log is None else log
+    return Run(options, world or World(), log, meta=meta or {}, loader=loader or Order())
 
 
 def resolve(line: list[str], classes: list[str], source: dict | None = None) -> tuple[dict, str]:

@@ -21,7 +21,7 @@ def as_file(path, state, size=None, classes=("a", "b"), **extra):
             "format": 1,
             "kind": "finetune",
             "meta": {
-                "kind": "classifier",
+                "kind": "finetune",
                 "model": NAME,
                 "model_kwargs": {**SIZES, **extra},
                 "global_pool": True,

@@ -152,7 +152,7 @@ def test_tables_of_rectangular_windows_take_their_shape_from_the_checkpoint(tmp_
     """4 x 8 patches to 8 x 4 has as many rows; foreign files of such a shape are refused, or told by --pos_grid."""
     state, model = loud(beit((64, 128))), beit((128, 64))
     meta = {
-        "kind": "classifier",
+        "kind": "finetune",
         "model": "beit_base_patch16_224",
         "model_kwargs": {"embed_dim": 8, "depth": 2, "num_heads": 2},
         "img_size": [64, 128],

@@ -57,7 +57,7 @@ def resolve_meta(
         raise UserError(f"--nb_classes {model.nb_classes}: the data has {len(classes)} classes")
     outputs = source["num_classes"] if source.get("classes") == list(classes) else len(classes)
     return {
-        "kind": "classifier",
+        "kind": "finetune",
         "model": name,
         "model_kwargs": {**same.get("model_kwargs", {}), **dict(model.model_kwargs)},
         "global_pool": same.get("global_pool", True) if model.global_pool is True else bool(model.global_pool),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from augment.image import default_crop_pct
-from models.loading import load_classifier
+from models.loading import load_classifier, require_classifier
 from util.checkpoint import BEST, read_checkpoint
 from util.dist import Precision, prepare_net
 from util.errors import UserError
@@ -124,12 +124,8 @@ def read_head(path: str) -> dict:
             f"--checkpoints {path}: holds weights only; give a checkpoint of main_finetune.py, which has classes"
         )
     content = read_checkpoint(path)
-    head = {"meta": content["meta"], "args": content.get("args") or {}, "progress": content.get("progress") or {}}
-    if head["meta"].get("kind") != "classifier":
-        raise UserError(
-            f"{path}: a {head['meta'].get('kind')} checkpoint without a classifier; fine-tune it with main_finetune.py"
-        )
-    return head
+    require_classifier(content["meta"], path)
+    return {"meta": content["meta"], "args": content.get("args") or {}, "progress": content.get("progress") or {}}
 
 
 def load_nets(members: list[Member], classes: list[str], device: torch.device, amp: str | None) -> list[Net]:

@@ -113,7 +113,7 @@ class Found:
     later: list[str]
 
 
-def find_checkpoint(settings: RunSettings, kind: str, log: RunLog, world: World) -> Found | None:
+def find_checkpoint(settings: RunSettings, log: RunLog, world: World) -> Found | None:
     """The checkpoint that --resume means, read on every rank; None to start anew."""
     path: str | None = settings.resume
     if settings.resume == "auto":
@@ -121,8 +121,8 @@ def find_checkpoint(settings: RunSettings, kind: str, log: RunLog, world: World)
     if not path:
         return None
     content = read_checkpoint(path)
-    if content.get("kind") != kind:
-        raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {kind}")
+    if content.get("kind") != log.kind:
+        raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {log.kind}")
     if content.get("optimizer") is None:
         raise UserError(
             f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
@@ -148,21 +148,14 @@ def find_checkpoint(settings: RunSettings, kind: str, log: RunLog, world: World)
 class Run:
     """A training run: where it is, what it saves and goes on from, what stops it. Rank 0 writes, all ranks read.
 
-    options: those of the main, with groups `run`, `optimizer` and `machine`. kind, meta: of its checkpoints. loader: of
-    the training images; its order of samples is what a position counts in.
+    options: those of the main, with groups `run`, `optimizer` and `machine`. meta: of its checkpoints. loader: of the
+    training images; its order of samples is what a position counts in.
     """
 
     def __init__(
-        self,
-        options: FinetuneOptions | PretrainOptions,
-        world: World,
-        log: RunLog,
-        *,
-        kind: str,
-        meta: dict,
-        loader: Loader,
+        self, options: FinetuneOptions | PretrainOptions, world: World, log: RunLog, *, meta: dict, loader: Loader
     ):
-        self.options, self.world, self.log, self.kind, self.meta = options, world, log, kind, meta
+        self.options, self.world, self.log, self.meta = options, world, log, meta
         self.loader, self.accum_iter = loader, options.optimizer.accum_iter
         self.global_batch = loader.order.batch_size * world.size  # images per micro-step over all ranks
         self.writer = CheckpointWriter(log.output_dir, options.run.keep) if log.output_dir else None
@@ -249,7 +242,7 @@ class Run:
         """The checkpoint's dict. A collective: every rank gives its generators' states."""
         return {
             "format": FORMAT,
-            "kind": self.kind,
+            "kind": self.log.kind,
             "meta": self.meta,
             "args": self.options.flat(),
             "epoch": self.position.epoch,
