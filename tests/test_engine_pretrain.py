@@ -3,16 +3,19 @@
 import copy
 import math
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from bench.ranks import Ranks
 from engine_pretrain import EncoderFirst, draw_mask_ratio, local_backward, train_one_epoch
 from models.noprop_mae import NoPropMAE
-from tests.harness import ROOT
 from tests.harness.training import Order, new_run, new_training
 from util.data.loader import Batch
+from util.dist import init_world
 from util.optim import build_adamw, param_groups
 from util.seed import seed_all
 from util.train.run import Found
@@ -126,55 +129,41 @@ def test_activations_held_do_not_grow_with_the_number_of_levels():
 
 # two ranks
 
-TWO_RANKS = """
-import sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from contextlib import nullcontext
-from engine_pretrain import EncoderFirst, local_backward
-from models.noprop_mae import NoPropMAE
 
-small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2, decoder_embed_dim=8,
-             decoder_depth=2, decoder_num_heads=2, mlp_ratio=2.0, T=3)
-
-def call(net, encode, step, rank, scale):
+def backward_on(net, encode, step, rank, scale):
     # Ratio 1 in one step: a rank without visible patches must not leave the others waiting.
     generator = torch.Generator().manual_seed(100 * step + rank)
     imgs = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
     ids = net.random_masking(4, 1.0 if (step, rank) == (1, 0) else 0.75, generator)
     local_backward(net, encode, imgs, *ids, generator=generator, scale=lambda loss: loss * scale)
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-for propagate, use_checkpoint in (("latent", False), ("none", True)):
-    torch.manual_seed(0)
-    net = NoPropMAE(**small, propagate=propagate, use_checkpoint=use_checkpoint).double()
-    twin = NoPropMAE(**net.config()).double()
-    twin.load_state_dict(net.state_dict())
-    # Buckets of a few parameters: gradients are sent off between the backward passes.
-    model = DistributedDataParallel(EncoderFirst(net), bucket_cap_mb=0.005, gradient_as_bucket_view=True)
-    for group in range(3):  # buckets are rebuilt after the first
-        for micro in range(2):
-            with model.no_sync() if micro == 0 else nullcontext():
-                call(net, model, 2 * group + micro, rank, 0.5)
-            for r in range(2):
-                call(twin, twin.encode, 2 * group + micro, r, 0.25)
-        for (name, p), q in zip(net.named_parameters(), twin.parameters()):
-            if p.requires_grad:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m: name + ": " + m)
-                with torch.no_grad():
-                    p -= 0.1 * p.grad
-                    q -= 0.1 * q.grad
-        net.zero_grad(set_to_none=True)
-        twin.zero_grad(set_to_none=True)
-dist.destroy_process_group()
-"""
-
 
 @pytest.mark.slow
-def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(run, tmp_path):
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    run(script, nproc=2, env={"PYTHONPATH": str(ROOT)})
+def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(tmp_path):
+    def call() -> None:
+        rank = init_world("cpu", timeout_minutes=1).rank
+        for keywords in ({"propagate": "latent"}, {"propagate": "none", "use_checkpoint": True}):
+            net, twin = build(**keywords).double(), build(**keywords).double()
+            # Buckets of a few parameters: gradients are sent off between the backward passes.
+            model = DistributedDataParallel(EncoderFirst(net), bucket_cap_mb=0.005, gradient_as_bucket_view=True)
+            for group in range(3):  # buckets are rebuilt after the first
+                for micro in range(2):
+                    with model.no_sync() if micro == 0 else nullcontext():
+                        backward_on(net, model, 2 * group + micro, rank, 0.5)
+                    for r in range(2):
+                        backward_on(twin, twin.encode, 2 * group + micro, r, 0.25)
+                for p, q in zip(trained(net), trained(twin)):
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12)
+                    with torch.no_grad():
+                        p -= 0.1 * p.grad
+                        q -= 0.1 * q.grad
+                net.zero_grad(set_to_none=True)
+                twin.zero_grad(set_to_none=True)
+        print("equal")
+
+    codes = Ranks(2, call, tmp_path / "said.txt").exit_codes()
+    said = (tmp_path / "said.txt").read_text()
+    assert codes == [0, 0] and said.count("equal") == 2, said
 
 
 # train_one_epoch
