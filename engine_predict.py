@@ -22,9 +22,9 @@ from util.progress import Progress
 def predict(nets: list[Net], data: Dataset, asked: Settings, reading: Reading, world: World) -> Prediction:
     """Every member's probabilities for every image; the same arrays on every rank.
 
-    asked: which views (0..11, augment/views.py; view 0 is computed in any case, to compare with), and network inputs per
-    batch, that is images x views. An image's views stay together. Batches are cut from the whole set and then dealt to
-    the ranks, so each is the same whatever the number of ranks, and with it every digit.
+    asked: which views (0..11, augment/views.py; view 0 is computed in any case, to compare with), and network inputs
+    per batch, that is images x views. An image's views stay together. Batches are cut from the whole set and then dealt
+    to the ranks, so each is the same whatever the number of ranks, and with it every digit.
     """
     views = asked.views
     computed = [0] + [v for v in views if v != 0]

@@ -1,9 +1,9 @@
 """Checkpoints: plain dicts of tensors and primitives, written atomically, checked when read, never executed.
 
-Keys: format, kind of run (as util/folder.py has them: "finetune" or "pretrain"), model, ema, optimizer, scaler, epoch and
-step (where to go on: the epoch in progress and the steps of it that are done), progress (best metric, patience, running
-sums), rng (a list, one entry per rank), args (the options as a dict), and meta (util/meta.py): the same kind, model name
-and keywords, img_size, in_chans, classes, mean, std.
+Keys: format, kind of run (as util/folder.py has them: "finetune" or "pretrain"), model, ema, optimizer, scaler, epoch
+and step (where to go on: the epoch in progress and the steps of it that are done), progress (best metric, patience,
+running sums), rng (a list, one entry per rank), args (the options as a dict), and meta (util/meta.py): the same kind,
+model name and keywords, img_size, in_chans, classes, mean, std.
 """
 
 import argparse
@@ -170,7 +170,7 @@ class CheckpointWriter:
         return True
 
     def save_best(self, state: dict) -> bool:
-        """checkpoint-best.pth, for evaluation and prediction: `model` is what was selected, the EMA where there is one."""
+        """checkpoint-best.pth, for evaluation and prediction: `model` is what was selected, the EMA if there is one."""
         slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng", "ema")}
         slim["model"] = state.get("ema") or state["model"]
         wrote = self._write(BEST, slim)

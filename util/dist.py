@@ -236,9 +236,9 @@ class Precision:
     """Autocast and loss scaling: `off`, `bf16`, `fp16`, `mixed` (bf16; fp16 on a GPU without it), or None.
 
     None takes the faster one for this device and kind of `net` (bench/precision.md), the same each time. On CPU that is
-    bf16 for networks of matrix products, where those are faster in it, and fp32 for convolutional ones; on CUDA, bf16 or
-    fp16. Without a net: as for one of matrix products. `why` tells what decided.
-    Only fp16 needs a GradScaler: its gradients underflow, while bf16 has fp32's exponent.
+    bf16 for networks of matrix products, where those are faster in it, and fp32 for convolutional ones; on CUDA, bf16
+    or fp16. Without a net: as for one of matrix products. `why` tells what decided. Only fp16 needs a GradScaler: its
+    gradients underflow, while bf16 has fp32's exponent.
     """
 
     def __init__(self, amp: str | None, device: torch.device, net: torch.nn.Module | None = None):

@@ -44,7 +44,7 @@ def survive(path: str, what: str = "not written"):
 
 
 class Sturdy:
-    """A stream whose disk may be full or whose reader may have gone: what cannot be written is lost, the run goes on."""
+    """A stream whose disk may be full or whose reader may be gone: what cannot be written is lost, the run goes on."""
 
     def __init__(self, stream):
         self.stream = stream

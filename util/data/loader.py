@@ -32,7 +32,7 @@ from util.seed import mix, sample_rng
 
 @dataclass
 class Batch:
-    """images float32 [B, C, H, W] normalised, targets int64 [B], on the device; index int64 [B], their numbers (CPU)."""
+    """images float32 [B, C, H, W] normalised, targets int64 [B], both on the device; index int64 [B] on the CPU."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -52,8 +52,8 @@ class EpochOrder:
                 self.batch_size -= self.batch_size % 2
             if even and self.batch_size < 1 and n >= world.size:
                 raise UserError(
-                    f"--batch_size {batch_size}: --mixup and --cutmix mix pairs of images, and a batch has one here ({n} "
-                    f"training images, {world.size} processes); give 2 or more, or --mixup 0 --cutmix 0"
+                    f"--batch_size {batch_size}: --mixup and --cutmix mix pairs of images, and a batch has one here "
+                    f"({n} training images, {world.size} processes); give 2 or more, or --mixup 0 --cutmix 0"
                 )
             if self.batch_size < 1:
                 raise UserError(f"--data_path: {n} training images cannot fill a batch on {world.size} ranks")
@@ -104,8 +104,9 @@ def choose_loader(loader: str | None, dataset: str, world: World) -> str:
 class Reader(torch.utils.data.Dataset):
     """A data set as loader processes read it: reader[key] -> (number, images, bad, slow).
 
-    images: a list of uint8 tensors, [] if none can be read. bad, slow: number -> why the image cannot be read, or not by
-    OpenCV. What each process began with last stands in memory that it shares with this one: process id, image number.
+    images: a list of uint8 tensors, [] if none can be read. bad, slow: number -> why the image cannot be read, or not
+    by OpenCV. What each process began with last stands in memory that it shares with this one: process id, image
+    number.
     """
 
     def __init__(self, data: Dataset):
@@ -143,9 +144,9 @@ def file_of_process(pid: int) -> str | None:
 class SampleReader(Reader):
     """Decodes and augments one file: reader[epoch, number].
 
-    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes the
-    plain way. In training the next readable image takes the place of a bad one, so that batches keep their size on every
-    rank; in evaluation it is left out.
+    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes
+    the plain way. In training the next readable image takes the place of a bad one, so that batches keep their size on
+    every rank; in evaluation it is left out.
     """
 
     def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False):
@@ -197,7 +198,7 @@ def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, 
 def read_in_processes(
     reader: Reader, batches: Iterable[list], reading: Reading, device: torch.device, *, ahead: int = 4
 ) -> DataLoader:
-    """Batches of a reader, collated; `batches` yields lists of its keys. ahead: batches that each process reads ahead."""
+    """Batches of a reader, collated; `batches` yields lists of its keys. ahead: batches that a process reads ahead."""
     workers = loader_processes(reading.num_workers)
     return DataLoader(
         reader,

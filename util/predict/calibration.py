@@ -45,7 +45,7 @@ def confusion_counts(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarr
 def reliability(
     probabilities: np.ndarray, targets: np.ndarray, bins: int = BINS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, mean confidence, share right) per bin ((k - 1)/bins, k/bins] of the highest probability; NaN if empty."""
+    """(images, mean confidence, share right) per bin ((k - 1)/bins, k/bins] of the top probability; NaN if empty."""
     confidence = probabilities.max(1)
     right = (probabilities.argmax(1) == targets).astype(float)
     k = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

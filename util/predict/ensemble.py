@@ -29,8 +29,8 @@ def log_probabilities(p: np.ndarray) -> np.ndarray:
 def geometric_mean(p: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     """Probabilities [..., C] averaged as logarithms over `axis`, and made to add up to 1 again.
 
-    For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks equals
-    its logits of this mean. The arithmetic mean is flatter than the single networks that it was fitted on.
+    For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks
+    equals its logits of this mean. The arithmetic mean is flatter than the single networks that it was fitted on.
     """
     return softmax(log_probabilities(p).mean(axis), axis=-1)
 
@@ -48,10 +48,10 @@ class Weighted:
 class Stacked:
     """Logistic regression on the members' log-probabilities, fitted on out-of-fold predictions: [M, N, C] -> [N, C].
 
-    softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened as a whole (w), each
-    class raised or lowered (b). A matrix per member in place of one weight would learn the habits of single networks,
-    and be far off where it is applied: to means over views and folds.
-    Penalty 1/2 |(w, b)|^2, scikit-learn's default. balanced: classes weigh alike whatever their number.
+    softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened as a whole (w),
+    each class raised or lowered (b). A matrix per member in place of one weight would learn the habits of single
+    networks, and be far off where it is applied: to means over views and folds. Penalty 1/2 |(w, b)|^2, scikit-learn's
+    default. balanced: classes weigh alike whatever their number.
     """
 
     def __init__(self, probabilities: np.ndarray, targets: np.ndarray, *, balanced: bool):

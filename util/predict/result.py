@@ -10,8 +10,8 @@ class Prediction:
     """Probabilities float64 [M, n, C] of the n readable images.
 
     one_view, all_views: each member's mean over its networks, with view 1 alone and over `views`, numbers 0..11
-    (augment/views.py). geometric: the geometric mean over networks and views, for stacking. index: int64 [n], ascending,
-    into the data. bad: image number -> why it cannot be read.
+    (augment/views.py). geometric: the geometric mean over networks and views, for stacking. index: int64 [n],
+    ascending, into the data. bad: image number -> why it cannot be read.
     """
 
     views: list[int]

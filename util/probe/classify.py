@@ -80,7 +80,7 @@ def linear_probe(
 
 
 def choose_l2(features: torch.Tensor, targets: torch.Tensor, num_classes: int, seed: int = 0) -> float:
-    """The penalty of L2 with the lowest cross entropy on a random tenth of the training features, fitted to the rest."""
+    """The penalty of L2 with the lowest cross entropy on a random tenth of the features, fitted to the other nine."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     held_out, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
     losses = []

@@ -40,7 +40,7 @@ def read_content(path: str) -> dict:
 
 
 def resolve_data(options: Own, content: dict) -> Own:
-    """The options; --dataset and --data_path, where not given, are those of the run that wrote the checkpoint `content`."""
+    """The options; --dataset and --data_path, if not given, are those of the run that wrote `content`."""
     known = str((content.get("meta") or {}).get("dataset"))
     dataset, path = options.data.dataset, options.data.data_path
     dataset = dataset or (known if known in DATASETS else "folder")
@@ -74,8 +74,8 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
 
     UserError where the model would lack some of its weights.
 
-    Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has no
-    classifier; for any other model `head`, what its classifier reads.
+    Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has
+    no classifier; for any other model `head`, what its classifier reads.
     """
     source, given = content.get("meta"), options.model
     names = tensor_names(content)

@@ -87,7 +87,7 @@ class Study:
             image_grid(images, self.mean, self.std, path.format(sampler), columns=GENERATED_COLUMNS)
 
     def draw_attention(self, images: torch.Tensor, path: str) -> None:
-        """What the class token attends to in whole images: the heads of the last block, and the mean head of the blocks.
+        """What the class token attends to in whole images: heads of the last block, and the mean head of the blocks.
 
         path: with {} for `heads` and `blocks`.
         """
@@ -105,7 +105,7 @@ class Study:
             draw_grid(rows, path.format(name), titles=["original", *titled])
 
     def frechet(self, features: torch.nn.Module, loader: Loader, others: Loader | None) -> dict[str, float]:
-        """Distance of loader's images to `others`, real ones, to their own reconstructions, to as many generated ones."""
+        """Distance of loader's images to `others`, which are real, to their own reconstructions, to as many generated."""
         metric = frechet_metric(features, self.net.pos_embed.device)
 
         def distance(batches: Iterable[torch.Tensor]) -> float:

@@ -114,7 +114,7 @@ def draw_grid(
 ) -> np.ndarray:
     """Images uint8 [h, w, 3], all of one size, on white: uint8 [H, W, 3], also saved as PNG unless path is None.
 
-    Small images are enlarged by a whole factor, every pixel a square. titles stand above columns, captions below images.
+    Small images are enlarged by a whole factor, every pixel a square. titles are above columns, captions below images.
     """
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // max(height, width)))

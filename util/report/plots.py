@@ -70,7 +70,7 @@ def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None
 
 
 def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) -> None:
-    """reliability.png: share right against confidence, the gap to honesty shaded; below, how many images each bin has."""
+    """reliability.png: share right against confidence, the gap between them shaded; below, the images in each bin."""
     count, confidence, right = reliability(probabilities, targets)
     ece = expected_calibration_error(probabilities, targets)
     left, width, seen = np.arange(BINS) / BINS, 1 / BINS, count > 0

@@ -84,7 +84,7 @@ def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:
 
 
 def score_rows(rows: list[dict], targets: np.ndarray, final: np.ndarray) -> list[dict]:
-    """Rows with numbers in place of probabilities: scores on the labelled images, or what can be said without labels."""
+    """Rows with numbers in place of probabilities: scores on the labelled images, or what holds without labels."""
     labelled = targets >= 0
     scored = []
     for row in rows:

@@ -201,8 +201,8 @@ class Run:
             warmup = self.options.optimizer.warmup_epochs
             if self.options.optimizer.epochs < warmup:
                 self.log.say(
-                    f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the learning "
-                    "rate does not reach its peak"
+                    f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the "
+                    "learning rate does not reach its peak"
                 )
             self.log.write_args({**self.options.flat(), "resolved": self.meta, "lr": lr})
         if settings.profile and self.log.output_dir:
