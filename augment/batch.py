@@ -126,13 +126,13 @@ def resized_crop(
     Two batched matrix products, so every sample has its own box and filter. Columns first and 8 bits between the
     two, as Pillow does it: the result differs from Pillow's by at most one level.
     """
-    B, C, H, W = x.shape
+    H, W = x.shape[-2:]
     top, left, h, w = box
     columns = resample_matrix(left, w, W, size[1])
     columns = to_device(torch.where(flip[:, None, None], columns.flip(1), columns), x.device)
     rows = to_device(resample_matrix(top, h, H, size[0]), x.device)
-    y = torch.bmm(x.reshape(B, C * H, W).float(), columns.transpose(1, 2))  # [B, C H, size_w]
-    y = y.round_().clamp_(0, 255).view(B, C, H, size[1])
+    y = torch.bmm(rearrange(x, "b c h w -> b (c h) w").float(), columns.transpose(1, 2))  # [B, C H, size_w]
+    y = rearrange(y.round_().clamp_(0, 255), "b (c h) w -> b c h w", h=H)
     y = torch.matmul(rows[:, None], y)  # [B, C, size_h, size_w]
     return y.round_().clamp_(0, 255).to(torch.uint8)
 

@@ -54,27 +54,47 @@ def solarize_add(levels: Array, add, threshold=128) -> Array:
 # ---- Tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
 
 
+TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
+
+
+def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
+    """One of TABLES for each sample of x. argument [B]: bits 0..8, thresholds 0..256, additions or factors."""
+    levels, a = torch.arange(256, device=x.device), argument.view(-1, 1, 1)
+    match name:
+        case "AutoContrast":
+            # float64 as Pillow, where there is any; float32 may put a level that falls on a whole number one lower.
+            dtype = torch.float32 if x.device.type == "mps" else torch.float64
+            low, high = (extreme(x.flatten(2), 2, keepdim=True).to(dtype) for extreme in (torch.amin, torch.amax))
+            table = autocontrast(levels, low, high)
+        case "Equalize":
+            flat = x.flatten(2).long()
+            histogram = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
+            brightest = histogram.gather(2, flat.amax(2, keepdim=True))
+            table = equalize(levels, histogram, (flat.shape[2] - brightest) // 255)
+        case "Invert":
+            table = (255 - levels).expand(len(x), 1, 256)
+        case "Posterize":
+            table = posterize(levels, a)
+        case "Solarize":
+            table = solarize(levels, a)
+        case "SolarizeAdd":
+            table = solarize_add(levels, a)
+        case "Contrast":  # the distance from the image's mean grey
+            table = blend(mean_grey(x).float().view(-1, 1, 1), levels.float(), a)
+        case _:  # Brightness
+            table = blend(0.0, levels.float(), a)
+    return _to_uint8(table)
+
+
 def apply_table(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Look every pixel up in its sample's and channel's table, uint8 [B, C or 1, 256]."""
     table = table.expand(-1, x.shape[1], -1)
     return table.gather(2, x.flatten(2).long()).view_as(x)
 
 
-def _levels(like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(256, device=like.device)
-
-
 def _to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Clipped and truncated to 8 bits."""
-    return x.clamp_(0, 255).to(torch.uint8)
-
-
-def _histogram(x: torch.Tensor) -> torch.Tensor:
-    """Counts of each level, int64 [B, C, 256]."""
-    flat = x.flatten(2).long()
-    return torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(
-        2, flat, torch.ones_like(flat)
-    )
+    return x.clamp(0, 255).to(torch.uint8)
 
 
 def grey(x: torch.Tensor) -> torch.Tensor:
@@ -89,51 +109,6 @@ def mean_grey(x: torch.Tensor) -> torch.Tensor:
     """Mean luma rounded half up, int64 [B]; in integers, so that every device finds the same."""
     pixels = x.shape[2] * x.shape[3]
     return (2 * grey(x).flatten(1).sum(1) + pixels) // (2 * pixels)
-
-
-def brightness_table(factor: torch.Tensor) -> torch.Tensor:
-    """Levels times factor [B]."""
-    return _to_uint8(blend(0.0, _levels(factor).float(), factor.view(-1, 1, 1)))
-
-
-def contrast_table(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Distance from the image's mean grey times factor [B]."""
-    return _to_uint8(blend(mean_grey(x).float().view(-1, 1, 1), _levels(x).float(), factor.view(-1, 1, 1)))
-
-
-def autocontrast_table(x: torch.Tensor) -> torch.Tensor:
-    """Stretch each channel from its darkest and brightest level to 0..255; a flat channel stays."""
-    # float64 as Pillow, where there is any; float32 may put a level that falls on a whole number one lower.
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    low, high = (extreme(x.flatten(2), 2, keepdim=True).to(dtype) for extreme in (torch.amin, torch.amax))
-    return _to_uint8(autocontrast(_levels(x), low, high))
-
-
-def equalize_table(x: torch.Tensor) -> torch.Tensor:
-    """Spread each channel's levels so that all are as frequent as they can be."""
-    histogram = _histogram(x)
-    top = x.flatten(2).amax(2, keepdim=True).long()
-    step = (x.shape[2] * x.shape[3] - histogram.gather(2, top)) // 255  # [B, C, 1]
-    return _to_uint8(equalize(_levels(x), histogram, step))
-
-
-def invert_table(like: torch.Tensor) -> torch.Tensor:
-    return (255 - _levels(like)).to(torch.uint8).expand(len(like), 1, 256)
-
-
-def posterize_table(bits: torch.Tensor) -> torch.Tensor:
-    """bits: int64 [B], 0..8."""
-    return _to_uint8(posterize(_levels(bits), bits.view(-1, 1, 1)))
-
-
-def solarize_table(threshold: torch.Tensor) -> torch.Tensor:
-    """threshold: int64 [B], 0..256."""
-    return _to_uint8(solarize(_levels(threshold), threshold.view(-1, 1, 1)))
-
-
-def solarize_add_table(add: torch.Tensor) -> torch.Tensor:
-    """add: int64 [B]."""
-    return _to_uint8(solarize_add(_levels(add), add.view(-1, 1, 1)))
 
 
 # ---- Operations that see more than one channel or pixel

@@ -22,9 +22,8 @@ from util.choices import is_policy, is_rand_augment
 from util.seed import counted_normal, counted_uniform, sample_rng
 
 # Lookups in a table, then affine maps, then the rest: batches are sorted by operation, and each kind is one slice.
-TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-OPS = (*TABLES, *GEOMETRIC, "Color", "Sharpness")
+OPS = (*ops.TABLES, *GEOMETRIC, "Color", "Sharpness")
 _STREAM = 16  # layer i draws uniforms from stream 16 + 2 i and normals from 17 + 2 i
 _JITTER_STREAM = 3
 
@@ -152,23 +151,6 @@ def affine_matrix(name: str, argument: torch.Tensor, height: int, width: int) ->
     return matrix
 
 
-def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, C or 1, 256] for one of TABLES; argument: op_argument's, on x's device."""
-    if name in ("AutoContrast", "Equalize", "Invert"):
-        return {"AutoContrast": ops.autocontrast_table, "Equalize": ops.equalize_table, "Invert": ops.invert_table}[
-            name
-        ](x)
-    if name == "Contrast":
-        return ops.contrast_table(x, argument)
-    by_argument = {
-        "Posterize": ops.posterize_table,
-        "Solarize": ops.solarize_table,
-        "SolarizeAdd": ops.solarize_add_table,
-        "Brightness": ops.brightness_table,
-    }
-    return by_argument[name](argument)
-
-
 def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[int]) -> torch.Tensor:
     """Operation op[b] of OPS (-1: none) on each x[b]; op, level and sign are draw_layer's, with len(x) entries each."""
     height, width = x.shape[-2:]
@@ -188,8 +170,8 @@ def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[i
             matrices.append(affine_matrix(name, argument, height, width))
             continue
         part, argument = x[start:stop], to_device(argument, x.device)
-        if name in TABLES:
-            tables.append(lookup_table(name, part, argument).expand(-1, x.shape[1], -1))
+        if name in ops.TABLES:
+            tables.append(ops.lookup_table(name, part, argument).expand(-1, x.shape[1], -1))
         else:
             part.copy_(ops.color(part, argument) if name == "Color" else ops.sharpness(part, argument))
     if tables:
@@ -226,6 +208,7 @@ def color_jitter(x: torch.Tensor, strength: float, *, seed: int, epoch: int, ind
             if number == 2:
                 part = ops.color(part, f)
             else:
-                part = ops.apply_table(part, ops.contrast_table(part, f) if number else ops.brightness_table(f))
+                table = ops.lookup_table("Contrast" if number else "Brightness", part, f)
+                part = ops.apply_table(part, table)
             x.index_copy_(0, rows, part)
     return x

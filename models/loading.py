@@ -10,9 +10,9 @@ from torch import nn
 from models.containers import TABLE, State, Weights, family_filter, find_weights, plain
 from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
-from models.vit import classifier_prefixes, patch_grid, reason
+from models.vit import classifier_prefixes, patch_grid
 from util.checkpoint import own_meta, peek_meta, read_file
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 # Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
 _POOLING = ("fc_norm", "attn_pool", "pre_logits")
@@ -201,7 +201,7 @@ def _described(meta: dict, path: str) -> nn.Module:
                 return build()
     except Exception as error:  # keywords of another version
         raise UserError(
-            f"{path}: its meta describes no model ({reason(error)[:160]}), so its grid is unknown; "
+            f"{path}: its meta describes no model ({reason_of(error)}), so its grid is unknown; "
             "give it with --pos_grid ROWS COLUMNS"
         ) from None
 
@@ -333,7 +333,7 @@ def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
                 "give 2 or more, a larger --input_size, or --freeze_bn"
             ) from None
         raise UserError(
-            f"--model {name}: cannot compute images of {size} ({reason(error)}); see --input_size and --model_kwargs"
+            f"--model {name}: cannot compute images of {size} ({reason_of(error)}); see --input_size and --model_kwargs"
         ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch, meta["num_classes"]):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -10,7 +10,7 @@ from torch import nn
 
 from augment.alpha_blend import AlphaBlend
 from util.choices import parse_mae_name
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 # MAE's sizes (He et al., table 8; tiny and small from DeiT): width, depth, heads.
 VIT_SIZES = {
@@ -63,7 +63,7 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
     try:
         model = VisionTransformer(**kwargs)
     except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
-        raise UserError(f"--model {name} with {_shown(kwargs)}: {reason(error)}") from None
+        raise UserError(f"--model {name} with {_shown(kwargs)}: {reason_of(error)}") from None
     if isinstance(model.head, nn.Linear):
         # MAE starts a classifier at 2e-5; timm at zero, which gives the first step's backbone no gradient.
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -121,10 +121,10 @@ def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool 
                 continue
             if kwargs.pop("pretrained", False) and _can_be_built(name, {**optional, **kwargs}):
                 raise UserError(
-                    f"--pretrained: the weights of {name} could not be had ({reason(error)[:160]}); "
+                    f"--pretrained: the weights of {name} could not be had ({reason_of(error)}); "
                     "offline, give a file of them with --finetune"
                 ) from None
-            raise UserError(f"--model {name} with {_shown({**optional, **kwargs})}: {reason(error)}") from None
+            raise UserError(f"--model {name} with {_shown({**optional, **kwargs})}: {reason_of(error)}") from None
 
 
 def _can_be_built(name: str, kwargs: dict) -> bool:
@@ -139,13 +139,6 @@ def _can_be_built(name: str, kwargs: dict) -> bool:
 
 def _shown(kwargs: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in kwargs.items() if not callable(v))[:300]
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line, with its type where its text alone says little (KeyError, IndexError)."""
-    text = " ".join(str(error).split())
-    plain = isinstance(error, (RuntimeError, ValueError, TypeError, AssertionError))
-    return text[:300] if text and plain else f"{type(error).__name__}: {text[:300]}"
 
 
 def classifier_prefixes(model: nn.Module) -> list[str]:

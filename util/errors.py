@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", which mains print as one line; and other errors in one line."""
+"""The one exception that means "the user can mend this", which mains print as one line; other errors in one line."""
 
 
 class UserError(ValueError):
@@ -6,5 +6,11 @@ class UserError(ValueError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Why it was raised, in one short line: the system's word for it, else what it says, else the name of its type."""
-    return (getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)[:160]
+    """Why it was raised, in one short line: the system's word for it, else what it says, else the name of its type.
+
+    A KeyError says no more than the key, so its type stands before it.
+    """
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if isinstance(error, LookupError) or not text:
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text[:160]

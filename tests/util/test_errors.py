@@ -9,5 +9,5 @@ from util.errors import reason_of
 def test_a_reason_is_one_short_line_whatever_was_raised():
     assert reason_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/file")) == "No space left on device"
     assert reason_of(RuntimeError("sizes differ:\n\t3 against\n\t4")) == "sizes differ: 3 against 4"
-    assert reason_of(EOFError()) == "EOFError" and reason_of(KeyError("name")) == "'name'"
+    assert reason_of(EOFError()) == "EOFError" and reason_of(KeyError("name")) == "KeyError: 'name'"
     assert reason_of(ValueError("x" * 1000)) == "x" * 160

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 
 from models.noprop_mae import NoPropMAE
 from models.tokens import take
@@ -91,7 +92,8 @@ class Study:
 
         path: with {} for `heads` and `blocks`.
         """
-        maps = self.net.attention_maps(images)[:, :, :, 0, 1:].unflatten(-1, self.net.grid_size)
+        maps = self.net.attention_maps(images)[:, :, :, 0, 1:]
+        maps = rearrange(maps, "depth b heads (h w) -> depth b heads h w", h=self.net.grid_size[0])
         depth, _, heads = maps.shape[:3]  # [depth, B, heads, rows, cols]
         shown = torch.linspace(0, depth - 1, min(depth, ATTENTION_BLOCKS)).round().long().tolist()
         columns = {
@@ -136,5 +138,5 @@ def mean_visible_patch(net: NoPropMAE, images: torch.Tensor, ids: tuple[torch.Te
     ids_keep, ids_mask = ids
     patches = net.patchify(images)  # [B, N, P]
     fill = take(patches, ids_keep).mean(dim=1, keepdim=True) if ids_keep.shape[1] else torch.zeros_like(patches[:, :1])
-    index = ids_mask[..., None].expand(-1, -1, patches.shape[-1])
+    index = repeat(ids_mask, "b m -> b m p", p=patches.shape[-1])
     return net.unpatchify(patches.scatter(1, index, fill.expand_as(index)))
