@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: weighted k-NN and a linear probe on features that are computed once, without augmentation.
+"""What a frozen encoder knows: weighted k-NN and a linear probe on features computed once, without augmentation.
 
 python main_linprobe.py --checkpoint output/mae_cifar10_noprop/checkpoint-last.pth
 python main_linprobe.py --checkpoint output/mae_cifar10_noprop/checkpoint-last.pth --random_init
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 def score(
     x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, C: int, probing: Probe, seed: int
 ) -> dict[str, float]:
-    """What features x [N, D] with classes y [N] tell of val_x [M, D], val_y [M]: accuracies in percent, and their settings."""
+    """What features x [N, D], classes y [N] tell of val_x [M, D], val_y [M]: accuracies in percent, their settings."""
     k = min(probing.knn_k, len(x))
     knn = accuracy(knn_predict(x, y, val_x, C, k, probing.knn_t), val_y)
     l2 = choose_l2(x, y, C, seed)

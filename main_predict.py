@@ -1,8 +1,8 @@
-"""Predict images with one or many fine-tuned networks: 12 views of each image, probabilities averaged over views and members.
+"""Predict images with one or many fine-tuned networks: 12 views of each, probabilities averaged over views and members.
 
 python main_predict.py --checkpoints out/swin out/convnext --data_path photos/test --output_dir predictions
 torchrun --nproc_per_node=8 main_predict.py --checkpoints out/*/checkpoint-best.pth --data_path test --labels labels.csv
-python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir out_of_fold
+python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir oof
 """
 
 from util.cli.predict import get_args_parser, get_options  # noqa: F401 (a public name)

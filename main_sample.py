@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         refuse_output_among_images("--output_dir", output_dir, folder)
     log = claim(output_dir, "sample", world)
     log.say(
-        f"{asked.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, "
-        f"sigma {', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is "
-        "not rounded)"
+        f"{asked.checkpoint}: NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}, sigma "
+        f"{', '.join(f'{s:.3g}' for s in net.sigmas[:-1])}; on {world.device}, amp off (fp32: what is measured is not "
+        "rounded)"
     )
     if {"generate", "frechet"} & set(asked.mode) and trained and max(trained) < 1.0:
         log.say(f"note: trained with mask ratios up to {max(trained):g}; generating (ratio 1) is new to it")

@@ -107,7 +107,7 @@ class Study:
             draw_grid(rows, path.format(name), titles=["original", *titled])
 
     def frechet(self, features: torch.nn.Module, loader: Loader, others: Loader | None) -> dict[str, float]:
-        """Distance of loader's images to `others`, which are real, to their own reconstructions, to as many generated."""
+        """Distance of loader's images to `others`, also real, to their own reconstructions, to as many generated."""
         metric = frechet_metric(features, self.net.pos_embed.device)
 
         def distance(batches: Iterable[torch.Tensor]) -> float:
