@@ -40,29 +40,34 @@ class Criterion(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits, C, s = logits.float(), logits.shape[1], self.smoothing
-        if targets.ndim == 1:
-            mixed = F.one_hot(targets, C).float()  # m, [B, C]
-            targets = mixed * (1.0 - s) + s / C  # t
-        else:
-            mixed = (targets - s / C) / (1.0 - s)
+        logits, (m, t) = logits.float(), self.shares(targets, logits.shape[1])
         if self.weight is None:
-            return F.cross_entropy(logits, targets)
-        sample_weight = (mixed * self.weight).sum(1)  # no matrix product: autocast would round the weights
-        return (sample_weight * F.cross_entropy(logits, targets, reduction="none")).mean()
+            return F.cross_entropy(logits, t)
+        w = (m * self.weight).sum(1)  # [B]; no matrix product: autocast would round the weights
+        return (w * F.cross_entropy(logits, t, reduction="none")).mean()
+
+    def shares(self, targets: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, t), both [B, C]."""
+        s = self.smoothing
+        if targets.ndim == 1:
+            m = F.one_hot(targets, C).float()
+            return m, m * (1.0 - s) + s / C
+        return (targets - s / C) / (1.0 - s), targets
 
 
 def build_criterion(loss: Loss, train: Dataset, num_classes: int) -> Criterion:
-    """Cross entropy with --smoothing and --class_weights.
+    """Cross entropy with --smoothing and --class_weights."""
+    balanced = loss.class_weights == "balanced"
+    return Criterion(loss.smoothing, balanced_weights(train.targets, num_classes) if balanced else None)
 
-    `balanced`: n / (C n_c), scikit-learn's rule, so that the mean weight over the training set is 1. C counts the
-    classes that have images; the others, those of --nb_classes above the data's, have weight 0.
+
+def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """n / (C n_c), scikit-learn's rule: the mean weight over the training set is 1; [num_classes].
+
+    C counts the classes that have images; the others, those of --nb_classes above the data's, have weight 0.
     """
-    if loss.class_weights == "none":
-        return Criterion(loss.smoothing)
-    counts = torch.bincount(train.targets, minlength=num_classes).float()
-    weight = torch.where(counts > 0, len(train) / ((counts > 0).sum() * counts), 0.0)
-    return Criterion(loss.smoothing, weight)
+    counts = torch.bincount(targets, minlength=num_classes).float()
+    return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0.0)
 
 
 def train_one_epoch(

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # a mistyped flag is answered before torch is import
     check_command_line(get_options)
 
 import math
+from dataclasses import asdict
 
 from timm.data import Mixup
 from torch import nn
@@ -296,17 +297,9 @@ def build_noise(noise: Noise) -> AlphaBlend | None:
     """The AlphaBlend that the flags describe; None when it is off."""
     if noise.alpha_blend == 0:
         return None
-    return AlphaBlend(
-        noise.alpha_blend,
-        schedule=noise.noise_timestep,
-        prob=noise.noise_prob,
-        anneal=noise.noise_anneal,
-        tokens=noise.noise_tokens,
-        space=noise.noise_space,
-        layer=noise.noise_layer,
-        beta_power=noise.noise_beta_power,
-        noise_eval=noise.noise_eval,
-    )
+    keywords = {name.removeprefix("noise_"): value for name, value in asdict(noise).items()}
+    timestep, schedule, noise_eval = (keywords.pop(name) for name in ("alpha_blend", "timestep", "eval"))
+    return AlphaBlend(timestep, schedule=schedule, noise_eval=noise_eval, **keywords)
 
 
 def build_mixup(loss: Loss, num_classes: int) -> Mixup | None:

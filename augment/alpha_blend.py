@@ -91,6 +91,10 @@ class AlphaBlend(nn.Module):
     def active(self) -> bool:
         return (self.training or self.config.noise_eval) and self.current_timestep > 0 and self.config.prob > 0
 
+    def draw(self, z: torch.Tensor) -> torch.Tensor:
+        """eps: float32, of z's shape, mean 0 and variance 1."""
+        return torch.randn(z.shape, device=z.device, dtype=torch.float32)
+
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """z [B, ...] -> noised z, same shape and dtype. Draws from the global generator of z's device."""
         if not self.active:
@@ -106,8 +110,7 @@ class AlphaBlend(nn.Module):
             keep = torch.rand(B, device=z.device).view(per_sample) < c.prob
             signal, noise = torch.where(keep, signal, 1.0), torch.where(keep, noise, 0.0)
         # Outside autocast: the blend is float32 whatever the model computes in.
-        eps = torch.randn(z.shape, device=z.device, dtype=torch.float32)
-        blended = signal * z.float() + noise * eps
+        blended = signal * z.float() + noise * self.draw(z)
         if c.tokens == "patches" and c.space == "embedding" and self.num_prefix_tokens:
             blended[:, : self.num_prefix_tokens] = z[:, : self.num_prefix_tokens].float()
         return blended.to(z.dtype)

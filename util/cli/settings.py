@@ -400,7 +400,11 @@ class Loss:
     mixup_prob: float = flag(1.0, "probability of mixing a batch", type=fraction)
     mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", type=fraction)
     mixup_mode: str = flag("batch", "one lambda for a batch, a pair or an image", choices=("batch", "pair", "elem"))
-    smoothing: float = flag(0.1, "label smoothing", type=number(float, 0, 1, open_high=True))
+    smoothing: float = flag(
+        0.1,
+        "label smoothing, in training: the validation loss is plain cross entropy",
+        type=number(float, 0, 1, open_high=True),
+    )
     class_weights: str = flag(
         "none", "balanced: a sample weighs images / (classes x images of its class)", choices=("none", "balanced")
     )
@@ -439,7 +443,9 @@ class Selection:
         also={"--no_dist_eval": dict(action="store_false", help="every rank evaluates all of it")},
     )
     eval_metric: str = flag(
-        "acc1", "what checkpoint-best.pth and --patience go by", choices=("acc1", "balanced_acc", "macro_f1", "loss")
+        "acc1",
+        "what checkpoint-best.pth and --patience go by; loss: plain cross entropy",
+        choices=("acc1", "balanced_acc", "macro_f1", "loss"),
     )
     patience: int = scheduled(0, "stop after this many epochs without gain (0: never)", type=count)
     ema_decay: float = flag(

@@ -6,8 +6,9 @@ Two kinds come out: ArrayDataset (one uint8 tensor) and FileDataset (paths, deco
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -268,7 +269,7 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str
     return FileDataset(Paths(paths), torch.tensor([number[wnid] for _, wnid in rows]), classes, val, notes)
 
 
-def _read_torchvision(name: str, root: str, split: str) -> ArrayDataset:
+def _read_torchvision(name: str, root: str, split: str, *_) -> ArrayDataset:
     """CIFAR-10/100 and Fashion-MNIST through torchvision, which checks the files' digests; downloads if it must."""
     from torchvision import datasets
 
@@ -303,7 +304,7 @@ def _download(name: str, fetch, by_hand: str) -> None:
         raise UserError(f"--dataset {name}: not found, and its download failed ({why}); {by_hand}") from None
 
 
-def _read_digits(split: str, seed: int = 0) -> ArrayDataset:
+def _read_digits(root: str, split: str, *_) -> ArrayDataset:
     """scikit-learn's 1,797 8x8 digits; a fixed stratified fifth is the validation split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -311,11 +312,22 @@ def _read_digits(split: str, seed: int = 0) -> ArrayDataset:
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype("uint8")).unsqueeze(1)
     targets = torch.from_numpy(digits.target).long()
-    train, val = train_test_split(range(len(targets)), test_size=0.2, stratify=digits.target, random_state=seed)
+    train, val = train_test_split(range(len(targets)), test_size=0.2, stratify=digits.target, random_state=0)
     index = torch.tensor(sorted(train if split == "train" else val))
     return ArrayDataset(
         images[index], targets[index], [str(c) for c in range(10)], [f"digit-{i:04d}" for i in index.tolist()]
     )
+
+
+# Of each data set in DATASETS: (root, split, labelled, classes) -> its images, None without this split.
+READERS: dict[str, Callable[..., Dataset | None]] = {
+    "folder": _read_folder,
+    "digits": _read_digits,
+    "imagenet": _read_imagenet,
+    "imagenet-100": _read_imagenet100,
+    "tiny-imagenet": _read_tiny_imagenet,
+    **{name: partial(_read_torchvision, name) for name in ("cifar10", "cifar100", "fashion-mnist")},
+}
 
 
 def read_split(
@@ -326,12 +338,7 @@ def read_split(
     labelled=False (pretraining) takes any folder of images, with or without class folders. classes: those of the
     training split, for `val`, where they are known.
     """
-    if name == "digits":
-        return _read_digits(split)
-    if name in ("cifar10", "cifar100", "fashion-mnist"):
-        return _read_torchvision(name, root, split)
-    readers = {"folder": _read_folder, "imagenet": _read_imagenet, "imagenet-100": _read_imagenet100}
-    return {**readers, "tiny-imagenet": _read_tiny_imagenet}[name](root, split, labelled, classes)
+    return READERS[name](root, split, labelled, classes)
 
 
 def to_channels(data: ArrayDataset, in_chans: int) -> ArrayDataset:
