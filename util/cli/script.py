@@ -117,7 +117,7 @@ def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None
         at = f" at {printable(path)}" if path else ""
         return UserError(
             f"--num_workers: a loader process died{at} ({text[:160]}); was it killed for want of memory? Run the line "
-            "again (training goes on from its last checkpoint by --resume auto), with fewer --num_workers if it happens "
-            "again"
+            "again (training goes on from its last checkpoint by --resume auto), with fewer --num_workers if it "
+            "happens again"
         )
     return None
