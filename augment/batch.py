@@ -6,7 +6,7 @@ GPU, and every device cuts the same boxes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,21 @@ def crop_flip(
     return out.as_strided((B, C, H, W), (C * span, span, Wp, 1))
 
 
+def _first_fit(
+    u: torch.Tensor, area: torch.Tensor, ratio: tuple[float, float], fits: Callable
+) -> tuple[torch.Tensor, ...]:
+    """(sides a, b, whether they fit), each [...]: the first of 10 draws that does, by torchvision's and timm's rule.
+
+    a b = area [..., 10], log a/b ~ U(log ratio) by uniforms u [..., 10]; fits(a, b) -> bool [..., 10].
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * u)
+    a, b = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fit = fits(a, b)
+    first = fit.byte().argmax(-1, keepdim=True)  # argmax returns the first maximum
+    return tuple(t.gather(-1, first).squeeze(-1) for t in (a, b, fit))
+
+
 def rrc_boxes(u: torch.Tensor, height: int, width: int, scale, ratio) -> tuple[torch.Tensor, ...]:
     """torchvision RandomResizedCrop's boxes from uniforms [B, 22]: (top, left, h, w), each int64 [B].
 
@@ -84,12 +99,9 @@ def rrc_boxes(u: torch.Tensor, height: int, width: int, scale, ratio) -> tuple[t
     """
     u = u.double()
     area = (scale[0] + (scale[1] - scale[0]) * u[:, :ATTEMPTS]) * (height * width)  # [B, 10]
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(low + (high - low) * u[:, ATTEMPTS : 2 * ATTEMPTS])
-    w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.byte().argmax(1, keepdim=True)  # argmax returns the first maximum
-    w, h, fits = (t.gather(1, first).squeeze(1) for t in (w, h, fits))
+    w, h, fits = _first_fit(
+        u[:, ATTEMPTS : 2 * ATTEMPTS], area, ratio, lambda w, h: (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    )
     whole_w, whole_h = width, height
     if width / height < min(ratio):
         whole_h = round(width / min(ratio))
@@ -176,12 +188,7 @@ def erase_boxes(u: torch.Tensor, height: int, width: int, erasing: Erasing) -> t
     wanted = (u[:, :1] < prob) & (torch.arange(recount, device=u.device) < count[:, None])  # [B, recount]
     u = u[:, 2:].view(B, recount, 2 * ATTEMPTS + 2)
     target = (area[0] + (area[1] - area[0]) * u[..., :ATTEMPTS]) * (height * width) / count[:, None, None]
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    ratio = torch.exp(low + (high - low) * u[..., ATTEMPTS : 2 * ATTEMPTS])
-    h, w = (target * ratio).sqrt().round().long(), (target / ratio).sqrt().round().long()
-    fits = (w < width) & (h < height)
-    first = fits.byte().argmax(-1, keepdim=True)
-    h, w, fits = (t.gather(-1, first).squeeze(-1) for t in (h, w, fits))
+    h, w, fits = _first_fit(u[..., ATTEMPTS : 2 * ATTEMPTS], target, aspect, lambda h, w: (w < width) & (h < height))
     top, left = (u[..., -2] * (height - h + 1)).long(), (u[..., -1] * (width - w + 1)).long()
     return torch.stack([top, left, h, w], dim=-1) * (fits & wanted)[..., None]
 
