@@ -10,6 +10,7 @@ FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 # What these are of crosses the modules.
 CROSS_CUTTING = {
     "test_bench.py",
+    "test_contributing.py",
     "test_crop_pct.py",
     "test_families.py",
     "test_faults.py",
