@@ -6,7 +6,7 @@
 """
 
 from util.cli.finetune import FinetuneOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
-from util.cli.script import check_command_line, run_main
+from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
@@ -49,6 +49,7 @@ from util.train.phases import enter_phase, freezing
 from util.train.run import Run, begin, find_checkpoint, open_log
 
 
+@says_flags
 def main(argv: list[str] | None = None) -> int:
     options, world = begin(get_options(argv))
     if options.data.kfold and options.data.fold == "all":

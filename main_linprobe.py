@@ -7,7 +7,7 @@ torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pr
 """
 
 from util.cli.linprobe import get_args_parser, get_options  # noqa: F401 (a public name)
-from util.cli.script import check_command_line, run_main
+from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
@@ -38,6 +38,7 @@ from util.report.markdown import note_lines, write_report
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
 
 
+@says_flags
 def main(argv: list[str] | None = None) -> int:
     options = get_options(argv)
     machine, reading, probing, given = options.machine, options.reading, options.probe, options.model

@@ -6,7 +6,7 @@ python main_predict.py --checkpoints out/swin out/convnext --data_path photos/tr
 """
 
 from util.cli.predict import get_args_parser, get_options  # noqa: F401 (a public name)
-from util.cli.script import check_command_line, run_main
+from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
@@ -28,6 +28,7 @@ from util.predict.out_of_fold import fold_of_images, fold_of_nets
 from util.report.prediction import write_all
 
 
+@says_flags
 def main(argv: list[str] | None = None) -> int:
     options, started = get_options(argv), time.time()
     asked, data, machine, output_dir = options.prediction, options.data, options.machine, options.run.output_dir

@@ -5,7 +5,7 @@
 """
 
 from util.cli.pretrain import PretrainOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
-from util.cli.script import check_command_line, run_main
+from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
@@ -42,6 +42,7 @@ NUM_PICTURES = 8
 NUM_MEASURED = 4096  # images that tell --sigma_data
 
 
+@says_flags
 def main(argv: list[str] | None = None) -> int:
     options, world = begin(get_options(argv))
     dry_run = options.run.dry_run

@@ -6,7 +6,7 @@ python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 
 """
 
 from util.cli.sample import get_args_parser, get_options  # noqa: F401 (a public name)
-from util.cli.script import check_command_line, run_main
+from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
@@ -32,6 +32,7 @@ from util.report.markdown import note_lines, write_report
 from util.seed import mix
 
 
+@says_flags
 def main(argv: list[str] | None = None) -> int:
     options = get_options(argv)
     limit_pixels(options.reading.max_pixels)

@@ -10,7 +10,7 @@ import models.families  # noqa: F401 (registers them with timm)
 from augment.alpha_blend import AlphaBlend
 from models.vit import attach_noise, mae_vit, timm_classifier
 from util.choices import MAE_NAMES, is_mae_name
-from util.errors import UserError
+from util.errors import ParameterError
 
 
 def create_model(
@@ -38,11 +38,11 @@ def create_model(
     UserError in one line where no such model can be built.
     """
     img_size = _checked_size(img_size)
-    for flag, value, least in (("--nb_classes", num_classes, 0), ("--in_chans", in_chans, 1)):
+    for parameter, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
         if not _is_whole(value, least):
-            raise UserError(f"{flag} {value}: should be a whole number of {least} or more")
+            raise ParameterError(f"<{parameter}> {value}: should be a whole number of {least} or more")
     if not 0 <= drop_path <= 1:
-        raise UserError(f"--drop_path {drop_path}: should be a number in [0, 1]")
+        raise ParameterError(f"<drop_path> {drop_path}: should be a number in [0, 1]")
     common = dict(
         num_classes=num_classes,
         in_chans=in_chans,
@@ -54,7 +54,9 @@ def create_model(
     model: Any  # a net that is given the attribute `built_for`
     if is_mae_name(name):
         if pretrained:
-            raise UserError(f"--pretrained with --model {name}: MAE's names have no timm weights; give --finetune FILE")
+            raise ParameterError(
+                f"<pretrained> with <model> {name}: MAE's names have no timm weights; give <finetune> FILE"
+            )
         model = mae_vit(name, **common)
     else:
         model = timm_classifier(name, pretrained=pretrained, **common)
@@ -68,7 +70,7 @@ def _checked_size(img_size) -> int | tuple[int, int]:
     """One number for a square. timm builds nets that take no image of a side of 0, or of three sides."""
     sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if len(sides) != 2 or not all(_is_whole(s, 1) for s in sides):
-        raise UserError(f"--input_size {img_size}: should be one or two whole numbers of 1 or more")
+        raise ParameterError(f"<img_size> {img_size}: should be one or two whole numbers of 1 or more")
     return int(sides[0]) if sides[0] == sides[1] else (int(sides[0]), int(sides[1]))
 
 

@@ -12,7 +12,7 @@ from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
 from models.vit import classifier_prefixes, patch_grid
 from util.checkpoint import own_meta, peek_meta, read_file
-from util.errors import UserError, reason_of
+from util.errors import ParameterError, UserError, reason_of
 
 # Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
 _POOLING = ("fc_norm", "attn_pool", "pre_logits")
@@ -108,9 +108,9 @@ def load_pretrained(
                 continue
             if key not in names and _COMPUTED.search(key):
                 continue  # window geometry, rebuilt by the model for its own size
-            raise UserError(
+            raise ParameterError(
                 f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
-                "give the --model, --input_size and --in_chans that it was trained with"
+                "give the <model>, <img_size> and <in_chans> that it was trained with"
             )
         if own[key].is_floating_point() and not value.is_floating_point():
             raise UserError(f"{path}: {key} holds {str(value.dtype).removeprefix('torch.')}, not weights")
@@ -152,8 +152,8 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
                 raise
     said = described and patch_grid(described)
     if pos_grid and said and tuple(pos_grid) != said:
-        raise UserError(
-            f"--pos_grid {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; "
+        raise ParameterError(
+            f"<pos_grid> {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; "
             "leave it out"
         )
     fitted, resized = fit_positions(raw, model, path, described, pos_grid)
@@ -180,9 +180,9 @@ def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) ->
         return  # a family for squares
     turned = sorted(k for k in names if k in here and k in wider and here[k].shape != wider[k].shape)
     if turned:
-        raise UserError(
+        raise ParameterError(
             f"{path}: {turned[0]} belongs to the places of an image of {old[0]} x {old[1]} pixels, "
-            f"not of {size[0]} x {size[1]}; give --input_size {old[0]} {old[1]}"
+            f"not of {size[0]} x {size[1]}; give <img_size> {old[0]} {old[1]}"
         )
 
 
@@ -200,9 +200,9 @@ def _described(meta: dict, path: str) -> nn.Module:
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version
-        raise UserError(
+        raise ParameterError(
             f"{path}: its meta describes no model ({reason_of(error)}), so its grid is unknown; "
-            "give it with --pos_grid ROWS COLUMNS"
+            "give it with <pos_grid> ROWS COLUMNS"
         ) from None
 
 
@@ -222,9 +222,9 @@ def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops
     if lacking or foreign:
         has = f"lacks {few(lacking)} of its parameters" if lacking else ""
         more = f"has {few(foreign)} that it does not know" if foreign else ""
-        raise UserError(
-            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the --model and "
-            "--model_kwargs that it was trained with (or main_finetune.py --partial_load, which starts the rest anew)"
+        raise ParameterError(
+            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the <model> and "
+            "<model_kwargs> that it was trained with (or <partial>, which starts the rest anew)"
         )
 
 
@@ -328,16 +328,16 @@ def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
         raise
     except Exception as error:  # a family's own code, at a size or with keywords that it was not written for
         if "more than 1 value per channel" in str(error):
-            raise UserError(
-                f"--batch_size {batch}: the BatchNorm of {name} has one value per channel to normalise at {size}; "
-                "give 2 or more, a larger --input_size, or --freeze_bn"
+            raise ParameterError(
+                f"<batch_size> {batch}: the BatchNorm of {name} has one value per channel to normalise at {size}; "
+                "give 2 or more, a larger <img_size>, or <freeze_bn>"
             ) from None
-        raise UserError(
-            f"--model {name}: cannot compute images of {size} ({reason_of(error)}); see --input_size and --model_kwargs"
+        raise ParameterError(
+            f"<model> {name}: cannot compute images of {size} ({reason_of(error)}); see <img_size> and <model_kwargs>"
         ) from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch, meta["num_classes"]):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UserError(
-            f"--model {name}: gives {got} for {batch} images, not {meta['num_classes']} numbers for each; "
-            "see --model_kwargs"
+        raise ParameterError(
+            f"<model> {name}: gives {got} for {batch} images, not {meta['num_classes']} numbers for each; "
+            "see <model_kwargs>"
         )

@@ -22,7 +22,7 @@ from models.edm import karras_sigmas, loss_weight, precondition, sample_euler, s
 from models.tokens import Decoder, lookup, patch_statistics, run_blocks, sincos_pos_embed, take, transformer
 from models.vit import check_patch
 from util.choices import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
-from util.errors import UserError
+from util.errors import ParameterError, UserError
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,21 @@ class NoPropConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type is int and getattr(self, field.name) < 1:
-                raise UserError(f"--{field.name} {getattr(self, field.name)}: should be 1 or more")
+                raise ParameterError(f"<{field.name}> {getattr(self, field.name)}: should be 1 or more")
         check_patch(self.size, self.patch_size)
         for prefix in ("", "decoder_"):
             dim, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
             if dim % heads:
-                raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of --{prefix}num_heads {heads}")
+                raise ParameterError(f"<{prefix}embed_dim> {dim}: should be a multiple of <{prefix}num_heads> {heads}")
             if dim % 4:
-                raise UserError(f"--{prefix}embed_dim {dim}: should be a multiple of 4, for the position embeddings")
+                raise ParameterError(
+                    f"<{prefix}embed_dim> {dim}: should be a multiple of 4, for the position embeddings"
+                )
         if not 0.0 < self.sigma_data < float("inf"):
-            raise UserError(f"--sigma_data {self.sigma_data}: should be positive")
+            raise ParameterError(f"<sigma_data> {self.sigma_data}: should be positive")
         for name, known in (("target", TARGETS), ("propagate", PROPAGATE), ("loss_weighting", LOSS_WEIGHTINGS)):
             if getattr(self, name) not in known:
-                raise UserError(f"--{name} {getattr(self, name)}: should be one of {', '.join(known)}")
+                raise ParameterError(f"<{name}> {getattr(self, name)}: should be one of {', '.join(known)}")
         self.sigmas()
 
     @property
@@ -163,7 +165,7 @@ class NoPropMAE(nn.Module):
         M = round(N mask_ratio), at least 1 so that there is a loss; V = 0 at ratio 1. Raises UserError outside (0, 1].
         """
         if not 0.0 < mask_ratio <= 1.0:
-            raise UserError(f"--mask_ratio {mask_ratio}: should be in (0, 1]")
+            raise ParameterError(f"<mask_ratio> {mask_ratio}: should be in (0, 1]")
         keep = self.num_patches - max(1, round(self.num_patches * mask_ratio))
         noise = torch.rand(batch, self.num_patches, generator=generator, device=self.pos_embed.device)
         ids = noise.argsort(dim=1)
@@ -274,7 +276,7 @@ class NoPropMAE(nn.Module):
         patches, weighted exp(-d^2 / 2) by the distance d in patches; 0 and 1 if there is no visible patch.
         """
         if sampler not in SAMPLERS:
-            raise UserError(f"--vis_type {sampler}: should be one of {', '.join(SAMPLERS)}")
+            raise ParameterError(f"<sampler> {sampler}: should be one of {', '.join(SAMPLERS)}")
         ids_keep, ids_mask = ids if ids is not None else self.random_masking(len(imgs), mask_ratio, generator)
         latent, pos = self.encode(imgs, ids_keep), self.decoder_positions(ids_keep, ids_mask)
         patches = self.patchify(imgs)

@@ -14,7 +14,7 @@ from torch import nn
 
 from models.containers import TABLE, State
 from models.vit import patch_grid
-from util.errors import UserError
+from util.errors import ParameterError, UserError
 
 Grid = tuple[int, int]  # rows, columns
 _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
@@ -98,8 +98,8 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
         if kinds is not None:
             return tuple(known), kinds
         if pos_grid:
-            raise UserError(
-                f"--pos_grid {known[0]} {known[1]}: {path} has {n} positions, which are not {known[0] * known[1]} "
+            raise ParameterError(
+                f"<pos_grid> {known[0]} {known[1]}: {path} has {n} positions, which are not {known[0] * known[1]} "
                 "patches with or without its class and register tokens"
             )
     cls, dist, reg = _counts(raw)
@@ -116,9 +116,9 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
         if len(readings) > 1
         else "are no square, with or without class and register tokens"
     )
-    raise UserError(
+    raise ParameterError(
         f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with "
-        "--pos_grid ROWS COLUMNS"
+        "<pos_grid> ROWS COLUMNS"
     )
 
 
@@ -195,9 +195,9 @@ def fit_tables(
             left_out.append(key)
             continue
         if old_window is None:
-            raise UserError(
+            raise ParameterError(
                 f"{path}: {key} has {len(old)} rows, which do not tell the window of attention that it was trained "
-                "with; give the grid of patches that the file was trained on with --pos_grid ROWS COLUMNS"
+                "with; give the grid of patches that the file was trained on with <pos_grid> ROWS COLUMNS"
             )
         if old_window == window or old.shape[0 if old.ndim == 3 else -1] != heads:
             done[key] = old  # other heads: refused as any other shape

@@ -1,16 +1,20 @@
 """MAE's ViT names on top of timm, and the place in any timm model where the embedding lives."""
 
 import re
+import socket
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
+from huggingface_hub import constants
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from augment.alpha_blend import AlphaBlend
 from util.choices import parse_mae_name
-from util.errors import UserError, reason_of
+from util.errors import ParameterError, UserError, reason_of
 
 # MAE's sizes (He et al., table 8; tiny and small from DeiT): width, depth, heads.
 VIT_SIZES = {
@@ -28,8 +32,8 @@ TimmModel = Any  # an nn.Module with timm's methods, which no type of timm's des
 SIZES = ("patch_size", "embed_dim", "embed_dims", "dims", "depth", "depths", "layers", "num_heads", "window_size")
 
 
-class NoStochasticDepth(UserError):
-    """--drop_path for a family that has none."""
+class NoStochasticDepth(ParameterError):
+    """drop_path for a family that has none."""
 
 
 def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
@@ -50,11 +54,11 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
         **kwargs,
     }
     if size == "custom" and not {"embed_dim", "depth", "num_heads"} <= set(kwargs):
-        raise UserError(f"--model {name}: needs --model_kwargs embed_dim=.. depth=.. num_heads=..")
+        raise ParameterError(f"<model> {name}: needs <model_kwargs> embed_dim=.. depth=.. num_heads=..")
     check_sizes(name, kwargs)
     if kwargs["embed_dim"] % kwargs["num_heads"]:
-        raise UserError(
-            f"--model {name}: embed_dim {kwargs['embed_dim']} must be a multiple of num_heads {kwargs['num_heads']}"
+        raise ParameterError(
+            f"<model> {name}: embed_dim {kwargs['embed_dim']} must be a multiple of num_heads {kwargs['num_heads']}"
         )
     check_patch(kwargs["img_size"], kwargs["patch_size"])
     if isinstance(global_pool, bool):
@@ -63,7 +67,7 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
     try:
         model = VisionTransformer(**kwargs)
     except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
-        raise UserError(f"--model {name} with {_shown(kwargs)}: {reason_of(error)}") from None
+        raise ParameterError(f"<model> {name} with {_shown(kwargs)}: {reason_of(error)}") from None
     if isinstance(model.head, nn.Linear):
         # MAE starts a classifier at 2e-5; timm at zero, which gives the first step's backbone no gradient.
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -78,10 +82,10 @@ def check_patch(img_size, patch_size) -> None:
     """UserError unless the patch divides both sides of the image."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if not isinstance(patch_size, int) and len(patch_size) != 2:
-        raise UserError(f"--model_kwargs patch_size={patch_size}: should be a whole number, or (height,width)")
+        raise ParameterError(f"<model_kwargs> patch_size={patch_size}: should be a whole number, or (height,width)")
     ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if height % ph or width % pw:
-        raise UserError(f"--input_size {height} {width}: must be multiples of the patch size {ph}")
+        raise ParameterError(f"<img_size> {height} {width}: must be multiples of the patch size {ph}")
 
 
 def check_sizes(name: str, kwargs: dict) -> None:
@@ -90,7 +94,7 @@ def check_sizes(name: str, kwargs: dict) -> None:
         values = kwargs[key] if isinstance(kwargs[key], (tuple, list)) else (kwargs[key],)
         values = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values):
-            raise UserError(f"--model {name}: {key} {kwargs[key]}: should be a whole number of 1 or more")
+            raise ParameterError(f"<model> {name}: {key} {kwargs[key]}: should be a whole number of 1 or more")
 
 
 def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool | str, **kwargs) -> nn.Module:
@@ -101,10 +105,12 @@ def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool 
     """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
-        raise UserError(f"--model {name}: not one of MAE's names or timm's{'; near: ' + close if close else ''}")
+        raise ParameterError(f"<model> {name}: not one of MAE's names or timm's{'; near: ' + close if close else ''}")
     check_sizes(name, kwargs)
     if not isinstance(global_pool, bool):
         kwargs["global_pool"] = global_pool
+    if kwargs.get("pretrained"):
+        do_not_retry_offline()
     optional = {"img_size": img_size, **({"drop_path_rate": drop_path} if drop_path else {})}
     # timm has no list of who takes what: families without a position grid refuse img_size by TypeError.
     while True:
@@ -114,17 +120,28 @@ def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool 
             refused = [k for k in optional if f"'{k}'" in str(error)] if isinstance(error, TypeError) else []
             if "drop_path_rate" in refused:
                 raise NoStochasticDepth(
-                    f"--drop_path {drop_path}: {name} has no stochastic depth; use --drop_path 0"
+                    f"<drop_path> {drop_path}: {name} has no stochastic depth; use <drop_path> 0"
                 ) from None
             if refused:
                 del optional[refused[0]]
                 continue
             if kwargs.pop("pretrained", False) and _can_be_built(name, {**optional, **kwargs}):
-                raise UserError(
-                    f"--pretrained: the weights of {name} could not be had ({reason_of(error)}); "
-                    "offline, give a file of them with --finetune"
+                where = "huggingface.co cannot be reached" if constants.HF_HUB_OFFLINE else reason_of(error)
+                raise ParameterError(
+                    f"<pretrained>: the weights of {name} are not on this machine, and {where}; give a file of them "
+                    "with <finetune>"
                 ) from None
-            raise UserError(f"--model {name} with {_shown({**optional, **kwargs})}: {reason_of(error)}") from None
+            raise ParameterError(f"<model> {name} with {_shown({**optional, **kwargs})}: {reason_of(error)}") from None
+
+
+def do_not_retry_offline() -> None:
+    """Without a network, the hub's library tries five times in a minute: it is told to take what it has on disk."""
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        if not getproxies():  # behind one, no direct connection is made
+            socket.create_connection((host, 443), timeout=10).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _can_be_built(name: str, kwargs: dict) -> bool:
@@ -161,7 +178,7 @@ def enable_grad_checkpointing(model: TimmModel, name: str) -> None:
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError, NotImplementedError):
-        raise UserError(f"--grad_checkpointing: {name} has none; leave the flag out") from None
+        raise ParameterError(f"<grad_checkpointing>: {name} has none; leave the flag out") from None
 
 
 def trunk_blocks(model: TimmModel) -> list[nn.Module]:
@@ -221,7 +238,7 @@ class _BlendInput:
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
         if not isinstance(inputs[0], torch.Tensor):
-            raise UserError(f"{type(module).__name__}: its input is not a single tensor; use --alpha_blend 0")
+            raise ParameterError(f"{type(module).__name__}: its input is not a single tensor; use <alpha_blend> 0")
         return (self.noise(inputs[0]), *inputs[1:])
 
 
@@ -234,7 +251,9 @@ def attach_noise(model: nn.Module, noise: AlphaBlend) -> None:
         return
     blocks = trunk_blocks(model)
     if noise.config.layer >= len(blocks):
-        raise UserError(f"--noise_layer {noise.config.layer}: {type(model).__name__} has blocks 0 to {len(blocks) - 1}")
+        raise ParameterError(
+            f"<noise_layer> {noise.config.layer}: {type(model).__name__} has blocks 0 to {len(blocks) - 1}"
+        )
     blocks[noise.config.layer].register_forward_pre_hook(_BlendInput(noise))
 
 

@@ -1,8 +1,27 @@
 """The one exception that means "the user can mend this", which mains print as one line; other errors in one line."""
 
+import re
+
+_KEYWORD = re.compile(r"<(\w+)>")
+
 
 class UserError(ValueError):
     """A mistake in flags, files or data. The message is one line: the flag or path, its value, what would be right."""
+
+
+class ParameterError(UserError):
+    """A mistake in a keyword of a network, which the message has as `<keyword>`: `<drop_path> 3: should be ...`.
+
+    As text it names keywords. A main, whose users set them by flags, says `by_flags`.
+    """
+
+    def __init__(self, message: str):
+        self.message = message
+        super().__init__(_KEYWORD.sub(r"\1", message))
+
+    def by_flags(self, flags: dict[str, str]) -> UserError:
+        """flags: of the keywords that have a flag of another name."""
+        return UserError(_KEYWORD.sub(lambda m: flags.get(m[1], f"--{m[1]}"), self.message))
 
 
 def reason_of(error: BaseException) -> str:

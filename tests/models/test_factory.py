@@ -1,9 +1,14 @@
 """create_model: what reaches the network, and names, sizes and keywords of which none can be built."""
 
+import socket
+from urllib.parse import urlsplit
+
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
+import main_finetune
 from models import create_model
 from util.errors import UserError
 
@@ -26,10 +31,10 @@ def test_unknown_names_and_impossible_sizes_get_one_line():
         create_model("vgg11", num_classes=2, drop_path=0.1)
     for name in ("vit_tiny_patch4", "resnet10t"):
         for flag, keywords in {
-            "--input_size": [{"img_size": s} for s in (0, -4, (32,), (32, 32, 3), 32.0, "32", (32, 0))],
-            "--in_chans": [{"in_chans": n} for n in (0, -1, 1.5)],
-            "--nb_classes": [{"num_classes": n} for n in (-1, "a")],
-            "--drop_path": [{"drop_path": p} for p in (-1, 2.0)],
+            "img_size": [{"img_size": s} for s in (0, -4, (32,), (32, 32, 3), 32.0, "32", (32, 0))],
+            "in_chans": [{"in_chans": n} for n in (0, -1, 1.5)],
+            "num_classes": [{"num_classes": n} for n in (-1, "a")],
+            "drop_path": [{"drop_path": p} for p in (-1, 2.0)],
         }.items():
             for one in keywords:
                 with pytest.raises(UserError, match=f"{flag} .*should be"):
@@ -93,6 +98,30 @@ def test_keywords_that_make_no_network_are_one_line(name, kwargs, word):
     ],
 )
 def test_sizes_that_a_family_has_no_use_for_are_one_line(name, kwargs):
-    with pytest.raises(UserError, match=f"--model {name}|patch_size") as caught, torch.device("meta"):
+    with pytest.raises(UserError, match=f"model {name}|patch_size") as caught, torch.device("meta"):
         create_model(name, num_classes=5, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_end_after_one_try_without_a_network_in_a_whole_line(monkeypatch):
+    tries = []
+
+    def no_network(host, *args, **kwargs):
+        tries.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(UserError, match=r"pretrained: the weights of vit_tiny_patch16_224 are not .* with finetune$"):
+        create_model("vit_tiny_patch16_224", num_classes=2, img_size=224, pretrained=True)
+    assert tries == [urlsplit(constants.ENDPOINT).hostname]
+
+
+def test_errors_name_keywords_in_python_and_flags_in_a_main(tmp_path):
+    with pytest.raises(UserError, match=r"^img_size 10 8: must be multiples"):
+        create_model("vit_tiny_patch4", num_classes=2, img_size=(10, 8))
+    line = "--dataset digits --model vit_tiny_patch4 --input_size 10 8 --device cpu --output_dir"
+    with pytest.raises(UserError, match=r"^--input_size 10 8: must be multiples"):
+        main_finetune.main([*line.split(), str(tmp_path)])

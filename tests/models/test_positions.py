@@ -98,11 +98,11 @@ def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, o
     path = as_file(tmp_path / "x.pth", with_ramp(old, (7.0,)))
     with pytest.raises(UserError) as caught:
         load_pretrained(vit(new), path)
-    assert could in one_line(caught) and "--pos_grid" in str(caught.value)
+    assert could in one_line(caught) and "pos_grid" in str(caught.value)
     model = vit(new)
     load_pretrained(model, path, pos_grid=(old[0] // PATCH, old[1] // PATCH))
     assert (model.pos_embed[:, 1:] - ramp((new[0] // PATCH, new[1] // PATCH))).abs().max() < 0.06
-    with pytest.raises(UserError, match="--pos_grid 5 9"):
+    with pytest.raises(UserError, match="pos_grid 5 9"):
         load_pretrained(vit(new), path, pos_grid=(5, 9))
 
 
@@ -171,7 +171,7 @@ def test_tables_of_rectangular_windows_take_their_shape_from_the_checkpoint(tmp_
             expected = resize_rel_pos_bias_table(old, (8, 4), tuple(own.shape), old_window_size=(4, 8))
             assert torch.allclose(own, expected, atol=1e-6) and not torch.allclose(own, old)
         torch.nn.init.zeros_(own)
-    with pytest.raises(UserError, match="--pos_grid"):
+    with pytest.raises(UserError, match="pos_grid"):
         load_pretrained(model, tmp_path / "x.pth")
     report = load_pretrained(model, tmp_path / "x.pth", partial=True)
     assert f"blocks.0.attn.{TABLE}" in report.missing
@@ -207,14 +207,14 @@ def test_positions_that_cannot_be_turned_are_refused_at_the_turned_size(tmp_path
     content = torch.load(path, weights_only=True)
     content["meta"].update(model=name, model_kwargs=sizes)
     torch.save(content, path)
-    with pytest.raises(UserError, match=r"64 x 128 pixels.*--input_size 64 128"):
+    with pytest.raises(UserError, match=r"64 x 128 pixels.*img_size 64 128"):
         load_pretrained(high, path)
     assert not load_pretrained(wide, path).missing
 
 
 def test_a_grid_other_than_the_one_that_the_file_states_is_refused(tmp_path):
     path = as_file(tmp_path / "x.pth", with_ramp((32, 64), (0.0,)), (32, 64))
-    with pytest.raises(UserError, match=r"--pos_grid 16 8: .* 8 x 16 patches"):
+    with pytest.raises(UserError, match=r"pos_grid 16 8: .* 8 x 16 patches"):
         load_pretrained(vit((32, 64)), path, pos_grid=(16, 8))
     model = vit((32, 64))
     load_pretrained(model, path, pos_grid=(8, 16))

@@ -1,12 +1,13 @@
 """How a main starts and ends: the command line is answered before torch is imported, mistakes end in one line."""
 
+import functools
 import importlib.util
 import os
 import re
 import signal
 import sys
 
-from util.errors import UserError
+from util.errors import ParameterError, UserError
 from util.files import printable
 
 
@@ -64,6 +65,28 @@ def require_package(name: str, flag: str) -> None:
 
 def print_error(error: BaseException) -> None:
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+# Flags of networks' keywords that are called otherwise.
+FLAG_OF = {
+    "img_size": "--input_size",
+    "num_classes": "--nb_classes",
+    "partial": "--partial_load",
+    "sampler": "--vis_type",
+}
+
+
+def says_flags(main):
+    """A main whose errors name flags where the networks' name keywords."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except ParameterError as error:
+            raise error.by_flags(FLAG_OF) from None
+
+    return wrapped
 
 
 def run_main(main) -> None:
