@@ -70,7 +70,7 @@ def build_product(variant: str, args):
     loader = Loader(data, batch_transform=transform, batch_size=args.batch_size, train=True, world=world)
     optimizer = build_adamw(param_groups(net, weight_decay=0.05, layer_decay=0.75), lr=1e-5)
     log = RunLog(None, None, is_main=False)
-    run = Run(FinetuneOptions.of(), world, log, kind="finetune", meta={}, loader=loader)
+    run = Run(FinetuneOptions.of(), world, log, meta={}, loader=loader)
     training, mixup = Training(net, net, optimizer, precision, lr_at=lambda epoch: 1e-5), mixing(args)
 
     def steps() -> int:

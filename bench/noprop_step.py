@@ -64,7 +64,7 @@ def build_product(variant: str, args):
     optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1.5e-4, betas=(0.9, 0.95))
     model = wrap_ddp(EncoderFirst(net), world)
     log = RunLog(None, None, is_main=False)
-    run = Run(PretrainOptions.of(), world, log, kind="pretrain", meta={}, loader=loader)
+    run = Run(PretrainOptions.of(), world, log, meta={}, loader=loader)
     training = Training(net, model, optimizer, precision, lr_at=lambda epoch: 1.5e-4)
 
     def steps() -> int:
