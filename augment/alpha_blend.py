@@ -74,7 +74,7 @@ class AlphaBlend(nn.Module):
     def __init__(self, config: NoiseConfig | int = 15, **keywords):
         super().__init__()
         self.config = replace(NoiseConfig(config) if isinstance(config, int) else config, **keywords)
-        self.num_prefix_tokens = 0  # set by models.attach_noise
+        self.num_prefix_tokens = 0  # set by models.vit.attach_noise
         self.current_timestep = self.config.timestep  # after annealing
         # Factors in float64, stored in float32: in bf16, 1 - abar_15 = 7.7e-4 would still be there but
         # abar_15 itself rounds to 1, and the difference to 0.

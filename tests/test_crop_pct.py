@@ -15,6 +15,7 @@ import main_predict
 from tests.harness.runs import VIT, finetune, save_member
 from tests.harness.training import resolve
 from util.checkpoint import peek_meta
+from util.data import loader
 from util.errors import UserError
 from util.meta import check_meta
 
@@ -92,8 +93,8 @@ def test_eval_scores_what_view_1_sees(folds, photo_folder, tmp_path, capsys):
 
 
 def test_the_linear_probe_sees_what_the_checkpoint_was_validated_on(folds, photo_folder, monkeypatch):
-    seen, real = [], main_linprobe.build_eval_transform
-    monkeypatch.setattr(main_linprobe, "build_eval_transform", lambda *a: seen.append(a) or real(*a))
+    seen, real = [], loader.build_eval_transform
+    monkeypatch.setattr(loader, "build_eval_transform", lambda *a: seen.append(a) or real(*a))
     line = ["--checkpoint", str(folds / "fold-0" / "checkpoint-best.pth"), "--data_path", str(photo_folder)]
     assert main_linprobe.main([*line, *QUICK]) == 0
     assert seen == [((32, 32), 0.4)] * 2
