@@ -13,7 +13,7 @@ Such a file is written as timm's are: a function per model name under `@register
     num_prefix_tokens              class and register tokens in front, that --noise_tokens patches leaves clean
     checkpoint_filter_fn(state, model), a function of the file: other publishers' names and shapes
 
-Keywords img_size and drop_path_rate are given to the families that take them. tests/test_families.py has an example.
+Keywords img_size and drop_path_rate are given to the families that take them. CONTRIBUTING.md has an example.
 """
 
 from importlib import import_module
