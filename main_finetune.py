@@ -75,15 +75,13 @@ def run_one(options: FinetuneOptions, world: World) -> int:
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
         f"{words}; {world.size} x {world.device}, {precision}" + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
     )
-    for note in notes_of(train, val):
-        log.say(f"note: {note}")
+    log.notes(notes_of(train, val))
     if evaluating:
         return evaluate_only(net, loaders[1], precision, meta, log)
 
     freezing(options.phases, in_head_phase=not options.optimizer.epochs)(net.train())
     try_forward(net, meta, min(2, loaders[0].order.batch_size))
-    for note in prepare_net(net, precision, (meta["in_chans"], *meta["img_size"])):
-        log.say(note)
+    log.notes(prepare_net(net, precision, (meta["in_chans"], *meta["img_size"])))
     if dry_run:
         decays = options.optimizer.weight_decay, options.optimizer.layer_decay
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])

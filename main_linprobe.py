@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         f"classes; {words}; features: {POOL_NAMES[pool]}; {world.size} x {world.device}, {precision}"
     )
     notes = notes_of(train, val)
-    for note in notes:
-        log.say(f"note: {note}")
+    log.notes(notes)
 
     started = time.time()
     parts = []

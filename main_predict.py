@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     log = claim(output_dir, "predict", world)
     combiners = build_combiners(members, classes, asked.weights)
     images, ids, notes = read_images(data.dataset, data.data_path, classes, asked.labels, trained_on=asked.out_of_fold)
-    for note in notes_of(images):
-        log.say(f"note: {note}")
+    log.notes(notes_of(images))
     if asked.margin is not None:
         notes.append(
             f"--margin {asked.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts"
@@ -83,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         seconds=time.time() - started,
         spreadsheet_safe=asked.spreadsheet_safe,
     )
-    log.say("\n".join([text, "", *(f"note: {note}" for note in notes if note not in notes_of(images))]))
+    log.say(f"{text}\n")
+    log.notes([note for note in notes if note not in notes_of(images)])
     table, report = (os.path.join(output_dir, name) for name in ("predictions.csv", "report.md"))
     log.say(f"predictions: {table}, report: {report}")
     return 0

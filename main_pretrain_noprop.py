@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         f"parameters, sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {sigma_data:.3f}; "
         f"{world.size} x {world.device}, {precision}, {batch_words}, lr {lr:.3g}"
     )
-    for note in notes_of(train, held_out):
-        log.say(f"note: {note}")
+    log.notes(notes_of(train, held_out))
     groups = param_groups(net, weight_decay=options.optimizer.weight_decay)
     if dry_run:
         one_decoder = partial(first_loss, net, mask_ratio=options.masking.mask_ratio)

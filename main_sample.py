@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         images, others, name = read_images(asked, data, seed)
         loader = evaluation_loader(images, meta, world, **how)
         title, notes = f"{len(images)} {name}", notes_of(images)
-        for note in notes:
-            log.say(f"note: {note}")
+        log.notes(notes)
     if "reconstruct" in asked.mode:
         scores = study.reconstruct(loader, asked.num, log.path("reconstruction_{}.png"))
         tables.append(table(f"{title}, {100 * asked.mask_ratio:g}% hidden, filled by", "PSNR (dB)", scores))

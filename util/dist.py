@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from util.errors import UserError
+from util.errors import UserError, listed
 from util.precision import is_convolutional, keep_out_of_bf16
 
 
@@ -285,15 +285,8 @@ def prepare_net(
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # type: ignore[assignment]
     names = keep_out_of_bf16(net, trained_on) if trained_on else []
-    return (
-        [
-            f"note: in fp32, because torch's {precision.name} gradients are wrong for maps as small as theirs: "
-            + ", ".join(names[:4])
-            + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        ]
-        if names
-        else []
-    )
+    why = f"in fp32, because torch's {precision.name} gradients are wrong for maps as small as theirs"
+    return [f"{why}: {listed(names, 4)}"] if names else []
 
 
 def wrap_ddp(model, world: World):

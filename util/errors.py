@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this", which mains print as one line; other errors in one line."""
 
 import re
+from collections.abc import Sequence
 
 _KEYWORD = re.compile(r"<(\w+)>")
 
@@ -33,3 +34,9 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, LookupError) or not text:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text[:160]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

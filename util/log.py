@@ -126,6 +126,10 @@ class RunLog:
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
+    def notes(self, notes: list[str]) -> None:
+        for note in notes:
+            self.say(f"note: {note}")
+
     def close(self) -> None:
         with self._tensorboard() as writer:
             if writer:

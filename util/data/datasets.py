@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 
 from util.data.image_files import Found, Paths, class_folders, class_name, find_images, images_beside, kinds
-from util.errors import UserError, reason_of
+from util.errors import UserError, listed, reason_of
 from util.files import printable
 from util.folder import is_output
 
@@ -113,14 +113,12 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
     if classes is None:
         classes = present
     if unknown := sorted(set(present) - set(classes)):
-        raise UserError(f"{root}: its class folders differ from the training classes: unknown {', '.join(unknown[:5])}")
+        raise UserError(f"{root}: its class folders differ from the training classes: unknown {listed(unknown)}")
     if not present:
         raise UserError(f"{root}: none of its class folders has images; expected {root}/<class>/<images>")
     if lacking := [name for name in classes if name not in present]:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         notes.append(
-            f"{printable(root)}: has no images of {', '.join(lacking[:5])}{more}; "
-            f"scored on the {len(present)} classes that it has"
+            f"{printable(root)}: has no images of {listed(lacking)}; scored on the {len(present)} classes that it has"
         )
     targets = [torch.full((counts[name],), classes.index(name)) for name in present]
     return FileDataset(Paths.joined(paths), torch.cat(targets), list(classes), root, notes)
@@ -214,7 +212,7 @@ def _read_imagenet100(root: str, split: str, labelled: bool, classes: list[str] 
     only = read_wnids(listing) if os.path.isfile(listing) else None
     data = _read_imagenet(root, split, labelled, classes, only, "imagenet-100")
     if only is not None and (lacking := sorted(only - set(data.classes))):
-        raise UserError(f"{listing}: {data.root} has no images of its {', '.join(lacking[:5])}")
+        raise UserError(f"{listing}: {data.root} has no images of its {listed(lacking)}")
     if len(data.classes) != 100:
         raise UserError(
             f"--dataset imagenet-100 --data_path {root}: has {len(data.classes)} classes; "

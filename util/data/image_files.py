@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from util.errors import UserError, reason_of
+from util.errors import UserError, listed, reason_of
 from util.files import composed, printable
 from util.folder import is_output
 
@@ -106,15 +106,13 @@ class Found:
             notes.append(f"{root_name}: left out, hidden and system folders: {kinds(self.hidden)}")
         if self.outputs:
             names = [printable(os.path.relpath(path, root)) for path in self.outputs]
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            notes.append(f"{root_name}: left out, the output of runs: {', '.join(names[:4])}{more}")
+            notes.append(f"{root_name}: left out, the output of runs: {listed(names, 4)}")
         return notes
 
 
 def kinds(counts: Counter) -> str:
     """`15 .xml, 3 .heic`, the most frequent first."""
-    shown = ", ".join(f"{n} {printable(kind)}" for kind, n in counts.most_common(8))
-    return shown + (f" and {len(counts) - 8} more kinds" if len(counts) > 8 else "")
+    return listed([f"{n} {printable(kind)}" for kind, n in counts.most_common()], 8)
 
 
 def _unreadable(error: OSError) -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 
 from util.data.datasets import Dataset, FileDataset, notes_of, read_split, read_unlabelled
 from util.data.image_files import class_folders, class_name
-from util.errors import UserError, reason_of
+from util.errors import UserError, listed, reason_of
 from util.files import composed, printable
 
 
@@ -93,7 +93,7 @@ def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: lis
     folders = [class_name(name) for name in class_folders(root)]
     if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
         odd = [f for f in folders if f not in number] or ["images outside of them"]
-        notes.append(f"not scored: besides folders named after classes, {root} has {', '.join(odd[:5])}")
+        notes.append(f"not scored: besides folders named after classes, {root} has {listed(odd)}")
     return data.targets
 
 
@@ -123,7 +123,7 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
         if number is None and not label.strip():
             continue  # an image without a label
         if number is None:
-            raise UserError(f"--labels {path}: line {line}: class {label!r} is not one of {', '.join(classes[:10])}")
+            raise UserError(f"--labels {path}: line {line}: class {label!r} is not one of {listed(classes, 10)}")
         i = find(name)
         if i is None:
             unknown.append(name)

@@ -275,18 +275,19 @@ class Loader:
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from step `start_step` on."""
         self.order.start(epoch, start_step)
-        for index, images in self._gathered() if self.files is None else self._read(self.files, epoch):
+        for index, images in self._numbers() if self.files is None else self._read(self.files, epoch):
+            where = to_device(index, self.world.device)
+            images = self.images.index_select(0, where) if images is None else images
             images = self.batch_transform(images, index, epoch, self.train)
-            yield Batch(images, self.targets.index_select(0, to_device(index, self.world.device)), index)
+            yield Batch(images, self.targets.index_select(0, where), index)
 
-    def _gathered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(numbers, uint8 images on the device) of each batch of a set in memory."""
+    def _numbers(self) -> Iterator[tuple[torch.Tensor, None]]:
+        """(numbers, None) of each batch of a set in memory."""
         for keys in self.order:
-            index = torch.tensor([i for _, i in keys])
-            yield index, self.images.index_select(0, to_device(index, self.world.device))
+            yield torch.tensor([i for _, i in keys]), None
 
     def _read(self, files: DataLoader, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The same of a set of files; tells which cannot be read, and which could not be read fast."""
+        """(numbers, uint8 images on the device) of a set of files; tells what could not be read, or not fast."""
         read, slow, path = 0, dict[int, str](), files.dataset.path  # type: ignore[attr-defined]
         for index, images, bad, slower in files:
             self._report({path(i): reason for i, reason in bad.items()})

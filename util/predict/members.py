@@ -13,7 +13,7 @@ from augment.image import default_crop_pct
 from models.loading import load_classifier, require_classifier
 from util.checkpoint import BEST, read_checkpoint
 from util.dist import Precision, prepare_net
-from util.errors import UserError
+from util.errors import UserError, listed
 from util.files import printable
 from util.precision import place
 from util.train.folds import RESULT
@@ -80,8 +80,8 @@ def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
             only_there = sorted(set(meta["classes"]) - set(classes))
             only_here = sorted(set(classes) - set(meta["classes"]))
             if only_there or only_here:
-                detail = [f"only the first has {', '.join(only_here[:5])}"] if only_here else []
-                detail += [f"only the second has {', '.join(only_there[:5])}"] if only_there else []
+                detail = [f"only the first has {listed(only_here)}"] if only_here else []
+                detail += [f"only the second has {listed(only_there)}"] if only_there else []
                 raise UserError(
                     f"--checkpoints: {members[0].paths[0]} and {path} have different classes: {'; '.join(detail)}"
                 )

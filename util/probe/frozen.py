@@ -18,7 +18,7 @@ from util.cli.parser import default_path
 from util.cli.resolve import resolve_meta
 from util.cli.sample import SampleOptions
 from util.data_specs import DATASETS
-from util.errors import UserError, reason_of
+from util.errors import UserError, listed, reason_of
 from util.seed import seed_all
 
 Own = TypeVar("Own", LinprobeOptions, SampleOptions)
@@ -101,5 +101,5 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
         head = tuple(f"{name}." for name in classifier_prefixes(model))
         missing = [k for k in report.missing if k in trained and not k.startswith(head)]
         if missing:
-            raise UserError(f"{given.finetune}: lacks weights of this encoder ({', '.join(missing[:4])})")
+            raise UserError(f"{given.finetune}: lacks weights of this encoder ({listed(missing, 4)})")
     return model.requires_grad_(False).eval(), meta, pool, words
