@@ -132,7 +132,7 @@ def remove_empty_folders() -> None:
             if os.listdir(os.path.dirname(mark)) == [OUTPUT_MARK]:
                 os.unlink(mark)
     for path in reversed(_made):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: a zero byte in a name that could not be made
             os.rmdir(path)
 
 

@@ -12,7 +12,7 @@ from tests.harness.runs import NET, finetune
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
-from util.folder import KINDS, OUTPUT_MARK
+from util.folder import KINDS, OUTPUT_MARK, make_folder, remove_empty_folders
 from util.log import claim, read_log
 
 MEASURE = ("linprobe", "sample", "predict")
@@ -163,3 +163,13 @@ def test_tensorboards_files_do_not_go_among_those_of_another_run(tmp_path, held)
             claim(out, "pretrain", World(), log_dir=str(tmp_path / "other"), overwrite=True)
     assert not (tmp_path / "out").exists()
     claim(str(tmp_path / "other"), "pretrain", World(), log_dir=f"{tmp_path}/x/../other/", overwrite=True)
+
+
+def test_folders_of_a_start_that_fails_are_removed_whatever_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.folder._made", [])  # what other tests made stays
+    (tmp_path / "kept").mkdir()
+    make_folder(str(tmp_path / "kept" / "a" / "b"), "--output_dir")
+    with pytest.raises(UserError, match="--output_dir"):
+        make_folder(str(tmp_path / "c" / "zero\0byte"), "--output_dir")
+    remove_empty_folders()
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
