@@ -5,14 +5,14 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
-from util.cli.finetune import FinetuneOptions, check, get_args_parser, get_options  # noqa: F401 (MAE's names)
+from util.cli.finetune import FinetuneOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
 from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
 
 import math
-import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 
 from timm.data import Mixup
@@ -25,9 +25,10 @@ from engine_finetune import build_criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
-from util.checkpoint import peek, peek_meta
-from util.cli.dry_run import describe
-from util.cli.resolve import resolve_data, resolve_meta
+from util.checkpoint import peek_meta
+from util.choices import is_mae_name
+from util.cli.dry_run import describe, noise_table
+from util.cli.resolve import resolve_meta
 from util.cli.settings import Loss, Noise
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
 from util.data.loader import Loader, evaluation_loader
@@ -52,10 +53,7 @@ from util.train.run import Run, begin, find_checkpoint, open_log
 
 @says_flags
 def main(argv: list[str] | None = None) -> int:
-    options = get_options(argv)
-    if options.selection.eval:
-        options = check(resolve_data(options, peek(options.weights)))
-    options, world = begin(options)
+    options, world = begin(get_options(argv))
     if options.data.kfold and options.data.fold == "all":
         return folds.run_all(options, world, run_one)
     if options.data.kfold:
@@ -68,6 +66,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     evaluating, dry_run = options.selection.eval, options.run.dry_run
     train, val, meta, words = read_data(options, world)
     seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
+    options = options.having(noise_units=options.noise.noise_units or default_units(meta["model"]))
     noise = build_noise(options.noise) if options.noise.noise_eval or not evaluating else None
     log = open_log(options.run, "finetune", world, writes=not (evaluating or dry_run))
     net = build_model(options, meta, world, noise, log)
@@ -77,12 +76,11 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-        f"{words}; {world.size} x {world.device}, {precision}" + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
+        f"{words}; {options.noise.words}; {world.size} x {world.device}, {precision}"
+        + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
     )
     log.notes(notes_of(train, val))
     if evaluating:
-        split = ["val_split", "split_seed"] if options.data.val_split else ["kfold", "fold", "split_seed"]
-        log.notes([f"scored on {shlex.join(options.words('dataset', 'data_path', *split))}"])
         return evaluate_only(net, loaders[1], precision, meta, log)
 
     freezing(options.phases, in_head_phase=not options.optimizer.epochs)(net.train())
@@ -92,6 +90,8 @@ def run_one(options: FinetuneOptions, world: World) -> int:
         decays = options.optimizer.weight_decay, options.optimizer.layer_decay
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])
         log.say(describe(options, meta, net, groups, loaders[0], precision, lr))
+        if noise is not None:
+            log.say(noise_table(net, noise, loaders[0], precision))
         return 0
     with Run(options, world, log, meta=meta, loader=loaders[0]) as run:
         return fit(run, net, noise, precision, loaders[1], lr)
@@ -105,7 +105,7 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
     best_net = net if ema is None else ema.module
     if options.machine.compile:
         compile_net(net)
-    mixup = build_mixup(options.loss, num_classes)
+    mixup = build_mixup(options.loss, num_classes, noise)
     criterion = build_criterion(options.loss, train_loader.data, num_classes).to(world.device)
 
     found = find_checkpoint(options.run, log, world)
@@ -298,29 +298,42 @@ def build_loaders(
     return train_loader, evaluation_loader(val, meta, shared, batch_size=batch_size, reading=reading)
 
 
+def default_units(model: str) -> str:
+    """--noise_units where it is not given: the released code's for the networks that it was written for."""
+    return "absolute" if is_mae_name(model) else "relative"
+
+
 def build_noise(noise: Noise) -> AlphaBlend | None:
     """The AlphaBlend that the flags describe; None when it is off."""
     if noise.alpha_blend == 0:
         return None
     keywords = {name.removeprefix("noise_"): value for name, value in asdict(noise).items()}
-    timestep, schedule, noise_eval = (keywords.pop(name) for name in ("alpha_blend", "timestep", "eval"))
-    return AlphaBlend(timestep, schedule=schedule, noise_eval=noise_eval, **keywords)
+    timestep, schedule, layer, noise_eval = (keywords.pop(k) for k in ("alpha_blend", "timestep", "layer", "eval"))
+    return AlphaBlend(timestep or 0, schedule=schedule, layer=tuple(layer), noise_eval=noise_eval, **keywords)
 
 
-def build_mixup(loss: Loss, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix; None when both are off."""
-    if not loss.mixes:
-        return None
-    return Mixup(
-        mixup_alpha=loss.mixup,
-        cutmix_alpha=loss.cutmix,
-        cutmix_minmax=loss.cutmix_minmax,
-        prob=loss.mixup_prob,
-        switch_prob=loss.mixup_switch_prob,
-        mode=loss.mixup_mode,
-        label_smoothing=loss.smoothing,
-        num_classes=num_classes,
-    )
+def build_mixup(loss: Loss, num_classes: int, noise: AlphaBlend | None) -> Callable | None:
+    """(images, targets) -> mixed: timm's mixup and cutmix, then manifold mixup's targets; None where none is on."""
+    mixup = None
+    if loss.mixes:
+        mixup = Mixup(
+            mixup_alpha=loss.mixup,
+            cutmix_alpha=loss.cutmix,
+            cutmix_minmax=loss.cutmix_minmax,
+            prob=loss.mixup_prob,
+            switch_prob=loss.mixup_switch_prob,
+            mode=loss.mixup_mode,
+            label_smoothing=loss.smoothing,
+            num_classes=num_classes,
+        )
+    if noise is None or noise.config.kind != "manifold_mixup":
+        return mixup
+
+    def both(images, targets):
+        images, targets = mixup(images, targets) if mixup is not None else (images, targets)
+        return images, noise.mix_targets(targets, num_classes, loss.smoothing)
+
+    return both
 
 
 if __name__ == "__main__":

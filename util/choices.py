@@ -10,6 +10,19 @@ SCHEDULES = ("fixed", "uniform")
 ANNEALS = ("none", "linear", "cosine")
 TOKENS = ("all", "patches")
 SPACES = ("embedding", "pixel")
+UNITS = ("absolute", "relative")
+COLOURS = ("red", "green", "blue")
+# The kinds of noise and their classes in augment/noise.py.
+NOISE_KINDS = {
+    "alpha_blend": "AlphaBlended",
+    "additive": "Additive",
+    "multiplicative": "Multiplicative",
+    "uniform": "Uniform",
+    "neftune": "Neftune",
+    "token_drop": "TokenDrop",
+    "manifold_mixup": "ManifoldMixup",
+    "colour": "Coloured",
+}
 
 # NoProp-MAE (models/noprop_mae.py).
 TARGETS = ("pixel", "norm_pixel")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from augment.alpha_blend import AlphaBlend, alphas_cumprod, decibel
 from util.cli.flags import Options
 from util.data.loader import Loader
 from util.dist import Precision
@@ -27,6 +28,25 @@ def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
         output = forward(torch.zeros(2, *image_shape, device=device))
     del output
     return sum(seen.values()) // 2
+
+
+def noise_table(net: torch.nn.Module, noise: AlphaBlend, loader: Loader, precision: Precision) -> str:
+    """Signal to noise in dB where the noise goes in, for the first batch of training, at some timesteps t."""
+    seen: list[torch.Tensor] = []
+    hook = noise.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().square().mean()))
+    with torch.no_grad(), precision.autocast():
+        net(next(iter(loader.epoch())).images)
+    hook.remove()
+    power, abar = float(torch.stack(seen).mean()), alphas_cumprod(noise.config.beta_power).tolist()
+    steps = (5, 15, 50, 150, 400)
+    lines = [
+        f"noise: root mean square {power**0.5:.3g} where it goes in; signal to noise in dB:",
+        "  t             " + "".join(f"{t:>8}" for t in steps),
+    ]
+    for units, signal in (("absolute", power), ("relative", 1.0)):
+        cells = "".join(f"{decibel(signal * abar[t] / (1 - abar[t])):8.1f}" for t in steps)
+        lines.append(f"  {units:<14}{cells}")
+    return "\n".join(lines)
 
 
 def describe(

@@ -63,13 +63,11 @@ def get_options(argv: list[str] | None = None) -> FinetuneOptions:
 
 def check(options: FinetuneOptions) -> FinetuneOptions:
     """UserError for flags that do not go together; the options with what follows from others filled in."""
-    evaluating = options.selection.eval
-    if not evaluating:  # else the checkpoint's: see resolve_data
-        dataset = options.data.dataset or "folder"
-        path = default_path(dataset) if options.data.data_path is None else options.data.data_path
-        options = options.having(dataset=dataset, data_path=path)
+    if options.data.data_path is None:
+        options = options.having(data_path=default_path(options.data.dataset))
     check_training(options)
     run, data, model, aug = options.run, options.data, options.model, options.augmentation
+    evaluating = options.selection.eval
     check_model_kwargs(model.model_kwargs)
     if data.kfold == 1:
         raise UserError("--kfold 1: needs 2 or more folds")
@@ -94,4 +92,12 @@ def check(options: FinetuneOptions) -> FinetuneOptions:
     if evaluating and run.resume == "auto":
         raise UserError("--resume auto: with --eval name the checkpoint file")
     reprob = {"mae": 0.25, "photo": 0.2}.get(aug.aug, 0.0) if aug.reprob is None else aug.reprob
-    return options.having(fold=data.fold if data.kfold else "0", reprob=reprob, aa=aug.aa if aug.aug == "mae" else None)
+    noise, alpha_blend = options.noise, options.noise.alpha_blend
+    if alpha_blend is None and noise.noise_snr is None and noise.noise_strength is None:
+        alpha_blend = 15  # the released code's
+    return options.having(
+        fold=data.fold if data.kfold else "0",
+        reprob=reprob,
+        aa=aug.aa if aug.aug == "mae" else None,
+        alpha_blend=alpha_blend,
+    )

@@ -143,15 +143,6 @@ class Options:
             for k in (one.dest for one in flags_of_group(group, self.MAIN))
         }
 
-    def words(self, *dests: str) -> list[str]:
-        """A command line's words for these flags, by the names of their values, unless at their defaults."""
-        words = []
-        for flag, value in ((self.flags()[k], self.flat()[k]) for k in dests):
-            if value != flag.default:
-                values = [] if value is True else value if isinstance(value, list) else [value]
-                words += [flag.name, *map(str, values)]
-        return words
-
     def having(self: Own, **values: Any) -> Own:
         """The same options with other values of some flags."""
         return type(self).of(**{**self.flat(), **values})
@@ -185,6 +176,8 @@ def refusal(found: list[Difference], where: str, advice: str) -> str:
 
 def _plain(value):
     """As it comes back from a checkpoint or from JSON: tuples are lists there. Keywords have no order."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:  # of a flag that took one value, and takes several now
+        value = value[0]
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple)) for v in value):
         value = {str(name): v for name, v in value}
     return json.loads(json.dumps(value, default=str))

@@ -9,14 +9,17 @@ from functools import partial
 
 from util.choices import (
     ANNEALS,
+    COLOURS,
     LEAST_CROP_PCT,
     LOSS_WEIGHTINGS,
+    NOISE_KINDS,
     PROPAGATE,
     SAMPLERS,
     SCHEDULES,
     SPACES,
     TARGETS,
     TOKENS,
+    UNITS,
 )
 from util.cli.flags import by_main, flag
 from util.cli.values import (
@@ -159,7 +162,7 @@ class Data:
     """data"""
 
     dataset: str = flag(
-        by_main(finetune=None, pretrain="cifar10", linprobe=None, predict=None, sample=None),
+        by_main(finetune="folder", pretrain="cifar10", linprobe=None, predict="folder", sample=None),
         "see README, section Data (main_linprobe, main_sample: the checkpoint's, if not given)",
         choices=sorted(DATASETS),
     )
@@ -331,17 +334,77 @@ class Model:
 
 @dataclass(frozen=True)
 class Noise:
-    """DiffNoise: alpha-blended noise (training only)"""
+    """DiffNoise: noise in training, alpha-blended or of another kind"""
 
-    alpha_blend: int = flag(15, "timestep t of abar; 0 switches off", type=number(int, 0, 999))
+    alpha_blend: int | None = flag(
+        None,
+        "timestep t of abar: the ratio of signal to noise is abar / (1 - abar); 0 switches the noise off (default: 15, "
+        "without --noise_snr and --noise_strength)",
+        type=number(int, 0, 999),
+    )
+    noise_kind: str = flag("alpha_blend", "what noise; see README, section Noise", choices=tuple(NOISE_KINDS))
+    noise_units: str | None = flag(
+        None,
+        "absolute: as the released code, another ratio for every network; relative: the noise is scaled by the root "
+        "mean square of what it is added to, and t is the same ratio everywhere (default: absolute for MAE's ViTs, "
+        "else relative)",
+        choices=UNITS,
+    )
+    noise_snr: float | None = flag(
+        None,
+        "the ratio of signal to noise itself, in place of --alpha_blend (15 is 31.1 dB)",
+        type=number(float, -100, 100),
+        metavar="DB",
+    )
+    noise_strength: float | None = flag(
+        None,
+        "neftune and manifold_mixup: alpha; token_drop: the share of patches left out",
+        type=number(float, 0, 1e6, open_low=True),
+    )
+    noise_colour: str = flag("red", "of --noise_kind colour: low, middle or high frequencies", choices=COLOURS)
     noise_timestep: str = flag("fixed", "t for all, or t ~ U{1..t} per sample", choices=SCHEDULES)
     noise_prob: float = flag(1.0, "fraction of samples that get noise", type=fraction)
     noise_anneal: str = flag("none", "scale t towards 0 over the epochs", choices=ANNEALS)
     noise_tokens: str = flag("all", "with or without class and register tokens", choices=TOKENS)
     noise_space: str = flag("embedding", "noise the embedding, or the normalised pixels", choices=SPACES)
-    noise_layer: int = flag(0, "noise the input of this block", type=count)
+    noise_layer: list[int] = flag([0], "noise the input of this block, or of several", nargs="+", type=count)
     noise_beta_power: float = flag(1.2, "exponent on DDPM's linear betas", type=number(float, 0, 100, open_low=True))
     noise_eval: bool = flag(False, "keep the noise in evaluation (the released code did)")
+
+    def __post_init__(self):
+        own = self.noise_kind in ("token_drop", "manifold_mixup")
+        given = [
+            f"{name} {value:g}"
+            for name, value in (
+                ("--alpha_blend", self.alpha_blend),
+                ("--noise_snr", self.noise_snr),
+                ("--noise_strength", self.noise_strength),
+            )
+            if value is not None
+        ]
+        if len(given) > 1 and self.alpha_blend != 0:
+            raise UserError(f"{given[0]}: not together with {given[1]}; give the strength once")
+        if own and self.noise_strength is None and self.alpha_blend != 0:
+            raise UserError(f"--noise_kind {self.noise_kind}: give its --noise_strength; it has no ratio in dB")
+        if self.noise_strength is not None and not (own or self.noise_kind == "neftune"):
+            raise UserError(
+                f"--noise_strength {self.noise_strength:g}: --noise_kind {self.noise_kind} takes --noise_snr or "
+                "--alpha_blend"
+            )
+        if self.noise_kind == "token_drop" and self.noise_strength is not None and self.noise_strength >= 1:
+            raise UserError(f"--noise_strength {self.noise_strength:g}: of token_drop, should be below 1")
+
+    @property
+    def words(self) -> str:
+        """Kind and strength, for a run's first line and its report."""
+        if self.alpha_blend == 0:
+            return "no noise"
+        how = f"t = {self.alpha_blend} in {self.noise_units} units"
+        if self.noise_snr is not None:
+            how = f"{self.noise_snr:g} dB"
+        elif self.noise_strength is not None:
+            how = f"strength {self.noise_strength:g}"
+        return f"noise {self.noise_kind} {how}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from util.optim import Update
 from util.progress import Progress
 from util.train.run import Run, Training
 
-COUNT = "micro_steps"  # beside the sums of losses in a checkpoint: how many micro-steps are in them
+# Beside the sums of losses in a checkpoint: how many micro-steps are in them; the ratio of signal to noise.
+COUNT, SNR = "micro_steps", "noise_snr"
 
 
 def effective_batch(loader: Loader, settings: Optimizer) -> tuple[int, str]:
@@ -82,6 +83,10 @@ class Loop:
         self.group_losses = torch.zeros(len(self.names), device=device)  # mean over the accumulation group so far
         self.group_index: list[torch.Tensor] = []
         self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
+        self.noise = getattr(training.net, "alpha_blend", None)
+        self.noise_snr: float | None = sums.get(SNR)  # dB, of this epoch's first steps
+        if self.noise is not None and self.noise_snr is None:
+            self.noise.measure()
         self.print_freq = run.options.run.print_freq
         self.shown: dict[str, float] | None = None  # by the line of progress
         self.progress = Progress(
@@ -152,6 +157,7 @@ class Loop:
         # run began, so that the log's lines are the same.
         if done // self.print_freq > (done - self.step.group) // self.print_freq or done == self.total:
             self._check_bad_steps()
+            self._note_noise()
             values = self.group_losses.tolist()
             self.shown = {"lr": lr, "loss": sum(values), "grad_norm": update.norm.item()}
             scalars = {"loss": sum(values), **dict(zip(self.names, values))}
@@ -170,8 +176,21 @@ class Loop:
             self.run.save(self.training)
         self.stopped = stop
 
+    def _note_noise(self) -> None:
+        """Read what the noise measured, once an epoch, where the host waits for the device anyway."""
+        if self.noise is None or self.noise_snr is not None:
+            return
+        self.noise_snr = self.noise.snr()
+        if self.noise_snr is not None:
+            at = self.epoch + self.position.step / self.total
+            self.run.log.scalars({SNR: self.noise_snr}, int(at * 1000) + 1)  # after where a resume begins
+            self.run.tell_noise(self.noise_snr)
+
     def _keep_sums(self) -> None:
+        self._note_noise()
         self.position.sums = dict(zip([*self.names, COUNT], self.sums.tolist()))
+        if self.noise_snr is not None:
+            self.position.sums[SNR] = self.noise_snr
 
     def _check_bad_steps(self) -> None:
         """Count and report non-finite steps since the last look; all ranks give up together after too many in a row."""
@@ -222,4 +241,5 @@ class Loop:
             "data_wait_percent": round(100 * self.waited / seconds, 2),  # of this rank
         }
         lr = self.training.lr_at(self.epoch + (self.total - 1) / self.total)
-        return {"loss": sum(means), **dict(zip(self.names, means)), "lr": lr}
+        snr = {} if self.noise_snr is None else {SNR: round(self.noise_snr, 2)}
+        return {"loss": sum(means), **dict(zip(self.names, means)), "lr": lr, **snr}

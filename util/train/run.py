@@ -39,6 +39,7 @@ from util.train.profile import StepProfiler
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
 Trained = TypeVar("Trained", FinetuneOptions, PretrainOptions)
+LOUD = 20.0  # dB of signal to noise, below which a run warns
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
 
 
@@ -161,6 +162,7 @@ class Run:
         self.writer = CheckpointWriter(log.output_dir, options.run.keep) if log.output_dir else None
         self.wrote = False  # the last checkpoint, on the rank that writes
         self.position = Position()
+        self.args: dict = {}  # of args.json
         self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
         self.interrupts = Interrupts(options.run.save_every_minutes, options.machine.timeout_minutes)
         self.profiler: StepProfiler | None = None
@@ -204,7 +206,8 @@ class Run:
                     f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the "
                     "learning rate does not reach its peak"
                 )
-            self.log.write_args({**self.options.flat(), "resolved": self.meta, "lr": lr})
+            self.args = {**self.options.flat(), "resolved": self.meta, "lr": lr}
+            self.log.write_args(self.args)
         if settings.profile and self.log.output_dir:
             precision = training.precision
             self.profiler = StepProfiler(settings.profile, self.log, precision.device, precision.dtype)
@@ -225,6 +228,19 @@ class Run:
         position.next_epoch()
         position.finished = finished or position.epoch >= position.planned
         self.save(training, finished_epoch=epoch, is_best=is_best)
+
+    def tell_noise(self, snr: float) -> None:
+        """snr: dB where the noise goes in, measured; told once, and kept in args.json."""
+        if "noise_snr_measured" in self.args:
+            return
+        self.args["noise_snr_measured"] = round(snr, 2)
+        self.log.write_args(self.args)
+        self.log.say(f"noise: {snr:.1f} dB, signal to noise where it goes in")
+        if snr < LOUD:
+            self.log.say(
+                f"warning: the noise is loud: below {LOUD:g} dB it has cost accuracy; a smaller --alpha_blend, or "
+                "--noise_snr 31, makes it softer"
+            )
 
     def describe_speed(self) -> str:
         return (
@@ -378,7 +394,7 @@ class Run:
             # Sums over micro-steps and ranks, which are divided by this run's number of both.
             parts, steps = content["sums"], self.position.step / content["step"]
             scale = steps * self.world.size / len(parts)
-            self.position.sums = {k: scale * sum(p[k] for p in parts) for k in parts[0]}
+            self.position.sums = {k: scale * sum(p[k] for p in parts) for k in parts[0] if k != "noise_snr"}
         if len(content["rng"]) == self.world.size:
             set_rng_state(content["rng"][self.world.rank], self.world.device)
 
