@@ -202,6 +202,7 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
         val_split=data.val_split,
         kfold=data.kfold,
         fold=int(data.fold),
+        subset=data.train_subset,
         seed=data.split_seed,
     )
     meta, words = resolve_meta(

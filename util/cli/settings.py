@@ -175,9 +175,14 @@ class Data:
         mains="finetune linprobe",
         type=number(float, 0, 1, open_high=True),
     )
+    train_subset: int | None = flag(
+        None, "train on so many of the images, each class by its share", mains="finetune linprobe", type=positive_int
+    )
     kfold: int = of_finetune(0, "stratified folds of train/ (0: none)", type=number(int, 0, 1000))
     fold: str = of_finetune("all", "0 .. kfold - 1, or `all`", changes_results=False)
-    split_seed: int = flag(0, "of --val_split and --kfold", mains="finetune linprobe", type=number(int, 0, 2**32 - 1))
+    split_seed: int = flag(
+        0, "of --val_split, --kfold and --train_subset", mains="finetune linprobe", type=number(int, 0, 2**32 - 1)
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from util.data.datasets import Dataset, read_split
 from util.dist import World, barrier
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import printable
 
 
@@ -21,6 +21,27 @@ def stratified_split(
     except ValueError as error:
         raise UserError(f"--val_split {val_split}: {error}") from None
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def stratified_subset(targets: torch.Tensor, number: int, seed: int, classes: list[str] | None = None) -> torch.Tensor:
+    """Indices of `number` samples, each class by its share. UserError where a class would have none."""
+    from sklearn.model_selection import train_test_split
+
+    flag = f"--train_subset {number}"
+    present = int((torch.bincount(targets) > 0).sum())
+    if not present <= number <= len(targets):
+        raise UserError(f"{flag}: should be {present} (the classes) to {len(targets)} (the training images)")
+    if number == len(targets):
+        return torch.arange(number)
+    try:
+        kept, _ = train_test_split(np.arange(len(targets)), train_size=number, stratify=targets, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"{flag}: {reason_of(error)}") from None
+    kept = torch.from_numpy(np.sort(kept))
+    if lacking := set(targets.unique().tolist()) - set(targets[kept].tolist()):
+        name = repr(printable(classes[min(lacking)])) if classes else f"number {min(lacking)}"
+        raise UserError(f"{flag}: leaves no image of class {name}; give more")
+    return kept
 
 
 def kfold_split(
@@ -57,9 +78,17 @@ def read_splits(name: str, root: str, world: World, *, labelled: bool = True) ->
 
 
 def load_data(
-    name: str, root: str, world: World, *, val_split: float = 0.0, kfold: int = 0, fold: int = 0, seed: int = 0
+    name: str,
+    root: str,
+    world: World,
+    *,
+    val_split: float = 0.0,
+    kfold: int = 0,
+    fold: int = 0,
+    subset: int | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """(train, val) data sets with labels."""
+    """(train, val) data sets with labels. subset: so many of the training images, stratified."""
     train, val = read_splits(name, root, world)
     if len(train.classes) < 2:
         raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
@@ -71,4 +100,6 @@ def load_data(
         train, val = train.subset(train_index), train.subset(val_index)
     elif val is None:
         raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
+    if subset is not None:
+        train = train.subset(stratified_subset(train.targets, subset, seed, train.classes))
     return train, val

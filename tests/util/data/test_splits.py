@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from util.data.splits import kfold_split, stratified_split
+from util.data.splits import kfold_split, load_data, stratified_split, stratified_subset
+from util.dist import World
 from util.errors import UserError
 
 
@@ -24,3 +25,17 @@ def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
         kfold_split(targets, 30, 0, seed=0, classes=["common", "rare"])
     with pytest.raises(UserError, match=r"--val_split 0.5: class 'single' has 1 image; needs at least 2"):
         stratified_split(torch.tensor([0, 0, 1]), 0.5, seed=0, classes=["double", "single"])
+
+
+def test_a_subset_has_each_class_by_its_share_and_is_drawn_by_the_seed():
+    targets = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    kept = stratified_subset(targets, 50, seed=3)
+    assert torch.bincount(targets[kept]).tolist() == [30, 15, 5] and len(set(kept.tolist())) == 50
+    assert torch.equal(kept, stratified_subset(targets, 50, seed=3))
+    assert not torch.equal(kept, stratified_subset(targets, 50, seed=4))
+    assert torch.equal(stratified_subset(targets, 1000, seed=0), torch.arange(1000))
+    for number, words in ((2, "3 .* to 1000"), (1001, "3 .* to 1000"), (999, "--train_subset 999")):
+        with pytest.raises(UserError, match=words):
+            stratified_subset(targets, number, seed=0)
+    train, _ = load_data("digits", ".", World(), subset=100, seed=1)
+    assert len(train) == 100 and torch.bincount(train.targets).min() >= 9
