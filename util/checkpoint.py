@@ -10,15 +10,15 @@ import argparse
 import os
 import random
 import re
-import sys
 import zipfile
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 import torch
 
 from util.errors import UserError, reason_of
-from util.files import write_atomic
+from util.files import survive, warn, write_atomic
 from util.meta import check_meta
 
 FORMAT = 1
@@ -134,8 +134,7 @@ class CheckpointWriter:
 
     def _warn(self, name: str, error: Exception) -> None:
         self.failures += 1
-        where, reason = self.path(name), reason_of(error)
-        print(f"warning: {where}: not written ({reason}); will try again at the next save", file=sys.stderr)
+        warn(f"{self.path(name)}: not written ({reason_of(error)}); will try again at the next save")
 
     def save_last(self, state: dict) -> bool:
         """checkpoint-last.pth; the one before it stays as checkpoint-previous.pth."""
@@ -163,10 +162,8 @@ class CheckpointWriter:
                 return False
         if self.keep:
             for _, old in numbered_checkpoints(self.output_dir)[: -self.keep]:
-                try:
+                with survive(old, "not removed"):
                     os.unlink(old)
-                except OSError as error:
-                    print(f"warning: {old}: not removed ({reason_of(error)})", file=sys.stderr)
         return True
 
     def save_best(self, state: dict) -> bool:
@@ -195,12 +192,12 @@ def numbered_checkpoints(output_dir: str) -> list[tuple[int, str]]:
     return sorted((int(m.group(1)), os.path.join(output_dir, n)) for m, n in found if m)
 
 
-def find_resume(output_dir: str, warn=lambda text: print(text, file=sys.stderr)) -> str | None:
+def find_resume(output_dir: str, tell: Callable[[str], None] = warn) -> str | None:
     """The newest undamaged checkpoint that can be resumed, or None. Damaged ones are reported."""
-    return max(resumable(output_dir, warn), key=lambda item: item[0], default=(None, None))[1]
+    return max(resumable(output_dir, tell), key=lambda item: item[0], default=(None, None))[1]
 
 
-def resumable(output_dir: str, warn=lambda text: None) -> list[tuple[tuple[int, int], str]]:
+def resumable(output_dir: str, tell: Callable[[str], None] = lambda text: None) -> list[tuple[tuple[int, int], str]]:
     """((epoch, step), path) of each undamaged checkpoint that can be resumed."""
     if not os.path.isdir(output_dir):
         return []
@@ -212,7 +209,7 @@ def resumable(output_dir: str, warn=lambda text: None) -> list[tuple[tuple[int, 
             continue
         fault = damage(path)
         if fault:
-            warn(f"warning: {path}: {fault}; trying the one before")
+            tell(f"{path}: {fault}; trying the one before")
             continue
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -220,7 +217,7 @@ def resumable(output_dir: str, warn=lambda text: None) -> list[tuple[tuple[int, 
             if head.get("format") == FORMAT and "optimizer" in head:
                 usable.append(((int(head["epoch"]), int(head["step"])), path))
         except Exception as error:
-            warn(f"warning: {path}: cannot be read ({reason_of(error)}); trying the one before")
+            tell(f"{path}: cannot be read ({reason_of(error)}); trying the one before")
     return usable
 
 

@@ -30,6 +30,10 @@ def write_atomic(path: str, write) -> None:
         os.close(folder)
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def survive(path: str, what: str = "not written"):
     """Around all that is drawn or logged: whatever goes wrong there (a full disk, a class name that a font chokes on)
@@ -40,7 +44,7 @@ def survive(path: str, what: str = "not written"):
         if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
             raise
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        print(f"warning: {path}: {what} ({kind}{reason_of(error)})", file=sys.stderr, flush=True)
+        warn(f"{path}: {what} ({kind}{reason_of(error)})")
 
 
 class Sturdy:
@@ -72,19 +76,22 @@ def must_write(flag: str, path: str):
         raise UserError(f"{flag} {path}: cannot be written ({reason_of(error)})") from None
 
 
-def write_text(path: str, text: str) -> None:
-    """Written whole or not at all; a full disk costs the report, not what it is about. Lone surrogates are escaped."""
-    with survive(path):
+def write_text(path: str, text: str, flag: str = "") -> None:
+    """Written whole or not at all; a full disk costs the report, not what it is about. Lone surrogates are escaped.
+
+    flag: which said where; then it is what the script is run for, and a UserError if it cannot be written.
+    """
+    with must_write(flag, path) if flag else survive(path):
         write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def write_csv(path: str, header: list[str], rows: list[list]) -> None:
-    """Lines end in a line feed; names may hold any character."""
-    lines = []
+def write_csv(path: str, header: list[str], rows: list[list], flag: str = "") -> None:
+    """As write_text. Lines end in a line feed; names may hold any character."""
+    lines: list[str] = []
     # csv quotes what its own line end is made of: with "\n" alone, a name with a carriage return would be cut in two.
     sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
     csv.writer(sink, lineterminator="\r\n").writerows([header, *rows])
-    write_atomic(path, lambda file: file.write("".join(lines).encode("utf-8")))
+    write_text(path, "".join(lines), flag)
 
 
 def printable(path: str) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from util.dist import World, broadcast_object
 from util.errors import UserError, reason_of
-from util.files import must_write, survive, write_atomic
+from util.files import must_write, survive, write_text
 from util.folder import (
     clear_run,
     goes_on_in,
@@ -62,9 +62,7 @@ class RunLog:
             if self.anew:
                 clear_run(self.output_dir)
             kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            with must_write("--output_dir", self.path("log.txt")):
-                write_atomic(self.path("log.txt"), lambda file: file.write(text.encode()))
+            write_text(self.path("log.txt"), "".join(json.dumps(line) + "\n" for line in kept), "--output_dir")
         if self.log_dir:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -89,8 +87,7 @@ class RunLog:
                     os.unlink(self.path(name))
             about = {"kind": self.kind, "command": sys.argv, "options": options}
             text = json.dumps({**about, "versions": versions(), "git": git_commit()}, indent=2, default=str) + "\n"
-            with must_write("--output_dir", self.path("args.json")):
-                write_atomic(self.path("args.json"), lambda file: file.write(text.encode()))
+            write_text(self.path("args.json"), text, "--output_dir")
 
     def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
         with self._tensorboard() as writer:

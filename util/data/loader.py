@@ -26,7 +26,7 @@ from util.data.datasets import ArrayDataset, Dataset, FileDataset, to_channels
 from util.data_specs import IN_MEMORY
 from util.dist import World
 from util.errors import UserError, reason_of
-from util.files import printable
+from util.files import printable, warn
 from util.seed import mix, sample_rng
 
 
@@ -97,7 +97,7 @@ def choose_loader(loader: str | None, dataset: str, world: World) -> str:
     if loader == "fast":
         raise UserError(f"--loader fast: {reason}; {mend}, or give --loader pil")
     if world.is_main:
-        print(f"warning: {reason}: training reads JPEGs more slowly, as with --loader pil; {mend}", file=sys.stderr)
+        warn(f"{reason}: training reads JPEGs more slowly, as with --loader pil; {mend}")
     return "pil"
 
 
@@ -301,10 +301,9 @@ class Loader:
             yield index, images[0].to(self.world.device, non_blocking=True)
         if slow:
             i, reason = next(iter(slow.items()))
-            print(
-                f"warning: epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
-                f"e.g. {printable(path(i))} ({reason})",
-                file=sys.stderr,
+            warn(
+                f"epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
+                f"e.g. {printable(path(i))} ({reason})"
             )
         if not self.train and read == 0 and self.world.size == 1:  # on more ranks, others may have had readable ones
             root = getattr(self.data, "root", "")
@@ -316,7 +315,7 @@ class Loader:
             accept_bad_image(path, reason, self.reading)
             if path not in self.bad_images:
                 self.bad_images[path] = reason
-                print(f"warning: {printable(path)}: skipped, cannot be read as an image ({reason})", file=sys.stderr)
+                warn(f"{printable(path)}: skipped, cannot be read as an image ({reason})")
 
 
 def evaluation_loader(

@@ -76,12 +76,10 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, 
     step = max(1, ELEMENTS // max(1, D))
     pieces = [(r, at, min(at + step, n)) for r, (n, _) in enumerate(shapes) for at in range(0, n, step)]
     if rank:
-        for r, start, stop in pieces:
-            if r == rank:
-                dist.send(index[start:stop].contiguous(), 0)
-        for r, start, stop in pieces:
-            if r == rank:
-                dist.send(rows[start:stop].contiguous(), 0)
+        for part in (index, rows):
+            for r, start, stop in pieces:
+                if r == rank:
+                    dist.send(part[start:stop].contiguous(), 0)
         return rows, index
     indices = [index] + [torch.empty(n, dtype=torch.long) for n, _ in shapes[1:]]
     for r, start, stop in pieces:

@@ -10,16 +10,8 @@ from models.noprop_mae import NoPropMAE
 from models.tokens import take
 from util.data.loader import Loader
 from util.probe.frechet import frechet_metric
-from util.report.pictures import (
-    denormalize,
-    draw_grid,
-    heat_overlay,
-    image_grid,
-    pixel_mask,
-    psnr,
-    reconstruction_grid,
-    to_pixels,
-)
+from util.report import pictures
+from util.report.pictures import denormalize
 from util.seed import mix
 
 GENERATED_COLUMNS = 8
@@ -71,21 +63,21 @@ class Study:
                         "mean colour": out["masked"],
                         "mean visible patch": mean_visible_patch(self.net, images, ids),
                     }
-                hidden = pixel_mask(out["mask"], *images.shape[-2:])
+                hidden = pictures.pixel_mask(out["mask"], *images.shape[-2:])
                 for name, picture in filled.items():
-                    score = psnr(denormalize(picture, *norm), target, 1.0, hidden)
+                    score = pictures.psnr(denormalize(picture, *norm), target, 1.0, hidden)
                     errors[name].append(10.0 ** (-score / 10.0))  # back to errors; every image hides as many pixels
                 if step == 0:
                     first = {k: out[k][:num] for k in ("masked", "final", "mask")}
                     first["steps"] = [x[:num] for x in out["steps"]]
-                    reconstruction_grid(images[:num], first, *norm, path.format(sampler), self.net.sigmas[:-1])
+                    pictures.reconstruction_grid(images[:num], first, *norm, path.format(sampler), self.net.sigmas[:-1])
         return {name: -10.0 * torch.cat(e).mean().log10().item() for name, e in errors.items()}
 
     def draw_generated(self, rows: int, path: str) -> None:
         """A picture of rows x 8 images per sampler; path: with {} for the sampler's name."""
         for sampler in self.samplers:
             images = self.generate(rows * GENERATED_COLUMNS, 0, sampler)
-            image_grid(images, self.mean, self.std, path.format(sampler), columns=GENERATED_COLUMNS)
+            pictures.image_grid(images, self.mean, self.std, path.format(sampler), columns=GENERATED_COLUMNS)
 
     def draw_attention(self, images: torch.Tensor, path: str) -> None:
         """What the class token attends to in whole images: heads of the last block, and the mean head of the blocks.
@@ -100,11 +92,11 @@ class Study:
             "heads": {f"head {h + 1}": maps[-1, :, h] for h in range(heads)},
             "blocks": {f"block {b + 1}": maps[b].mean(dim=1) for b in shown},
         }
-        pixels = to_pixels(images, self.mean, self.std)
+        pixels = pictures.to_pixels(images, self.mean, self.std)
         for name, titled in columns.items():
-            overlays = [heat_overlay(pixels, m) for m in titled.values()]
+            overlays = [pictures.heat_overlay(pixels, m) for m in titled.values()]
             rows = [[pixels[r], *(o[r] for o in overlays)] for r in range(len(pixels))]
-            draw_grid(rows, path.format(name), titles=["original", *titled])
+            pictures.draw_grid(rows, path.format(name), titles=["original", *titled])
 
     def frechet(self, features: torch.nn.Module, loader: Loader, others: Loader | None) -> dict[str, float]:
         """Distance of loader's images to `others`, also real, to their own reconstructions, to as many generated."""

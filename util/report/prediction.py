@@ -11,7 +11,7 @@ from augment.image import open_image
 from util.choices import VIEW_NAMES
 from util.data.datasets import ArrayDataset, Dataset
 from util.data.labels import spreadsheet_safe
-from util.files import must_write, survive, write_csv, write_text
+from util.files import survive, write_csv, write_text
 from util.predict.calibration import accuracy_interval, confusion_counts, scores
 from util.predict.ensemble import Combiners, Stacked
 from util.predict.members import crop_pct_of, short_names
@@ -53,8 +53,7 @@ def write_predictions(
     rows = [[name, *[""] * (1 + len(classes))] for name in ids]
     for i, p in zip(prediction.index, final):
         rows[i][1:] = [names[p.argmax()], *map(probability, p)]
-    with must_write("--output_dir", path):
-        write_csv(path, ["ID", "Predict", *names], rows)
+    write_csv(path, ["ID", "Predict", *names], rows, "--output_dir")
 
 
 def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:

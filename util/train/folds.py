@@ -14,7 +14,7 @@ from util.cli.flags import differences, refusal
 from util.data.labels import image_id
 from util.dist import World, barrier, broadcast_object
 from util.errors import UserError
-from util.files import must_write, survive, write_atomic, write_csv
+from util.files import write_csv, write_text
 from util.folder import clear_run
 from util.log import claim
 
@@ -102,9 +102,7 @@ def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
     rows = []
     for i, values in zip(evaluated.index.tolist(), p):
         rows.append([image_id(data, i), fold, data.classes[int(data.targets[i])], *map(probability, values)])
-    path = os.path.join(output_dir, "oof.csv")
-    with survive(path):
-        write_csv(path, ["ID", "fold", "True", *data.classes], rows)
+    write_csv(os.path.join(output_dir, "oof.csv"), ["ID", "fold", "True", *data.classes], rows)
 
 
 def probability(p: float) -> str:
@@ -126,17 +124,13 @@ def summarise(output_dir: str, kfold: int) -> None:
             raise UserError(f"{path}: cannot be read ({error}); run that fold again with --overwrite") from None
         rows += more
         results.append(json.loads(Path(where, RESULT).read_text("utf-8")))
-    path = os.path.join(output_dir, "oof.csv")
-    with must_write("--output_dir", path):
-        write_csv(path, header, rows)
+    write_csv(os.path.join(output_dir, "oof.csv"), header, rows, "--output_dir")
     names = [k for k in results[0]["best"] if k.startswith("val_")]
     summary = {}
     for name in names:
         values = np.array([r["best"][name] for r in results], dtype=float)
         summary[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1)), "folds": values.tolist()}
-    path = os.path.join(output_dir, "summary.json")
-    with must_write("--output_dir", path):
-        write_atomic(path, lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode()))
+    write_text(os.path.join(output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n", "--output_dir")
     lines = [
         f"# {kfold}-fold run",
         "",
@@ -152,7 +146,5 @@ def summarise(output_dir: str, kfold: int) -> None:
         "",
         *(f"- {note}" for note in results[0].get("notes", [])),
     ]
-    path = os.path.join(output_dir, "report.md")
-    with survive(path):
-        write_atomic(path, lambda f: f.write("\n".join(lines).encode()))
+    write_text(os.path.join(output_dir, "report.md"), "\n".join(lines))
     print("\n".join(lines), flush=True)
