@@ -148,7 +148,6 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
         waited = 0 if in_head_phase else epoch - max(position.best_epoch, head_epochs)
         stop_early = 0 < options.selection.patience <= waited
         scores = result.scores()
-        log.scalars({f"val/{k}": v for k, v in scores.items()}, (epoch + 1) * 1000)
         log.say(
             f"epoch {epoch}: train loss {stats['loss']:.4f}  "
             + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())

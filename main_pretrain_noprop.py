@@ -133,9 +133,8 @@ def fit(
         )
         if stats is None:
             return run.stopped()
-        log.scalars({f"epoch/{k}": v for k, v in stats.items()}, (epoch + 1) * 1000)
-        levels = " ".join(f"{v:.2e}" for k, v in stats.items() if k.startswith("loss_"))
-        log.say(f"epoch {epoch}: loss {stats['loss']:.4f}  per level {levels}  ({run.describe_speed()})")
+        parts = " + ".join(f"{v:.3g}" for k, v in stats.items() if k.startswith("loss_"))
+        log.say(f"epoch {epoch}: loss {stats['loss']:.4f} = {parts}  ({run.describe_speed()})")
         run.end_epoch(training, {f"train_{k}": v for k, v in stats.items()})
         if pictures_due():
             save_pictures(run, net, picture_loader, epoch)

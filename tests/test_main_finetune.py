@@ -12,7 +12,7 @@ import main_finetune
 import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
-from tests.harness.checks import assert_same_run
+from tests.harness.checks import assert_same_run, assert_tensorboard_has_log, undocumented
 from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
 from util.cli.script import run_main
@@ -39,6 +39,7 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
         "result.json",
     } <= names
     assert any(n.startswith("events.out.tfevents") for n in names) and not any(n.endswith(".tmp") for n in names)
+    assert not undocumented(uninterrupted)
     lines = read_log(str(uninterrupted / "log.txt"))
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert {"train_loss", "train_lr", "val_acc1", "val_loss", "n_parameters", "seconds"} <= set(lines[0])
@@ -51,6 +52,12 @@ def test_run_leaves_the_files_of_the_contract(uninterrupted):
     meta = read_checkpoint(str(uninterrupted / "checkpoint-best.pth"))["meta"]
     assert meta["model"] == "vit_custom_patch2" and meta["classes"] == [str(i) for i in range(10)]
     assert meta["img_size"] == [8, 8] and meta["in_chans"] == 1 and len(meta["mean"]) == 1
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_losses_of_steps_and_the_values_of_log_txt(uninterrupted):
+    """1437 images in batches of 64, the line of progress every 20 steps; an update takes two."""
+    assert_tensorboard_has_log(uninterrupted, steps=[int(1000 * (e + s / 22)) for e in range(3) for s in (20, 22)])
 
 
 def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):

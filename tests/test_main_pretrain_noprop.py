@@ -16,7 +16,7 @@ import main_pretrain_noprop
 from bench.ranks import Ranks
 from models import create_model
 from models.noprop_mae import NoPropMAE
-from tests.harness.checks import assert_same_run, one_line
+from tests.harness.checks import assert_same_run, assert_tensorboard_has_log, one_line, undocumented
 from tests.harness.runs import PLAIN, copy_first_epoch, finetune, pretrain
 from util.checkpoint import LAST, read_checkpoint
 from util.cli.script import run_main
@@ -50,12 +50,20 @@ def test_run_leaves_its_files_and_per_level_losses(uninterrupted):
         "reconstruction_epoch_1.png",
         "reconstruction_epoch_2.png",
     } <= set(os.listdir(uninterrupted))
+    assert not undocumented(uninterrupted)
     lines = read_log(str(uninterrupted / "log.txt"))
     assert {"train_loss", "train_loss_0", "train_loss_1", "train_loss_2", "train_lr"} <= set(lines[0])
     for line in lines:
         assert line["train_loss"] == pytest.approx(sum(line[f"train_loss_{i}"] for i in range(3)))
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert Image.open(uninterrupted / "reconstruction_epoch_2.png").width > 200
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_losses_of_steps_and_the_values_of_log_txt(uninterrupted):
+    levels = {f"train_loss_{i}" for i in range(3)}
+    steps = [int(1000 * (e + s / 22)) for e in range(3) for s in (20, 22)]
+    assert_tensorboard_has_log(uninterrupted, steps=steps, levels=levels)
 
 
 @pytest.mark.slow

@@ -31,7 +31,12 @@ TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in lo
 
 
 class RunLog:
-    """Writes on rank 0 only. `step` for TensorBoard is MAE's epoch_1000x: int(1000 * fractional epoch)."""
+    """Writes on rank 0 only.
+
+    TensorBoard's steps are MAE's epoch_1000x: int(1000 * fractional epoch). Both trainings write there, every
+    --print_freq steps, train_loss and lr, which MAE writes, and train_loss_0, ... of pretraining's levels; and after
+    each epoch what its line of log.txt has: train_loss is train/loss, val_acc1 is val/acc1.
+    """
 
     def __init__(
         self,
@@ -71,6 +76,8 @@ class RunLog:
             threading.excepthook = _excepthook
             with must_write("--log_dir", self.log_dir):
                 self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)
+                if epoch == 0:
+                    self.writer.add_text("x axis", "1000 steps are one epoch: epoch 0 ends at 1000.", 0)
 
     def path(self, name: str) -> str:
         assert self.output_dir

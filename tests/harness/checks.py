@@ -1,11 +1,15 @@
 """Comparisons of runs, and checks of what a test must not leave out."""
 
+import re
 import resource
+from collections.abc import Collection
 from contextlib import contextmanager
+from fnmatch import fnmatch
 
 import torch
 
 from bench.chaos import tensorboard_scalars
+from tests.harness import ROOT
 from util.checkpoint import read_checkpoint
 from util.log import TIMES, read_log
 
@@ -41,6 +45,29 @@ def assert_same_run(a, b) -> None:
     assert_same_state(comparable(a / "checkpoint-last.pth"), comparable(b / "checkpoint-last.pth"))
     assert log_without_times(a) == log_without_times(b)
     assert_same_state(tensorboard_scalars(a), tensorboard_scalars(b))
+
+
+def assert_tensorboard_has_log(folder, *, steps: list[int], levels: Collection[str] = ()) -> None:
+    """The same scalars of both trainings: those of steps at `steps`, and all of log.txt's, as train/loss, val/acc1."""
+    scalars, lines = tensorboard_scalars(folder), read_log(str(folder / "log.txt"))
+    by_step = {"train_loss", "lr", *levels}
+    logged = {name for name in lines[0] if name.startswith(("train_", "val_"))}
+    by_epoch = {"/".join(name.split("_", 1)): name for name in logged}
+    assert set(scalars) == by_step | set(by_epoch) and {"train/loss", "train/lr"} <= set(by_epoch)
+    for tag in by_step:
+        assert [step for step, _ in scalars[tag]] == steps, tag
+    for tag, name in by_epoch.items():
+        assert [step for step, _ in scalars[tag]] == [1000 * (line["epoch"] + 1) for line in lines], tag
+        torch.testing.assert_close([value for _, value in scalars[tag]], [line[name] for line in lines])
+
+
+def undocumented(folder) -> list[str]:
+    """The files of an output folder that the table of what a run leaves does not have."""
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    table = pages.split("\n| file | of | |\n")[1].split("\n\n")[0]
+    names = re.findall(r"`([^`]+)`", "".join(row.split("|")[1] for row in table.splitlines()))
+    left = [path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")]
+    return [one for one in left if not any(fnmatch(one, re.sub(r"{.+?}", "*", name)) for name in names)]
 
 
 def one_line(caught) -> str:

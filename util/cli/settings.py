@@ -60,7 +60,9 @@ class Run:
         changes_results=False,
     )
     log_dir: str | None = keeps_results(
-        None, "where to put TensorBoard's files, those of each fold in a folder of its own (default: --output_dir)"
+        None,
+        "where to put TensorBoard's files, those of each fold in a folder of its own (default: --output_dir); on its x "
+        "axis an epoch is 1000 steps, as in MAE",
     )
     resume: str = keeps_results(
         "", "checkpoint to go on from, or `auto`: the newest in --output_dir; with --eval the checkpoint to evaluate"

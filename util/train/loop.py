@@ -182,8 +182,6 @@ class Loop:
             return
         self.noise_snr = self.noise.snr()
         if self.noise_snr is not None:
-            at = self.epoch + self.position.step / self.total
-            self.run.log.scalars({SNR: self.noise_snr}, int(at * 1000) + 1)  # after where a resume begins
             self.run.tell_noise(self.noise_snr)
 
     def _keep_sums(self) -> None:

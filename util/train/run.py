@@ -220,9 +220,14 @@ class Run:
             self.profiler.close()
 
     def end_epoch(self, training: Training, values: dict, *, is_best: bool = False, finished: bool = False) -> None:
-        """Write the epoch's line of log.txt and its checkpoints. values: train_*, val_*; finished: it is the last."""
+        """Write the epoch's line of log.txt, its scalars, its checkpoints.
+
+        values: train_*, val_*; finished: it is the last.
+        """
         position, epoch = self.position, self.position.epoch
         parameters = sum(p.numel() for p in training.net.parameters())
+        # TensorBoard's groups: train_loss is train/loss there, at the step where the next epoch begins.
+        self.log.scalars({name.replace("_", "/", 1): value for name, value in values.items()}, (epoch + 1) * 1000)
         line = {**values, "epoch": epoch, "n_parameters": parameters, "bad_steps": position.bad_total, **self.speed}
         self.log.epoch(line)
         position.next_epoch()
