@@ -12,7 +12,8 @@ COLUMNS = 6
 THUMB, PAD, BAR = 200, 12, 6  # pixels
 LINE = 19  # of text
 INK, FAINT, PAPER, TILE = (28, 28, 30), (120, 120, 126), (255, 255, 255), (240, 240, 242)
-RIGHT, WRONG, TRACK, FIRST = (32, 128, 72), (190, 40, 45), (222, 222, 226), (76, 114, 176)
+# Blue and vermilion, which the colour-blind can tell apart; a mark says the same.
+RIGHT, WRONG, TRACK, FIRST = (0, 92, 158), (190, 66, 0), (222, 222, 226), (96, 96, 102)
 
 
 @dataclass
@@ -68,7 +69,8 @@ def _caption(draw: ImageDraw.ImageDraw, entry: Entry, x: int, y: int) -> None:
     if others:
         _line(draw, x, y + LINE, others[0][0], percent(others[0][1]), FAINT, font(13))
     if entry.truth is not None:
-        _line(draw, x, y + 2 * LINE, f"true: {entry.truth}", "", INK, font(13))
+        mark = "✓" if entry.truth == best else "✗"
+        _line(draw, x, y + 2 * LINE, f"true: {entry.truth}", mark, color, font(13))
     _line(draw, x, y + (2 if entry.truth is None else 3) * LINE, entry.name, "", FAINT, font(11), keep_end=True)
 
 

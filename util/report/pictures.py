@@ -78,9 +78,14 @@ def reconstruction_grid(
         hidden, target = pixel_mask(mask, *originals.shape[-2:]), denormalize(originals, mean, std)
         scores = [psnr(denormalize(c, mean, std), target, 1.0, hidden).tolist() for c in columns[2:]]
         captions = [["", "", *(f"{s[row]:.1f} dB" for s in scores)] for row in range(len(originals))]
-    titles = [label if isinstance(label, str) else f"σ = {label:.3g}" for label in step_labels]
+        captions[0][1] = "PSNR of masked:"
+    titles = [label if isinstance(label, str) else sigma_name(label) for label in step_labels]
     rows = [[column[row] for column in pixels] for row in range(len(originals))]
     return draw_grid(rows, path, titles=["original", "masked", *titles, "final"], captions=captions)
+
+
+def sigma_name(sigma: float) -> str:
+    return f"σ = {sigma:.3g}"
 
 
 def image_grid(

@@ -1,18 +1,26 @@
 """The pictures a run leaves behind. Matplotlib without a display."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import cycle
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from util.files import survive, write_atomic
 from util.log import read_log
 from util.predict.calibration import BINS, expected_calibration_error, reliability
+from util.report.pictures import sigma_name
 
 NAMES = dict(parse_math=False)  # of tick labels: a class named $a$ is no formula
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLORS = ("#0072b2", "#e69f00", "#000000", "#009e73", "#cc79a7", "#d55e00")
+STYLES = ("-", "--", ":", "-.")
 
 
 @contextmanager
@@ -27,46 +35,88 @@ def drawing(path: str, rows: int = 1, columns: int = 1, **how):
         plt.close(figure)
 
 
-def plot_curves(log_path: str, path: str) -> None:
-    """curves.png from log.txt: losses, scores in percent, and the learning rate against epochs."""
+def plot_curves(log_path: str, path: str, sigmas: Sequence[float] = ()) -> None:
+    """curves.png from log.txt: losses, scores in percent, the learning rate. sigmas: pretraining's levels."""
     lines = read_log(log_path)
-    keys = [k for k in lines[-1] if k.startswith(("train_", "val_"))] if lines else []
-    panels = {
-        "loss": [k for k in keys if "loss" in k],
-        "score (%)": [k for k in keys if k.split("_", 1)[1] in ("acc1", "acc5", "balanced_acc", "macro_f1")],
-        "learning rate": [k for k in keys if k == "train_lr"],
-    }
-    panels = {title: names for title, names in panels.items() if names}
+    panels = curve_panels(list(lines[-1]) if lines else [], sigmas)
     if not panels:
         return
-    with drawing(path, 1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False) as axes:
-        for axis, (title, names) in zip(axes[0], panels.items()):
-            for name in names:
-                points = [(line["epoch"] + 1, line[name]) for line in lines if line.get(name) is not None]
-                axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
-            if title == "loss" and len(names) > 2:
+    columns = 2 if len(panels) == 4 else len(panels)
+    rows = -(-len(panels) // columns)
+    size = (4.6 * columns, 3.6 * rows)
+    with drawing(path, rows, columns, figsize=size, squeeze=False, layout="constrained") as axes:
+        for axis, (title, names) in zip(axes.flat, panels.items()):
+            for how, (key, label) in zip(curve_styles(len(names)), names.items()):
+                points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points), label=label, marker=marker, **how)
+            low, high = axis.dataLim.intervaly
+            if low > 0 and high > 20 * low and "loss" in title:
                 axis.set_yscale("log")
+            else:
+                axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(lines) == 1:
+                axis.set_xlim(lines[0]["epoch"] - 0.5, lines[0]["epoch"] + 0.5)
+                axis.set_xticks([lines[0]["epoch"]])
             axis.set(xlabel="epoch", title=title)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            if len(names) > 1:  # below, where no curve is
+                where = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
+                axis.legend(**where, fontsize=9, frameon=False, handlelength=3, columnspacing=1.2)
+
+
+def curve_panels(keys: list[str], sigmas: Sequence[float] = ()) -> dict[str, dict[str, str]]:
+    """{title: {key of log.txt: label}}; curves of one panel have one scale, so acc5 and sums of losses stand alone."""
+    parts = {k: loss_name(k, sigmas) for k in keys if k.startswith("train_loss_")}
+    panels = {
+        "loss of each noise level": parts,
+        "sum of these losses" if parts else "loss": {"train_loss": "training", "val_loss": "validation"},
+        "validation score (%)": {f"val_{k}": k for k in ("acc1", "balanced_acc", "macro_f1")},
+        "validation acc5 (%)": {"val_acc5": "acc5"},
+        "learning rate": {"train_lr": "lr"},
+    }
+    there = {title: {k: label for k, label in names.items() if k in keys} for title, names in panels.items()}
+    return {title: names for title, names in there.items() if names}
+
+
+def loss_name(key: str, sigmas: Sequence[float]) -> str:
+    """Of a loss in pretraining's log.txt: train_loss_2 is that of the third level."""
+    name = key.removeprefix("train_loss_")
+    return sigma_name(sigmas[int(name)]) if name.isdigit() and int(name) < len(sigmas) else name
+
+
+def curve_styles(n: int) -> list[dict]:
+    """Of n curves that may coincide: each is thinner than those it is drawn over, and broken in another way."""
+    colors = COLORS if n <= len(COLORS) else [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.95, n)]
+    widths = np.linspace(2.8, 1.2, n) if n > 1 else [1.8]
+    return [
+        dict(color=color, linestyle=style, linewidth=width, markersize=2.4 * width)
+        for color, style, width in zip(colors, cycle(STYLES), widths)
+    ]
 
 
 def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None:
     """confusion.png: counts [C, C], rows the true class, shaded by row; numbers up to 20 classes."""
-    C = len(classes)
+    C, right, images = len(classes), np.trace(confusion), confusion.sum()
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = min(16, max(4, 0.45 * C + 2))
     with drawing(path, figsize=(side, side)) as axis:
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        # By the square root: confusions of a few percent can be seen.
+        shades = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         if C <= 50:
-            axis.set_xticks(range(C), classes, rotation=90, **NAMES)
+            rotation = 0 if max(map(len, classes)) <= 2 else 90
+            axis.set_xticks(range(C), classes, rotation=rotation, **NAMES)
             axis.set_yticks(range(C), classes, **NAMES)
         if C <= 20:
-            for i in range(C):
-                for j in range(C):
-                    color = "white" if share[i, j] > 0.6 else "black"
-                    axis.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=7, color=color)
-        axis.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusion)} of {confusion.sum()} right")
+            for i, j in np.argwhere(confusion):
+                color = "white" if share[i, j] > 0.36 else "black"
+                axis.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=9, color=color)
+        colorbar = axis.figure.colorbar(shades, fraction=0.046, pad=0.03, format=PercentFormatter(1, 0, " %"))
+        colorbar.set_label("share of the true class's images")
+        unit = "" if C <= 50 else " (number of the class)"
+        title = f"{right} of {images} right ({100 * right / max(images, 1):.1f} %)"
+        axis.set(xlabel=f"predicted{unit}", ylabel=f"true{unit}", title=title)
 
 
 def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) -> None:

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 
+from models.edm import precondition
 from util.checkpoint import BEST, LAST
 from util.cli.finetune import FinetuneOptions
 from util.cli.pretrain import PretrainOptions
@@ -13,9 +14,19 @@ from util.files import write_text
 from util.log import read_log
 from util.predict.calibration import interval_sentence
 from util.report.markdown import note_lines, write_report
-from util.report.plots import plot_curves
+from util.report.pictures import sigma_name
+from util.report.plots import loss_name, plot_curves
 from util.train.folds import RESULT
 from util.train.run import Position
+
+LOWEST = (
+    "The loss of {sigma} stays near {loss}, that of a level which predicts nothing: noise this weak cannot be told "
+    "from texture."
+)
+PSNR = (
+    "Below the steps: PSNR on masked patches. It can fall while the steps add detail: the first estimate is the mean "
+    "of all images that fit, which has the least squared error; the later ones settle for one of these images."
+)
 
 
 def write_finetune_report(
@@ -43,7 +54,7 @@ def write_finetune_report(
     snr = best.get("train_noise_snr")
     noise = options.noise.words + (f", {snr:.1f} dB where it goes in" if snr is not None else "")
     text = [
-        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; {noise}; "
+        f"{_epochs(lines)}; {noise}; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
         + (
             f"best epoch {position.best_epoch} by {options.selection.eval_metric}."
@@ -100,30 +111,55 @@ def _command(script: str, *words: str) -> str:
 
 
 def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict, notes: list[str]) -> None:
-    noprop = options.noprop
-    lines = read_log(os.path.join(output_dir, "log.txt"))
-    plot_curves(os.path.join(output_dir, "log.txt"), os.path.join(output_dir, "curves.png"))
+    log_path = os.path.join(output_dir, "log.txt")
+    lines, sigmas = read_log(log_path), meta["sigmas"][:-1]
+    plot_curves(log_path, os.path.join(output_dir, "curves.png"), sigmas)
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
-    first, last = (lines[0], lines[-1]) if lines else ({}, {})  # a finished run whose log.txt is gone
     last_checkpoint = os.path.abspath(os.path.join(output_dir, LAST))
-    levels = [k for k in last if k.startswith("train_loss_")]
-    names = [f"sigma {s:.4g}" for s in meta["sigmas"][:-1]] + ["encoder's own"]
     text = [
-        f"{len(lines)} epochs, {sum(line['seconds'] for line in lines):.0f} s of training; T = {noprop.T}, ",
-        *note_lines(notes),
-        f"| loss | epoch {first.get('epoch')} | epoch {last.get('epoch')} |",
-        "|---|---|---|",
-        *[f"| {name} | {first[k]:.4g} | {last[k]:.4g} |" for name, k in zip(names, levels)],
+        f"{_epochs(lines)}; T = {len(sigmas)} levels.",
         "",
+        *note_lines(notes),
+        *_loss_table(lines, meta),  # none of a finished run whose log.txt is gone
         "![curves](curves.png)",
         "",
-        *[f"![original, masked, each step, final]({name})\n" for name in pictures[-1:]],
+        *(line for name in pictures[-1:] for line in (f"![original, masked, each step, final]({name})", "", PSNR, "")),
         f"Next: `{_command('main_finetune.py', '--finetune', last_checkpoint, *_data_flags(options.data))}`,",
         f"`{_command('main_linprobe.py', '--checkpoint', last_checkpoint)}`,",
         f"`{_command('main_sample.py', last_checkpoint)}`.",
         "",
     ]
     write_report(output_dir, f"NoProp-MAE pretraining on {meta['dataset']}", text)
+
+
+def _loss_table(lines: list[dict], meta: dict) -> list[str]:
+    """The losses of the first and the last epoch, and why the lowest level's hardly falls."""
+    if not lines:
+        return []
+    sigmas, last = meta["sigmas"][:-1], lines[-1]
+    shown = [lines[0], last] if len(lines) > 1 else [last]
+    names = {k: loss_name(k, sigmas) for k in last if k.startswith("train_loss_")} | {"train_loss": "sum"}
+
+    def row(name: str, cells: list[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
+    text = [row("loss", [f"epoch {line['epoch']}" for line in shown]), "|---" * (1 + len(shown)) + "|"]
+    text += [row(name, [_number(line.get(k)) for line in shown]) for k, name in names.items()]
+    lowest, data = sigmas[-1], meta["noprop"]["sigma_data"]
+    untrained = 1.0 if meta["noprop"]["loss_weighting"] == "edm" else precondition(lowest, data)[1] ** 2
+    reached = last.get(f"train_loss_{len(sigmas) - 1}")
+    if lowest < 0.05 * data and reached is not None and abs(reached / untrained - 1) < 0.1:
+        text += ["", LOWEST.format(sigma=sigma_name(lowest), loss=f"{untrained:.3g}")]
+    return [*text, ""]
+
+
+def _epochs(lines: list[dict]) -> str:
+    seconds = sum(line["seconds"] for line in lines)
+    return f"{len(lines)} epoch{'' if len(lines) == 1 else 's'}, {seconds:.0f} s of training"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _epoch_of(name: str) -> int:

@@ -112,7 +112,7 @@ def test_titles_name_the_sigmas_and_captions_the_psnr_of_hidden_patches(monkeypa
     out = {"masked": originals, "steps": [step, final], "final": final, "mask": mask}
     reconstruction_grid(originals, out, mean, std, None, [80.0, 0.002])
     assert drawn["titles"] == ["original", "masked", "σ = 80", "σ = 0.002", "final"]
-    assert drawn["captions"] == [["", "", "2.5 dB", "20.0 dB", "20.0 dB"]]
+    assert drawn["captions"] == [["", "PSNR of masked:", "2.5 dB", "20.0 dB", "20.0 dB"]]
     with pytest.raises(ValueError, match="1 for 2 steps"):
         reconstruction_grid(originals, out, mean, std, None, ["one"])
 
