@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python main_pretrain_noprop.py @recipes/digits_pretrain.args --resume auto --output_dir $(DEMO)/pretrain
 	$(BIN)/python main_finetune.py @recipes/digits_finetune.args --resume auto --output_dir $(DEMO)/finetune \
 	    --finetune $(DEMO)/pretrain/checkpoint-last.pth
-	$(BIN)/python main_finetune.py --eval --dataset digits --resume $(DEMO)/finetune/checkpoint-best.pth
+	$(BIN)/python main_finetune.py --eval --resume $(DEMO)/finetune/checkpoint-best.pth
 	@echo "pictures and tables: $(DEMO)/pretrain/report.md $(DEMO)/finetune/report.md"
 	@ls $(DEMO)/*/*.png
 

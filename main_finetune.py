@@ -5,13 +5,14 @@
         --data_path ImageNet --output_dir out --epochs 50 --layer_decay 0.75 --drop_path 0.2 --mixup 0.8 --cutmix 1.0
 """
 
-from util.cli.finetune import FinetuneOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
+from util.cli.finetune import FinetuneOptions, check, get_args_parser, get_options  # noqa: F401 (MAE's names)
 from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
     check_command_line(get_options)
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -25,10 +26,10 @@ from engine_finetune import build_criterion, evaluate, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
-from util.checkpoint import peek_meta
+from util.checkpoint import peek, peek_meta
 from util.choices import is_mae_name
 from util.cli.dry_run import describe, noise_table
-from util.cli.resolve import resolve_meta
+from util.cli.resolve import resolve_data, resolve_meta
 from util.cli.settings import Loss, Noise
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
 from util.data.loader import Loader, evaluation_loader
@@ -53,7 +54,10 @@ from util.train.run import Run, begin, find_checkpoint, open_log
 
 @says_flags
 def main(argv: list[str] | None = None) -> int:
-    options, world = begin(get_options(argv))
+    options = get_options(argv)
+    if options.selection.eval:
+        options = check(resolve_data(options, peek(options.weights)))
+    options, world = begin(options)
     if options.data.kfold and options.data.fold == "all":
         return folds.run_all(options, world, run_one)
     if options.data.kfold:
@@ -81,6 +85,8 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     )
     log.notes(notes_of(train, val))
     if evaluating:
+        split = ["val_split", "split_seed"] if options.data.val_split else ["kfold", "fold", "split_seed"]
+        log.notes([f"scored on {shlex.join(options.words('dataset', 'data_path', *split))}"])
         return evaluate_only(net, loaders[1], precision, meta, log)
 
     freezing(options.phases, in_head_phase=not options.optimizer.epochs)(net.train())

@@ -19,6 +19,7 @@ import torch
 
 from augment.decoding import limit_pixels
 from models.loading import try_forward
+from util.cli.resolve import resolve_data
 from util.cli.settings import Probe
 from util.data.datasets import notes_of
 from util.data.image_files import refuse_output_among_images
@@ -32,7 +33,7 @@ from util.precision import place
 from util.predict.calibration import interval_sentence
 from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
 from util.probe.features import extract
-from util.probe.frozen import load_encoder, read_content, resolve_data
+from util.probe.frozen import load_encoder, read_content
 from util.report.markdown import note_lines, write_report
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}

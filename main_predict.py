@@ -5,7 +5,7 @@ torchrun --nproc_per_node=8 main_predict.py --checkpoints out/*/checkpoint-best.
 python main_predict.py --checkpoints out/swin out/convnext --data_path photos/train --out_of_fold --output_dir oof
 """
 
-from util.cli.predict import get_args_parser, get_options  # noqa: F401 (a public name)
+from util.cli.predict import check_data, get_args_parser, get_options  # noqa: F401 (a public name)
 from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
@@ -18,6 +18,7 @@ import torch
 
 from augment.decoding import limit_pixels
 from engine_predict import predict, predict_out_of_fold
+from util.cli.resolve import resolve_data
 from util.data.datasets import notes_of
 from util.data.labels import read_images
 from util.dist import init_world
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = False
 
     members, classes = find_members(asked.checkpoints)
+    if data.data_path is None:
+        options = check_data(resolve_data(options, members[0].heads[0]), of_checkpoint=True)
+        data = options.data
     log = claim(output_dir, "predict", world)
     combiners = build_combiners(members, classes, asked.weights)
     images, ids, notes = read_images(data.dataset, data.data_path, classes, asked.labels, trained_on=asked.out_of_fold)

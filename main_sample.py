@@ -17,6 +17,7 @@ import torch
 
 from augment.decoding import limit_pixels
 from models.noprop_mae import NoPropMAE
+from util.cli.resolve import resolve_data
 from util.cli.settings import Data, Sampling
 from util.data.datasets import Dataset, FileDataset, notes_of, read_split
 from util.data.image_files import Found, find_images, refuse_output_among_images
@@ -26,7 +27,7 @@ from util.dist import init_world
 from util.errors import UserError
 from util.log import RunLog, claim
 from util.probe.frechet import EncoderFeatures, find_inception, load_inception
-from util.probe.frozen import load_noprop, resolve_data
+from util.probe.frozen import load_noprop
 from util.probe.sampling import Study
 from util.report.markdown import note_lines, write_report
 from util.seed import mix

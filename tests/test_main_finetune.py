@@ -60,14 +60,11 @@ def test_tensorboard_has_the_losses_of_steps_and_the_values_of_log_txt(uninterru
     assert_tensorboard_has_log(uninterrupted, steps=[int(1000 * (e + s / 22)) for e in range(3) for s in (20, 22)])
 
 
-def test_evaluation_of_a_checkpoint_needs_no_model_flags(uninterrupted, capsys):
+def test_evaluation_of_a_checkpoint_needs_no_flags_of_model_or_data(uninterrupted, capsys):
     lines = read_log(str(uninterrupted / "log.txt"))
     best = max(line["val_acc1"] for line in lines)
     capsys.readouterr()
-    assert (
-        finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--dataset", "digits", "--device", "cpu")
-        == 0
-    )
+    assert finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--device", "cpu") == 0
     assert f"360 test images: {best:.2f}%" in capsys.readouterr().out
 
 

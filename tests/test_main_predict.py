@@ -72,6 +72,19 @@ def test_table_has_every_member_and_ensemble_with_scikit_learns_scores(predicted
     assert [m.get("acc1") for m in results["members"]] == [76.0, 77.0, 78.5]
 
 
+def test_without_data_path_the_data_are_the_checkpoints(whole_run, ensemble, tmp_path):
+    assert predict("--checkpoints", whole_run, "--views", 1, "--output_dir", tmp_path / "out") == 0
+    header, rows = read_csv(tmp_path / "out")
+    data = read_split("digits", ".", "val")
+    assert header[2:] == data.classes and len(rows) == len(data) == 360
+    right = sum(rows[data.name(i)][0] == str(int(target)) for i, target in enumerate(data.targets))
+    [result] = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert result["accuracy"] == pytest.approx(100 * right / 360)
+    with pytest.raises(UserError, match="--data_path: give the folder of images to predict"):
+        predict("--checkpoints", ensemble[0][0], "--output_dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_margin_0_shows_the_whole_image(ensemble, photo_folder, tmp_path):
     line = ["--checkpoints", ensemble[0][0], "--data_path", photo_folder / "val", "--views", 1, "--margin", 0]
     assert predict(*line, "--output_dir", tmp_path) == 0

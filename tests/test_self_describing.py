@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -9,11 +10,13 @@ from safetensors.torch import save_file
 import main_linprobe
 import main_predict
 import main_pretrain_noprop
+import main_sample
 from models import create_model
 from tests.harness.runs import VIT, finetune, save_member
 from tests.harness.training import resolve
 from util.checkpoint import peek_meta, read_checkpoint
-from util.cli.finetune import get_options
+from util.cli.finetune import check, get_options
+from util.cli.resolve import resolve_data
 from util.data_specs import DATASETS, IMAGENET_MEAN
 from util.errors import UserError
 from util.log import read_log
@@ -163,67 +166,69 @@ def test_weights_under_maes_name_are_fine_tuned_as_under_timms(tmp_path, capsys)
     assert inputs[0] == inputs[1] and inputs[0].startswith("input 3 x 224 x 224 (the weights'), mean 0.485 0.456 0.406")
 
 
-def evaluation_line(folder) -> list[str]:
-    text = (folder / "report.md").read_text()
-    words = shlex.split(re.search(r"`(python [^`]*--eval[^`]*)`", text).group(1))
-    assert words[:2] == ["python", "main_finetune.py"]
-    return words[2:]
+def commands_of(folder) -> list[list[str]]:
+    """The words of the commands in a report, but for the one that ran."""
+    lines = re.findall(r"(?m)^    (python main_.*)$", (folder / "report.md").read_text())
+    return [shlex.split(line)[1:] for line in lines]
 
 
 @pytest.mark.parametrize("split", [["--val_split", 0.25, "--split_seed", 3], ["--kfold", 2, "--fold", 1]])
-def test_the_reports_last_line_scores_the_run_from_anywhere(photo_folder, tmp_path, monkeypatch, capsys, split):
-    """A path with a space and a quote, relative to where the run was started; a data set without val/."""
-    place = tmp_path / "it's here"
-    place.mkdir()
-    (place / "my photos").symlink_to(photo_folder / "train")
-    monkeypatch.chdir(place)
-    line = [
-        "--data_path",
-        "my photos",
-        *TINY,
-        "--input_size",
-        32,
-        "--epochs",
-        2,
-        "--lr",
-        "1e-3",
-        "--batch_size",
-        8,
-        "--num_workers",
-        0,
-    ]
-    assert finetune(*line, *QUICK, *split, "--output_dir", "out") == 0
-    monkeypatch.chdir("/")
-    folder = place / "out" / "fold-1" if "--kfold" in split else place / "out"
+def test_the_reports_command_scores_the_run_where_it_was_started(photo_folder, tmp_path, monkeypatch, capsys, split):
+    """Paths with a space and a quote; a data set without val/."""
+    monkeypatch.chdir(tmp_path)
+    Path("it's mine").symlink_to(photo_folder / "train")
+    line = ["--data_path", "it's mine", *TINY, "--input_size", 32, "--epochs", 2, "--lr", "1e-3", "--batch_size", 8]
+    assert finetune(*line, "--num_workers", 0, *QUICK, *split, "--output_dir", "my out") == 0
+    folder = Path("my out", "fold-1") if "--kfold" in split else Path("my out")
     lines = read_log(str(folder / "log.txt"))
     best = lines[read_checkpoint(str(folder / "checkpoint-best.pth"))["progress"]["best_epoch"]]
+    [[script, *words]] = commands_of(folder)
+    amp = ["--amp", "off"] if "off" in QUICK else []
+    expected = ["--eval", "--resume", str(folder / "checkpoint-best.pth"), "--batch_size", "8", *amp]
+    assert script == "main_finetune.py" and words == expected
     capsys.readouterr()
-    assert finetune(*evaluation_line(folder), "--device", "cpu", "--num_workers", 0) == 0
+    assert finetune(*words, "--device", "cpu", "--num_workers", 0) == 0
     said = capsys.readouterr().out
     assert f"loss: {best['val_loss']:.4f}" in said and f" test images: {best['val_acc1']:.2f}%" in said
+    taken = shlex.split(re.search("note: scored on (.*)", said).group(1))
+    assert taken == ["--dataset", "folder", "--data_path", "it's mine", *map(str, split)]
 
 
-def test_a_pretraining_reports_lines_run_as_printed(tmp_path, monkeypatch, capsys):
+def test_evaluation_takes_the_data_from_the_checkpoint_unless_a_flag_names_them(photo_folder, tmp_path, monkeypatch):
+    def data(*line, **saved) -> tuple:
+        args = {"data_path": str(photo_folder), "val_split": 0.2, "kfold": 0, "fold": "0", "split_seed": 3, **saved}
+        content = {"meta": {"dataset": "folder"}, "args": args}
+        d = check(resolve_data(get_options(["--eval", "--finetune", __file__, *map(str, line)]), content)).data
+        return d.dataset, d.data_path, d.val_split, d.kfold, d.fold, d.split_seed
+
+    here, other = str(photo_folder), str(tmp_path)
+    assert data() == ("folder", here, 0.2, 0, "0", 3)
+    assert data(val_split=0.0, kfold=5, fold="4") == ("folder", here, 0.0, 5, "4", 3)
+    assert data("--data_path", f"{here}/train/..") == ("folder", f"{here}/train/..", 0.2, 0, "0", 3)
+    assert data("--data_path", other) == ("folder", other, 0.0, 0, "0", 0)  # other images are divided by flags alone
+    assert data("--data_path", other, data_path="/gone") == ("folder", other, 0.2, 0, "0", 3)  # they were moved
+    assert data("--kfold", 2, "--fold", 1) == ("folder", here, 0.0, 2, "1", 0)
+    assert data("--dataset", "digits") == ("digits", ".", 0.0, 0, "0", 0)
+    with pytest.raises(UserError, match=r"--data_path: give it; .* /gone, which is not there"):
+        data(data_path="/gone")
+    for hostile in ({"val_split": [1] * 9999}, {"val_split": 2}, {"kfold": 5, "fold": "7", "val_split": 0}):
+        with pytest.raises(UserError, match=r"should be") as caught:
+            data(**hostile)
+        assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_a_pretraining_reports_commands_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = "--embed_dim 12 --depth 1 --num_heads 3 --decoder_embed_dim 12 --decoder_depth 1 --T 2".split()
-    assert (
-        main_pretrain_noprop.main(
-            [
-                "--dataset",
-                "digits",
-                *sizes,
-                *"--epochs 1 --batch_size 256 --device cpu --amp off".split(),
-                "--output_dir",
-                "my out",
-            ]
-        )
-        == 0
-    )
-    monkeypatch.chdir("/")
-    lines = re.findall(r"`(python [^`]*)`", (tmp_path / "my out" / "report.md").read_text())
-    assert [shlex.split(x)[1] for x in lines] == ["main_finetune.py", "main_linprobe.py", "main_sample.py"]
-    assert finetune(*shlex.split(lines[0])[2:], "--dry_run", "--device", "cpu") == 0
-    assert main_linprobe.main([*shlex.split(lines[1])[2:], "--device", "cpu"]) == 0
+    line = ["--dataset", "digits", *sizes, *"--epochs 1 --batch_size 256 --device cpu --amp off".split()]
+    assert main_pretrain_noprop.main([*line, "--output_dir", "my out"]) == 0
+    checkpoint = "my out/checkpoint-last.pth"
+    (finetuning, probe, samples) = commands_of(Path("my out"))
+    assert finetuning == ["main_finetune.py", "--finetune", checkpoint, "--dataset", "digits"]
+    assert probe == ["main_linprobe.py", "--checkpoint", checkpoint] and samples == ["main_sample.py", checkpoint]
+    assert finetune(*finetuning[1:], "--dry_run", "--device", "cpu") == 0
+    assert main_linprobe.main([*probe[1:], "--device", "cpu"]) == 0
+    assert main_sample.main([*samples[1:], "--num", "1", "--num_samples", "2", "--device", "cpu"]) == 0
 
 
 def test_evaluating_a_fold_needs_its_number():

@@ -249,19 +249,27 @@ def set_rng_state(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def peek_meta(path: str) -> dict | None:
-    """meta of this project's checkpoint without reading its tensors; None for any other file.
+def peek(path: str) -> dict:
+    """{meta, args} of this project's checkpoint, without reading its tensors; {} for any other file.
 
-    UserError if it is this project's and what it says cannot be.
+    args: the options of its run, not checked. UserError if the meta is this project's and says what cannot be.
     """
     if path.endswith(".safetensors") or not os.path.isfile(path):
-        return None
+        return {}
     try:
         refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
-        return None
-    return own_meta(content, path) if isinstance(content, dict) else None
+        return {}
+    meta = own_meta(content, path) if isinstance(content, dict) else None
+    if meta is None:
+        return {}
+    return {"meta": meta, "args": content["args"] if isinstance(content.get("args"), dict) else {}}
+
+
+def peek_meta(path: str) -> dict | None:
+    """The meta that `peek` finds, or None."""
+    return peek(path).get("meta")
 
 
 def own_meta(content: dict, path: str) -> dict | None:

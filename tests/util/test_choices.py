@@ -58,7 +58,7 @@ def test_help_and_wrong_flags_are_answered_without_importing_torch(run, main):
         ("main_sample.py nowhere.pth", ["nowhere.pth", "no such checkpoint file"]),
         ("main_sample.py README.md --output_dir=", ["--output_dir", "give a folder"]),
         ("main_predict.py --checkpoints nowhere", ["--checkpoints nowhere", "no such file or folder"]),
-        ("main_predict.py --checkpoints tests", ["--data_path", "give the folder"]),
+        ("main_predict.py --checkpoints tests --dataset folder", ["--data_path", "give the folder"]),
         ("main_predict.py --checkpoints tests --dataset digits --device gpu", ["--device", "'gpu'", "cuda:N"]),
     ],
 )

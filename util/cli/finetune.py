@@ -63,11 +63,13 @@ def get_options(argv: list[str] | None = None) -> FinetuneOptions:
 
 def check(options: FinetuneOptions) -> FinetuneOptions:
     """UserError for flags that do not go together; the options with what follows from others filled in."""
-    if options.data.data_path is None:
-        options = options.having(data_path=default_path(options.data.dataset))
+    evaluating = options.selection.eval
+    if not evaluating:  # else the checkpoint's: see resolve_data
+        dataset = options.data.dataset or "folder"
+        path = default_path(dataset) if options.data.data_path is None else options.data.data_path
+        options = options.having(dataset=dataset, data_path=path)
     check_training(options)
     run, data, model, aug = options.run, options.data, options.model, options.augmentation
-    evaluating = options.selection.eval
     check_model_kwargs(model.model_kwargs)
     if data.kfold == 1:
         raise UserError("--kfold 1: needs 2 or more folds")

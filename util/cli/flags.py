@@ -143,6 +143,15 @@ class Options:
             for k in (one.dest for one in flags_of_group(group, self.MAIN))
         }
 
+    def words(self, *dests: str) -> list[str]:
+        """A command line's words for these flags, by the names of their values, unless at their defaults."""
+        words = []
+        for flag, value in ((self.flags()[k], self.flat()[k]) for k in dests):
+            if value != flag.default:
+                values = [] if value is True else value if isinstance(value, list) else [value]
+                words += [flag.name, *map(str, values)]
+        return words
+
     def having(self: Own, **values: Any) -> Own:
         """The same options with other values of some flags."""
         return type(self).of(**{**self.flat(), **values})

@@ -113,7 +113,7 @@ def check_training(options) -> None:
         raise UserError(f"--profile {run.profile}: needs an --output_dir for trace.json and profile.txt")
     if run.output_dir == "" and run.resume == "auto":
         raise UserError("--resume auto: needs an --output_dir to look in")
-    if data.dataset not in IN_MEMORY:
+    if data.data_path is not None and data.dataset not in IN_MEMORY:
         refuse_output_among_images("--output_dir", run.output_dir, data.data_path)
         refuse_output_among_images("--log_dir", run.log_dir, data.data_path)
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from util.cli.flags import Options
-from util.cli.parser import Parser, default_path
+from util.cli.parser import Parser
 from util.cli.settings import Data, Machine, Prediction, Reading, Run
 from util.data.image_files import refuse_output_among_images
 from util.errors import UserError
@@ -33,22 +33,32 @@ def get_args_parser() -> Parser[PredictOptions]:
 
 
 def get_options(argv: list[str] | None = None) -> PredictOptions:
-    """The command line, checked, with the defaults that depend on other flags."""
+    """The command line, checked. Without --data_path the data are the first checkpoint's: see `check_data`."""
     options = get_args_parser().options(argv)
-    data, labels, output_dir = options.data, options.prediction.labels, options.run.output_dir
-    for path in options.prediction.checkpoints:
+    data, asked, output_dir = options.data, options.prediction, options.run.output_dir
+    for path in asked.checkpoints:
         if not os.path.exists(path):
             raise UserError(f"--checkpoints {path}: no such file or folder")
-    if data.data_path is None:
-        if data.dataset == "folder":
-            raise UserError("--data_path: give the folder of images to predict")
-        options = options.having(data_path=default_path(data.dataset))
-    if labels is not None and data.dataset != "folder":
-        raise UserError(f"--labels {labels}: --dataset {data.dataset} has its own labels")
-    if labels is not None and not os.path.isfile(labels):
-        raise UserError(f"--labels {labels}: no such file")
+    if data.dataset is None and (data.data_path is not None or asked.labels is not None):
+        options = options.having(dataset="folder")  # of any images, whatever the networks were trained on
+    if asked.labels is not None and options.data.dataset != "folder":
+        raise UserError(f"--labels {asked.labels}: --dataset {data.dataset} has its own labels")
+    if asked.labels is not None and not os.path.isfile(asked.labels):
+        raise UserError(f"--labels {asked.labels}: no such file")
     if not output_dir:
         raise UserError("--output_dir: give a folder for predictions.csv")
-    if data.dataset == "folder":
-        refuse_output_among_images("--output_dir", output_dir, data.data_path or "")
+    return check_data(options) if options.data.dataset else options
+
+
+def check_data(options: PredictOptions, *, of_checkpoint: bool = False) -> PredictOptions:
+    """UserError unless the options say which images to predict, and write elsewhere.
+
+    of_checkpoint: the data are those that it was trained on; of a folder, they are predicted out of fold only.
+    """
+    data = options.data
+    lacking = data.data_path is None or of_checkpoint
+    if data.dataset == "folder" and lacking and not options.prediction.out_of_fold:
+        raise UserError("--data_path: give the folder of images to predict")
+    if data.dataset == "folder" and data.data_path is not None:
+        refuse_output_among_images("--output_dir", options.run.output_dir, data.data_path)
     return options

@@ -3,15 +3,21 @@
 The result is `meta`: all that rebuilds a classifier without a flag. It goes into every checkpoint.
 """
 
-from typing import Any
+import argparse
+import os
+from typing import Any, TypeVar
 
 import timm
 
 from augment.image import default_crop_pct
 from util.choices import MAE_NAMES, is_mae_name
+from util.cli.flags import Options
+from util.cli.parser import default_path
 from util.cli.settings import Input, Model
-from util.data_specs import DATASETS, IMAGENET_MEAN, IMAGENET_STD
+from util.data_specs import DATASETS, IMAGENET_MEAN, IMAGENET_STD, IN_MEMORY
 from util.errors import UserError
+
+Own = TypeVar("Own", bound=Options)
 
 DEFAULT_MODEL = "vit_large_patch16"  # MAE's default
 
@@ -110,6 +116,33 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
     height, width = size
     words = f"input {in_chans} x {height} x {width} ({size_from}), mean {shown[0]}, std {shown[1]} ({values_from})"
     return (height, width), in_chans, mean, std, words
+
+
+def resolve_data(options: Own, content: dict) -> Own:
+    """The options, with the data that the run of a checkpoint had where no flag says otherwise.
+
+    content: the checkpoint's meta and args, or {}. Its folder is taken where it still exists; how it divided train/,
+    where the data are the same and no flag divides them.
+    """
+    known, saved, given = (content.get("meta") or {}).get("dataset"), content.get("args") or {}, options.flat()
+    known = known if isinstance(known, str) and known in DATASETS else None
+    dataset, path = given["dataset"] or known or "folder", given["data_path"]
+    before = saved.get("data_path") if dataset == known else None
+    before = before if isinstance(before, str) else ""
+    exists = os.path.isdir(before)
+    if path is None and before and not exists and dataset not in IN_MEMORY:
+        raise UserError(f"--data_path: give it; the checkpoint was trained on {before}, which is not there")
+    if path is None:
+        path = before if exists else default_path(dataset)
+    options = options.having(dataset=dataset, data_path=path)
+    divided = any(given.get(flag) for flag in ("val_split", "kfold", "split_seed"))
+    if dataset != known or divided or (exists and os.path.realpath(path) != os.path.realpath(before)):
+        return options
+    split = {k: saved[k] for k in ("val_split", "kfold", "fold", "split_seed") if k in given and k in saved}
+    try:
+        return options.having(**{k: options.flags()[k].argparse.get("type", str)(str(v)) for k, v in split.items()})
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--{' --'.join(split)}: the checkpoint's are not usable ({error})") from None
 
 
 def _pair(size) -> tuple[int, int] | None:

@@ -164,7 +164,7 @@ class Data:
     """data"""
 
     dataset: str = flag(
-        by_main(finetune="folder", pretrain="cifar10", linprobe=None, predict="folder", sample=None),
+        by_main(finetune=None, pretrain="cifar10", linprobe=None, predict=None, sample=None),
         "see README, section Data (main_linprobe, main_sample: the checkpoint's, if not given)",
         choices=sorted(DATASETS),
     )

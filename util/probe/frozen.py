@@ -1,8 +1,6 @@
-"""Checkpoints that are read to be looked at: their data set, their encoder, their denoisers."""
+"""Checkpoints that are read to be looked at: their encoder, their denoisers."""
 
-import os
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import nn
 
@@ -11,17 +9,12 @@ from models.containers import find_weights, tensor_names
 from models.loading import create_from_meta
 from models.noprop_mae import NoPropMAE
 from models.vit import classifier_prefixes
-from util.checkpoint import load_exactly, peek_meta, read_file
+from util.checkpoint import load_exactly, peek, read_file
 from util.choices import is_mae_name
 from util.cli.linprobe import LinprobeOptions
-from util.cli.parser import default_path
 from util.cli.resolve import resolve_meta
-from util.cli.sample import SampleOptions
-from util.data_specs import DATASETS
 from util.errors import UserError, listed, reason_of
 from util.seed import seed_all
-
-Own = TypeVar("Own", LinprobeOptions, SampleOptions)
 
 
 def read_content(path: str) -> dict:
@@ -33,21 +26,9 @@ def read_content(path: str) -> dict:
     if not path:
         return {}
     content = {k: v for k, v in read_file(path).items() if k not in ("optimizer", "scaler", "rng")}
-    content["meta"] = peek_meta(path)
-    content["args"] = content["args"] if content["meta"] and isinstance(content.get("args"), dict) else {}
+    content |= {"meta": None, "args": {}, **peek(path)}
     content["epoch"] = content["epoch"] if isinstance(content.get("epoch"), int) else 0
     return content
-
-
-def resolve_data(options: Own, content: dict) -> Own:
-    """The options; --dataset and --data_path, if not given, are those of the run that wrote `content`."""
-    known = str((content.get("meta") or {}).get("dataset"))
-    dataset, path = options.data.dataset, options.data.data_path
-    dataset = dataset or (known if known in DATASETS else "folder")
-    if path is None:
-        path = content["args"].get("data_path") if content and dataset == known else None
-        path = path if isinstance(path, str) and os.path.isdir(path) else default_path(dataset)
-    return options.having(dataset=dataset, data_path=path)
 
 
 def load_noprop(path: str) -> tuple[NoPropMAE, dict]:

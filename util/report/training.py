@@ -2,18 +2,17 @@
 
 import json
 import os
-import shlex
-import sys
+from dataclasses import fields
 
 from models.edm import precondition
 from util.checkpoint import BEST, LAST
 from util.cli.finetune import FinetuneOptions
+from util.cli.parser import default_path
 from util.cli.pretrain import PretrainOptions
-from util.cli.settings import Data
 from util.files import write_text
 from util.log import read_log
 from util.predict.calibration import interval_sentence
-from util.report.markdown import note_lines, write_report
+from util.report.markdown import command_block, command_of, note_lines, write_report
 from util.report.pictures import sigma_name
 from util.report.plots import loss_name, plot_curves
 from util.train.folds import RESULT
@@ -75,39 +74,19 @@ def write_finetune_report(
         text += [
             "![confusion matrix of the best epoch](confusion.png)",
             "",
-            f"checkpoint-best.pth holds these weights; `{evaluation_line(output_dir, options)}` scores it.",
+            "checkpoint-best.pth holds these weights. This scores them again:",
             "",
+            *command_block(evaluation_command(output_dir, options)),
         ]
     write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", text)
 
 
-def evaluation_line(output_dir: str, options: FinetuneOptions) -> str:
-    """The command that scores a run's best weights as the run did: the flags that the checkpoint does not hold."""
-    data, flat, flags = options.data, options.flat(), ["batch_size"]
-    flags += ["val_split", "split_seed"] if data.val_split else []
-    flags += ["kfold", "fold", "split_seed"] if data.kfold else []
-    flags += [k for k in ("amp", "on_bad_image", "max_pixels") if flat[k] != options.flags()[k].default]
+def evaluation_command(output_dir: str, options: FinetuneOptions) -> list[str]:
+    """What scores a run's best weights as the run did: the flags that the checkpoint does not tell."""
+    flags = ["batch_size", "amp", "on_bad_image", "max_pixels"]
     if options.noise.noise_eval:
-        flags += ["seed", "alpha_blend", *(k for k in flat if k.startswith("noise_") and k != "noise_eval")]
-    words = ["--eval", "--resume", os.path.abspath(os.path.join(output_dir, BEST)), *_data_flags(data)]
-    for flag in flags:
-        words += [f"--{flag}", str(flat[flag])]
-    return _command("main_finetune.py", *words, *(["--noise_eval"] if options.noise.noise_eval else []))
-
-
-def _data_flags(data: Data) -> list[str]:
-    embedded = data.dataset == "digits"
-    return [
-        "--dataset",
-        data.dataset,
-        *([] if embedded else ["--data_path", os.path.abspath(data.data_path or "data")]),
-    ]
-
-
-def _command(script: str, *words: str) -> str:
-    """A line for a shell, to be typed where this process was started."""
-    started = sys.argv[0] if os.path.basename(sys.argv[0]).startswith("main_") else ""
-    return shlex.join(["python", os.path.join(os.path.dirname(started), script), *words])
+        flags += ["seed", *(one.name for one in fields(options.noise))]
+    return command_of("main_finetune.py", "--eval", "--resume", os.path.join(output_dir, BEST), *options.words(*flags))
 
 
 def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict, notes: list[str]) -> None:
@@ -115,7 +94,8 @@ def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict,
     lines, sigmas = read_log(log_path), meta["sigmas"][:-1]
     plot_curves(log_path, os.path.join(output_dir, "curves.png"), sigmas)
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
-    last_checkpoint = os.path.abspath(os.path.join(output_dir, LAST))
+    checkpoint, data = os.path.join(output_dir, LAST), options.data
+    path = [] if data.data_path == default_path(data.dataset) else options.words("data_path")
     text = [
         f"{_epochs(lines)}; T = {len(sigmas)} levels.",
         "",
@@ -124,10 +104,13 @@ def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict,
         "![curves](curves.png)",
         "",
         *(line for name in pictures[-1:] for line in (f"![original, masked, each step, final]({name})", "", PSNR, "")),
-        f"Next: `{_command('main_finetune.py', '--finetune', last_checkpoint, *_data_flags(options.data))}`,",
-        f"`{_command('main_linprobe.py', '--checkpoint', last_checkpoint)}`,",
-        f"`{_command('main_sample.py', last_checkpoint)}`.",
+        "What can follow: fine-tuning, a probe of the frozen features, samples.",
         "",
+        *command_block(
+            command_of("main_finetune.py", "--finetune", checkpoint, "--dataset", data.dataset, *path),
+            command_of("main_linprobe.py", "--checkpoint", checkpoint),
+            command_of("main_sample.py", checkpoint),
+        ),
     ]
     write_report(output_dir, f"NoProp-MAE pretraining on {meta['dataset']}", text)
 

@@ -7,6 +7,7 @@ from augment.batch import BatchTransform
 from models import create_model
 from models.noprop_mae import NoPropMAE
 from util.cli.linprobe import LinprobeOptions, get_options
+from util.cli.resolve import resolve_data
 from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import Loader
 from util.dist import Precision, World
@@ -116,8 +117,6 @@ def test_encoders_that_cannot_be_probed_are_refused_in_one_line(pretrained, tmp_
 
 
 def test_the_checkpoint_names_its_data_set():
-    from util.probe.frozen import resolve_data
-
     content = {"meta": {"dataset": "fashion-mnist"}, "args": {"data_path": "/"}}
     for given, expected in (
         (dict(dataset=None, data_path=None), ("fashion-mnist", "/")),
