@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_out
 
-.PHONY: install demo test quick lint types format bench gpu clean
+.PHONY: install demo test quick lint types docs format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -51,6 +51,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# docs/flags.md, of the same texts as --help.
+docs: install
+	$(BIN)/python -m util.cli.reference
 
 format: install
 	$(BIN)/ruff format .

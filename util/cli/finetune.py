@@ -37,14 +37,14 @@ class FinetuneOptions(Options):
     model: Model
     input: Input
     data: Data
-    noise: Noise
     augmentation: Augmentation
     loss: Loss
-    phases: Phases
     selection: Selection
     run: Run
     reading: Reading
     machine: Machine
+    noise: Noise
+    phases: Phases
 
     @property
     def weights(self) -> str:

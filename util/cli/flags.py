@@ -51,7 +51,7 @@ class Flag:
 
 def flag(
     default: Any,
-    help: str,
+    help: Any,
     *,
     mains: str = "",
     names: Any = (),
@@ -63,17 +63,18 @@ def flag(
     """A field that is a flag: `--` and the field's name, unless `names` has others.
 
     mains: those that have it, all of the group's if empty. default: one value, or by_main(...), which tells the mains
-    as well. names: a tuple, or by_main(...) for mains that call it otherwise. also: further flags that set the same
-    value, with their keywords of add_argument.
+    as well. help: text, or by_main(...); it says what the default is where no value can: "(default: the data set's)".
+    names: a tuple, or by_main(...) for mains that call it otherwise. also: further flags that set the same value, with
+    their keywords of add_argument.
     """
     if isinstance(default, by_main):
         mains = " ".join(default)
     shown = next(iter(default.values())) if isinstance(default, by_main) else default
     if isinstance(shown, bool) and "action" not in argparse:
         argparse["action"] = "store_true"
-    declared = {"default": default, "mains": frozenset(mains.split()), "names": names, "also": also or {}}
+    declared = {"default": default, "help": help, "mains": frozenset(mains.split()), "names": names, "also": also or {}}
     declared |= {"changes_results": changes_results, "free_at_resume": free_at_resume}
-    metadata = {"declared": declared, "argparse": {"help": help, **argparse}}
+    metadata = {"declared": declared, "argparse": argparse}
     if isinstance(shown, list):
         return field(default_factory=lambda: list(shown), metadata=metadata)
     return field(default=shown, metadata=metadata)
@@ -84,8 +85,9 @@ def flags_of_group(group: type, main: str) -> Iterator[Flag]:
         declared = one.metadata["declared"]
         if declared["mains"] and main not in declared["mains"]:
             continue
-        default, names = (
-            v[main] if isinstance(v, by_main) and main in v else v for v in (declared["default"], declared["names"])
+        default, text, names = (
+            v[main] if isinstance(v, by_main) and main in v else v
+            for v in (declared["default"], declared["help"], declared["names"])
         )
         names = (f"--{one.name}",) if not names or isinstance(names, by_main) else names
         yield Flag(
@@ -94,7 +96,7 @@ def flags_of_group(group: type, main: str) -> Iterator[Flag]:
             default,
             declared["changes_results"],
             declared["free_at_resume"],
-            one.metadata["argparse"],
+            {"help": text, **one.metadata["argparse"]},
             declared["also"],
         )
 

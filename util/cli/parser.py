@@ -4,7 +4,8 @@ import argparse
 import difflib
 import os
 import re
-from typing import Generic, TypeVar
+import shutil
+from typing import Any, Generic, TypeVar
 
 from util.cli.flags import Options, flags_of_group
 from util.cli.settings import Input, Model
@@ -16,14 +17,25 @@ O = TypeVar("O", bound=Options)
 
 
 class Formatter(argparse.HelpFormatter):
-    """Every help text with its default once, where it has one worth a word."""
+    """Every help text with its default once. A switch is off by default, unless its text says otherwise."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=max(80, min(120, shutil.get_terminal_size().columns)))
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        short = {"whole number": "N", "number": "X"}.get(getattr(action.type, "__name__", ""))
+        return short or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", action.default
-        silent = default is None or isinstance(default, bool) or default in ("", [], argparse.SUPPRESS)
-        if silent or "(default" in text:
-            return text
-        return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, (list, tuple)) else default})"
+        return described(action.help or "", action.default)
+
+
+def described(text: str, default: Any) -> str:
+    """A flag's help, with its default where that is a value and the text does not say it."""
+    if "(default" in text or isinstance(default, bool) or default in (None, "", [], argparse.SUPPRESS):
+        return text
+    values = default if isinstance(default, (list, tuple)) else [default]
+    return f"{text} (default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)})"
 
 
 class Parser(argparse.ArgumentParser, Generic[O]):
@@ -32,8 +44,13 @@ class Parser(argparse.ArgumentParser, Generic[O]):
 
     def __init__(self, options: type[O]):
         self.kind = options
+        positional = "".join(f"{f.name.upper()} " for f in options.flags().values() if not f.name.startswith("-"))
         super().__init__(
-            description=options.DESCRIPTION, fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=Formatter
+            usage=f"%(prog)s {positional}[flags, or @FILE with flags]",
+            description=options.DESCRIPTION,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            formatter_class=Formatter,
         )
         for group in options.groups().values():
             section = self.add_argument_group((group.__doc__ or "").strip())

@@ -18,14 +18,14 @@ class PretrainOptions(Options):
     )
 
     optimizer: Optimizer
-    noprop: NoProp
     masking: Masking
     input: Input
     data: Data
-    augmentation: Augmentation
     run: Run
     reading: Reading
     machine: Machine
+    noprop: NoProp
+    augmentation: Augmentation
 
 
 def get_args_parser() -> Parser[PretrainOptions]:

@@ -50,80 +50,113 @@ keeps_results = partial(flag, mains=TRAINING, changes_results=False)  # a run co
 scheduled = partial(flag, free_at_resume=True)
 
 
+def of_source(text: str, otherwise: str = "the data set's") -> by_main:
+    """A text whose default is the checkpoint's, where a main starts from one."""
+    started = f"{text} (default: the checkpoint's, else {otherwise})"
+    return by_main(finetune=started, linprobe=started, pretrain=f"{text} (default: the data set's)")
+
+
 @dataclass(frozen=True)
 class Run:
     """run: where it is saved, how it goes on"""
 
     output_dir: str = flag(
         by_main(finetune="./output_dir", pretrain="./output_dir", linprobe="", predict="./predictions", sample=None),
-        "where to save; '' saves nothing (main_sample: the folder `samples` beside the checkpoint, if not given)",
+        by_main(
+            finetune="the run's folder; '' saves nothing",
+            pretrain="the run's folder; '' saves nothing",
+            linprobe="where to write the report (default: nowhere)",
+            predict="where to write the tables, pictures and report",
+            sample="where to write the pictures and the report (default: the folder `samples` beside the checkpoint)",
+        ),
         changes_results=False,
     )
     log_dir: str | None = keeps_results(
         None,
-        "where to put TensorBoard's files, those of each fold in a folder of its own (default: --output_dir); on its x "
-        "axis an epoch is 1000 steps, as in MAE",
+        "folder for TensorBoard's files, where an epoch is 1000 steps, as in MAE; each fold gets a folder of its own "
+        "in it (default: --output_dir)",
     )
     resume: str = keeps_results(
-        "", "checkpoint to go on from, or `auto`: the newest in --output_dir; with --eval the checkpoint to evaluate"
-    )
-    force_resume: bool = keeps_results(
-        False, "go on although flags that change the results, or the images per step, are others than in the checkpoint"
+        "",
+        by_main(
+            finetune="checkpoint to go on from, or `auto`: the newest in --output_dir; with --eval the checkpoint to "
+            "evaluate (default: start anew)",
+            pretrain="checkpoint to go on from, or `auto`: the newest in --output_dir (default: start anew)",
+        ),
     )
     start_epoch: int = of_training(
-        0, "first epoch, for weights without a position of their own", free_at_resume=True, type=count
+        0, "number of the first epoch of a new run; --resume finds it by itself", free_at_resume=True, type=count
     )
-    save_freq: int = keeps_results(20, "epochs between kept checkpoint-{epoch}.pth (0: none)", type=count)
-    keep: int = keeps_results(0, "kept checkpoint-{epoch}.pth files; older ones go (0: all)", type=count)
-    save_every_minutes: float = keeps_results(0.0, "also save in mid-epoch (0: never)", type=non_negative)
-    print_freq: int = keeps_results(20, "steps between lines of progress", type=positive_int)
+    force_resume: bool = keeps_results(
+        False, "resume although flags that change the results, or the images per step, differ from the checkpoint's"
+    )
+    save_freq: int = keeps_results(
+        20, "keep a checkpoint-{epoch}.pth every N epochs and at the end; 0: none", type=count
+    )
+    keep: int = keeps_results(0, "keep only the newest N of these; 0: all", type=count)
+    save_every_minutes: float = keeps_results(
+        0.0, "save in the middle of an epoch, too, every N minutes; 0: never", type=non_negative
+    )
+    print_freq: int = keeps_results(20, "steps between two lines of progress", type=positive_int)
     max_bad_steps: int = keeps_results(
         10,
-        "non-finite steps in a row (each is skipped) that end the run; fp16's first search for a loss scale that fits "
-        "does not count",
+        "end the run after this many non-finite steps in a row, each of which is skipped; fp16's first "
+        "search for a loss scale does not count",
         type=positive_int,
     )
     profile: int = keeps_results(
         0,
-        "time N micro-steps, then trace N: trace.json, profile.txt and the rates in --output_dir (0: no)",
+        "time N micro-steps, then trace N more: trace.json, profile.txt and the rates in --output_dir; 0: off",
         type=count,
         metavar="N",
     )
-    overwrite: bool = keeps_results(False, "start anew in an --output_dir that holds a run, whose files go")
-    dry_run: bool = keeps_results(False, "print what would run, and its memory, then stop")
+    overwrite: bool = keeps_results(False, "start anew in an --output_dir that holds a run; its files are deleted")
+    dry_run: bool = keeps_results(
+        False, "print every resolved value, the parameter groups and an estimate of the memory, then stop"
+    )
 
 
 @dataclass(frozen=True)
 class Machine:
     """machine: device, precision, processes"""
 
-    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", changes_results=False, type=device_name)
+    device: str = flag(
+        "auto",
+        "auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+        changes_results=False,
+        type=device_name,
+    )
+    seed: int = flag(
+        0,
+        "seed of the initial weights, the order of samples and the augmentation",
+        mains="finetune pretrain linprobe sample",
+        type=number(int, 0, 2**62),
+    )
+    dist_url: str = flag(
+        "env://", "where torchrun's processes meet", mains="finetune pretrain linprobe predict", changes_results=False
+    )
     amp: str | None = scheduled(
         None,
-        "mixed, or the flag alone: bf16, on GPUs without it fp16 (default: the faster one for this device and kind of "
-        "network)",
+        "off: fp32; bf16; fp16; mixed, or the flag alone: bf16, or fp16 on GPUs without bf16 (default: the "
+        "faster one for this device and kind of network)",
         mains="finetune pretrain linprobe predict",
         names=("--amp", "--use_amp"),
         nargs="?",
         choices=("off", "mixed", "bf16", "fp16"),
         const="mixed",
     )
-    seed: int = flag(
-        0, "of weights, order and augmentation", mains="finetune pretrain linprobe sample", type=number(int, 0, 2**62)
-    )
     deterministic: bool = flag(
         False,
-        "on CUDA the same bits each time, more slowly; on CPU they are so anyway",
+        "on CUDA, use only operations that repeat their bits, which is slower; a CPU repeats them anyway",
         mains="finetune pretrain linprobe",
         changes_results=False,
     )
-    compile: bool = keeps_results(False, "torch.compile the net: needs a C++ compiler, and minutes to start")
-    dist_url: str = flag(
-        "env://", "where torchrun's processes meet", mains="finetune pretrain linprobe predict", changes_results=False
+    compile: bool = keeps_results(
+        False, "run the network through torch.compile: needs a C++ compiler and takes minutes to start"
     )
     timeout_minutes: float = keeps_results(
         10.0,
-        "end the job when a process has waited that long for another one",
+        "end the job when a process has waited this long for another one",
         type=number(float, 0, 1e6, open_low=True),
     )
 
@@ -132,27 +165,29 @@ class Machine:
 class Optimizer:
     """optimizer (AdamW, warm-up, half a cosine)"""
 
-    batch_size: int = scheduled(by_main(finetune=64, pretrain=128), "per process and micro-step", type=positive_int)
+    batch_size: int = scheduled(
+        by_main(finetune=64, pretrain=128), "images per process and micro-step", type=positive_int
+    )
     epochs: int = scheduled(by_main(finetune=50, pretrain=1600), "passes over the training set", type=count)
-    accum_iter: int = flag(1, "micro-steps per optimizer step, at most an epoch's", type=positive_int)
-    lr: float | None = scheduled(None, "absolute learning rate; overrides --blr", type=rate)
+    accum_iter: int = flag(1, "micro-steps per update of the weights, at most an epoch's", type=positive_int)
+    lr: float | None = scheduled(None, "peak learning rate (default: from --blr)", type=rate)
     blr: float = scheduled(
         by_main(finetune=1e-3, pretrain=3e-4),  # 3e-4 is the method's lr of 1.5e-4 at batch 128
-        "lr = blr * batch_size * accum_iter * processes / 256",
+        "base learning rate: lr = blr * batch_size * accum_iter * processes / 256",
         type=rate,
     )
-    min_lr: float = scheduled(1e-6, "where the cosine ends", type=rate)
+    min_lr: float = scheduled(1e-6, "learning rate at the end of the cosine", type=rate)
     warmup_epochs: float = scheduled(
-        by_main(finetune=5, pretrain=10), "epochs in which the rate rises from 0", type=non_negative
+        by_main(finetune=5, pretrain=10), "epochs in which the learning rate rises linearly from 0", type=non_negative
     )
-    weight_decay: float = scheduled(0.05, "AdamW's, of matrices and convolutions", type=rate)
+    weight_decay: float = scheduled(0.05, "AdamW's weight decay; vectors such as biases and norms have none", type=rate)
     layer_decay: float = of_finetune(
         0.75,
         "factor on the learning rate from each layer to the one below it",
         free_at_resume=True,
         type=number(float, 0, 1, open_low=True),
     )
-    clip_grad: float | None = scheduled(None, "largest gradient norm", type=positive)
+    clip_grad: float | None = scheduled(None, "clip the gradient to this norm (default: no clipping)", type=positive)
 
     def lr_for(self, global_batch: int) -> float:
         """The absolute learning rate for `global_batch` images per update over all processes."""
@@ -163,27 +198,49 @@ class Optimizer:
 class Data:
     """data"""
 
+    data_path: str | None = flag(
+        None,
+        by_main(
+            finetune="the data set's folder (default: data; digits need none; with --eval the checkpoint's)",
+            pretrain="the data set's folder (default: data; digits need none)",
+            linprobe="the data set's folder (default: the checkpoint's, else data)",
+            predict="folder of the images to predict, or the data set's (default: for a named --dataset or "
+            "--out_of_fold, the first checkpoint's)",
+            sample="the data set's folder (default: the checkpoint's, else data)",
+        ),
+    )
     dataset: str = flag(
         by_main(finetune=None, pretrain="cifar10", linprobe=None, predict=None, sample=None),
-        "see README, section Data (main_linprobe, main_sample: the checkpoint's, if not given)",
+        by_main(
+            finetune="the data set's name; folder: {train,val}/<class>/<images> (default: folder; with --eval the "
+            "checkpoint's)",
+            pretrain="the data set's name; folder: any folder of images",
+            linprobe="the data set's name; folder: {train,val}/<class>/<images> (default: the checkpoint's, else "
+            "folder)",
+            predict="folder, or the name of a data set whose test split is predicted (default: folder; without "
+            "--data_path the first checkpoint's)",
+            sample="the data set's name; folder: any folder of images (default: the checkpoint's, else folder)",
+        ),
         choices=sorted(DATASETS),
-    )
-    data_path: str | None = flag(
-        None, "the data set's folder; to predict, one of images (default: the checkpoint's, or data, or ./ for digits)"
     )
     val_split: float = flag(
         0.0,
-        "hold out this share of train/ (stratified) where there is no val/",
+        "hold out this share of train/, the same of each class, where there is no val/; 0: none",
         mains="finetune linprobe",
         type=number(float, 0, 1, open_high=True),
     )
     train_subset: int | None = flag(
-        None, "train on so many of the images, each class by its share", mains="finetune linprobe", type=positive_int
+        None,
+        "train on this many of the images, the same share of each class (default: all)",
+        mains="finetune linprobe",
+        type=positive_int,
     )
-    kfold: int = of_finetune(0, "stratified folds of train/ (0: none)", type=number(int, 0, 1000))
-    fold: str = of_finetune("all", "0 .. kfold - 1, or `all`", changes_results=False)
+    kfold: int = of_finetune(
+        0, "train on each of K stratified folds of train/ in turn; 0: off", type=number(int, 0, 1000)
+    )
+    fold: str = of_finetune("all", "with --kfold, train this one only: 0 to K - 1, or all", changes_results=False)
     split_seed: int = flag(
-        0, "of --val_split, --kfold and --train_subset", mains="finetune linprobe", type=number(int, 0, 2**32 - 1)
+        0, "seed of --val_split, --kfold and --train_subset", mains="finetune linprobe", type=number(int, 0, 2**32 - 1)
     )
 
 
@@ -193,31 +250,28 @@ class Input:
 
     input_size: list[int] | None = flag(
         None,
-        "image size in pixels, N or H W (default: the checkpoint's, or the data set's own, or 224)",
+        of_source(
+            "image size in pixels: N, or height and width", "that of the pretrained weights, else the data set's"
+        ),
         names=("--input_size", "--img_size"),
         type=number(int, 1, 16384),
         nargs="+",
         metavar="N",
     )
-    in_chans: int | None = flag(
-        None, "channels: 1 grey, 3 colour (default: the checkpoint's or the data set's)", type=int, choices=(1, 3)
-    )
+    in_chans: int | None = flag(None, of_source("channels: 1 for grey, 3 for colour"), type=int, choices=(1, 3))
     mean: list[float] | None = flag(
         None,
-        "of the pixels in [0, 1], a value per channel (default: the checkpoint's or the data set's)",
+        of_source("mean of the pixels in [0, 1], one value per channel or one for all"),
         type=pixel_mean,
         nargs="+",
     )
     std: list[float] | None = flag(
-        None,
-        "their standard deviation, a value per channel (default: the checkpoint's or the data set's)",
-        type=pixel_std,
-        nargs="+",
+        None, of_source("standard deviation of the pixels, likewise"), type=pixel_std, nargs="+"
     )
     crop_pct: float | None = of_finetune(
         None,
-        "share of the resized image that evaluation and view 1 of main_predict see (default: the checkpoint's, or "
-        "0.875 up to 224 pixels, else 1)",
+        "share of the resized image that evaluation, and view 1 of main_predict.py, see (default: the "
+        "checkpoint's, else 0.875 up to 224 pixels and 1 above)",
         type=number(float, LEAST_CROP_PCT, 1),
     )
 
@@ -253,27 +307,27 @@ class Reading:
     num_workers: int = flag(10, "loader processes, at most one per core", changes_results=False, type=count)
     pin_mem: bool = flag(
         True,
-        "pin the loader's memory for faster copies to the GPU (the default)",
+        "pin the loader's memory, for faster copies to the GPU (default: on)",
         mains="finetune pretrain linprobe",
         changes_results=False,
-        also={"--no_pin_mem": dict(action="store_false", help="do not pin it")},
+        also={"--no_pin_mem": dict(action="store_false", help="do not pin the loader's memory")},
     )
     loader: str | None = of_training(
         None,
-        "training's JPEG files: `fast` decodes and resizes them with OpenCV at the scale their crop needs (the same "
-        "crops, pixels within a few levels); evaluation is always `pil` (default: fast where OpenCV can be imported, "
-        "else pil)",
+        "how training reads JPEG files: fast decodes and resizes them with OpenCV at the scale that their "
+        "crop needs, with the same crops and pixels within a few levels; evaluation is always pil (default: "
+        "fast where OpenCV can be imported, else pil)",
         choices=("pil", "fast"),
     )
     on_bad_image: str = scheduled(
         "error",
-        "an unreadable image ends the run, or is skipped: replaced (training) or left out; predictions.csv has an "
-        "empty row for it",
+        "an unreadable image ends the run, or is skipped: training replaces it, evaluation leaves it out, "
+        "predictions.csv has an empty row for it",
         choices=("error", "skip"),
     )
     max_pixels: int = scheduled(
         178956970,
-        "image files of more pixels are refused before they are decoded: 3 bytes each, and they may be bombs",
+        "refuse image files of more pixels before they are decoded, against decompression bombs",
         type=positive_int,
         metavar="N",
     )
@@ -285,58 +339,72 @@ class Model:
 
     model: str | None = flag(
         None,
-        "MAE's name or any timm model (default: the checkpoint's; to fine-tune without one, vit_large_patch16)",
+        by_main(
+            finetune="one of MAE's names or any timm model (default: the checkpoint's, else vit_large_patch16)",
+            linprobe="one of MAE's names or any timm model (default: the checkpoint's)",
+        ),
         type=model_name,
         metavar="NAME",
     )
-    model_kwargs: list[tuple[str, object]] = flag(
-        [],
-        "passed to the model, e.g. embed_dim=96 depth=6 num_heads=3, drop_rate=0.2",
-        type=keyword,
-        nargs="*",
-        metavar="NAME=VALUE",
-    )
     finetune: str = flag(
         "",
-        "start from the weights in this file (.pth or .safetensors): a checkpoint of this project, or weights of "
-        "another origin with their --model",
+        by_main(
+            finetune="start from the weights in this .pth or .safetensors file: a checkpoint of this project, or "
+            "weights of another origin with their --model (default: none)",
+            linprobe="the weights, in a .pth or .safetensors file: a checkpoint of this project, or weights of another "
+            "origin with their --model (default: none)",
+        ),
         names=by_main(linprobe=("--checkpoint", "--finetune")),
         metavar="FILE",
-    )
-    pretrained: bool = flag(False, "start from timm's own weights (a download)")
-    random_init: bool = flag(False, "the same architecture untrained, to compare with", mains="linprobe")
-    partial_load: bool = of_finetune(False, "take what fits of --finetune's file, and start the rest of the trunk anew")
-    pos_grid: list[int] | None = flag(
-        None,
-        "patches that --finetune's file was trained on, where it does not tell (not this project's, no square)",
-        type=number(int, 1, 65536),
-        nargs=2,
-        metavar=("ROWS", "COLUMNS"),
     )
     # True where neither flag is given: then a checkpoint's own pooling goes before it.
     global_pool: bool | str = of_finetune(
         True,
-        "average pooling, of MAE's names (default: the checkpoint's, or this)",
+        "average the patch tokens for the classifier (default: the checkpoint's, else on)",
         action="store_const",
         const="avg",
-        also={"--cls_token": dict(action="store_false", help="class token instead")},
+        also={"--cls_token": dict(action="store_false", help="give the classifier the class token instead")},
     )
     pool: str | None = flag(
         None,
-        "features are the mean of the patch tokens (default for encoders without a classifier)",
+        "probe the mean of the patch tokens (default: on for encoders without a classifier; for others, "
+        "what the classifier reads)",
         mains="linprobe",
         names=("--global_pool",),
         action="store_const",
         const="mean",
-        also={"--cls_token": dict(action="store_const", const="cls", help="the class token instead")},
+        also={"--cls_token": dict(action="store_const", const="cls", help="probe the class token instead")},
     )
     nb_classes: int | None = of_finetune(
         None,
-        "classes of the head (default: the checkpoint's for the same classes, or from the data)",
+        "outputs of the classifier (default: the checkpoint's for the same classes, else the data's)",
         type=positive_int,
     )
-    drop_path: float = of_finetune(0.1, "stochastic depth rate", type=number(float, 0, 1, open_high=True))
-    grad_checkpointing: bool = of_finetune(False, "recompute activations: less memory, slower", changes_results=False)
+    drop_path: float = of_finetune(
+        0.1,
+        "stochastic depth: the last block is dropped with this probability, earlier ones with less",
+        type=number(float, 0, 1, open_high=True),
+    )
+    model_kwargs: list[tuple[str, object]] = flag(
+        [],
+        "keywords for the model, e.g. embed_dim=96 depth=6 num_heads=3 drop_rate=0.2 (default: none)",
+        type=keyword,
+        nargs="*",
+        metavar="NAME=VALUE",
+    )
+    pretrained: bool = flag(False, "start from timm's weights of that name, which are downloaded")
+    random_init: bool = flag(False, "probe the same architecture untrained, to compare with", mains="linprobe")
+    partial_load: bool = of_finetune(False, "take what fits of --finetune's file and initialise the rest anew")
+    pos_grid: list[int] | None = flag(
+        None,
+        "patch grid of the position embeddings in --finetune's file (default: what the file says, else a square)",
+        type=number(int, 1, 65536),
+        nargs=2,
+        metavar=("ROWS", "COLUMNS"),
+    )
+    grad_checkpointing: bool = of_finetune(
+        False, "recompute activations in the backward pass: less memory, more time", changes_results=False
+    )
 
 
 @dataclass(frozen=True)
@@ -345,8 +413,8 @@ class Noise:
 
     alpha_blend: int | None = flag(
         None,
-        "timestep t of abar: the ratio of signal to noise is abar / (1 - abar); 0 switches the noise off (default: 15, "
-        "without --noise_snr and --noise_strength)",
+        "strength as a timestep t of the schedule, 1 to 999: the ratio of signal to noise is abar / (1 - abar); 0: no "
+        "noise (default: 15, without --noise_snr and --noise_strength)",
         type=number(int, 0, 999),
     )
     noise_kind: str = flag("alpha_blend", "what noise; see README, section Noise", choices=tuple(NOISE_KINDS))
@@ -359,24 +427,29 @@ class Noise:
     )
     noise_snr: float | None = flag(
         None,
-        "the ratio of signal to noise itself, in place of --alpha_blend (15 is 31.1 dB)",
+        "strength as the ratio of signal to noise in dB; --alpha_blend 15 has 31.1 (default: from --alpha_blend)",
         type=number(float, -100, 100),
         metavar="DB",
     )
     noise_strength: float | None = flag(
         None,
-        "neftune and manifold_mixup: alpha; token_drop: the share of patches left out",
+        "strength of the kinds that have no ratio; neftune and manifold_mixup: alpha; token_drop: the share of patches "
+        "left out (default: none)",
         type=number(float, 0, 1e6, open_low=True),
     )
     noise_colour: str = flag("red", "of --noise_kind colour: low, middle or high frequencies", choices=COLOURS)
-    noise_timestep: str = flag("fixed", "t for all, or t ~ U{1..t} per sample", choices=SCHEDULES)
-    noise_prob: float = flag(1.0, "fraction of samples that get noise", type=fraction)
-    noise_anneal: str = flag("none", "scale t towards 0 over the epochs", choices=ANNEALS)
-    noise_tokens: str = flag("all", "with or without class and register tokens", choices=TOKENS)
-    noise_space: str = flag("embedding", "noise the embedding, or the normalised pixels", choices=SPACES)
-    noise_layer: list[int] = flag([0], "noise the input of this block, or of several", nargs="+", type=count)
-    noise_beta_power: float = flag(1.2, "exponent on DDPM's linear betas", type=number(float, 0, 100, open_low=True))
-    noise_eval: bool = flag(False, "keep the noise in evaluation (the released code did)")
+    noise_timestep: str = flag(
+        "fixed", "fixed: t for all samples; uniform: t drawn from 1 to --alpha_blend per sample", choices=SCHEDULES
+    )
+    noise_prob: float = flag(1.0, "share of samples that get noise", type=fraction)
+    noise_anneal: str = flag("none", "lower t towards 0 over the epochs", choices=ANNEALS)
+    noise_tokens: str = flag("all", "all tokens, or patches: class and register tokens stay clean", choices=TOKENS)
+    noise_space: str = flag("embedding", "where: the patch embedding, or the normalised pixels", choices=SPACES)
+    noise_layer: list[int] = flag([0], "blocks whose input gets the noise; 0: the first", nargs="+", type=count)
+    noise_beta_power: float = flag(
+        1.2, "exponent on DDPM's linear betas; 1: DDPM's schedule", type=number(float, 0, 100, open_low=True)
+    )
+    noise_eval: bool = flag(False, "keep the noise in evaluation, as the released code did")
 
     def __post_init__(self):
         own = self.noise_kind in ("token_drop", "manifold_mixup")
@@ -418,33 +491,39 @@ class Noise:
 class Augmentation:
     """augmentation of an image"""
 
-    aug: str = of_finetune(
-        "mae",
-        "mae: crop, flip, RandAugment; photo: for a folder of photos; light: crop and flip; none",
-        choices=("mae", "photo", "light", "none"),
+    color_jitter: float | None = of_finetune(
+        None,
+        "strength of the colour jitter; --aug mae uses it without --aa only (default: none; --aug photo: 0.3)",
+        type=number(float, 0, 10),
     )
     aa: str | None = of_finetune(
         "rand-m9-mstd0.5-inc1",
-        "timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers; `none`",
+        "timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers, or none",
         type=policy_or_none,
     )
-    color_jitter: float | None = of_finetune(
-        None, "strength (default: photo: 0.3; mae: none, and used without --aa only)", type=number(float, 0, 10)
+    reprob: float | None = of_finetune(
+        None, "probability of random erasing (default: 0.25; --aug photo: 0.2; light and none: 0)", type=fraction
     )
-    hflip: float | None = flag(None, "mirror probability (default: 0.5; digits: 0)", type=fraction)
-    vflip: float = of_finetune(0.0, "upside-down probability: for views from above", type=fraction)
+    remode: str = of_finetune(
+        "pixel",
+        "what fills an erased box; const: the mean colour, rand: one random colour, pixel: random pixels",
+        choices=("const", "rand", "pixel"),
+    )
+    recount: int = of_finetune(1, "boxes erased in an image, at most", type=positive_int)
+    aug: str = of_finetune(
+        "mae",
+        "mae: crop, flip and RandAugment; photo: for a folder of photos; light: crop and flip; none",
+        choices=("mae", "photo", "light", "none"),
+    )
+    hflip: float | None = flag(None, "probability of a mirror image (default: 0.5; digits: 0)", type=fraction)
+    vflip: float = of_finetune(0.0, "probability of an upside-down image, for views from above", type=fraction)
     scale: list[float] | None = of_finetune(
         None,
-        "area share of the random crop (default: 0.08 1; photo: 0.7 1)",
+        "share of the image's area that a random crop keeps (default: 0.08 1; --aug photo: 0.7 1)",
         type=fraction,
         nargs=2,
         metavar=("MIN", "MAX"),
     )
-    reprob: float | None = of_finetune(
-        None, "random erasing (default: 0.25; photo: 0.2; light, none: 0)", type=fraction
-    )
-    remode: str = of_finetune("pixel", "what fills an erased box", choices=("const", "rand", "pixel"))
-    recount: int = of_finetune(1, "most boxes erased in an image", type=positive_int)
 
     def __post_init__(self):
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
@@ -462,21 +541,27 @@ class Augmentation:
 class Loss:
     """loss: mixup, cutmix, smoothing, class weights"""
 
-    mixup: float = flag(0.0, "mixup's alpha: lambda ~ Beta(alpha, alpha) (0: off)", type=number(float, 0, 1e6))
-    cutmix: float = flag(0.0, "cutmix's alpha (0: off)", type=number(float, 0, 1e6))
+    mixup: float = flag(0.0, "alpha of mixup's Beta(alpha, alpha); 0: off", type=number(float, 0, 1e6))
+    cutmix: float = flag(0.0, "alpha of cutmix; 0: off", type=number(float, 0, 1e6))
     cutmix_minmax: list[float] | None = flag(
-        None, "box size range; overrides --cutmix's", type=fraction, nargs=2, metavar=("MIN", "MAX")
+        None,
+        "range of the box's side as a share of the image's, in place of --cutmix (default: none)",
+        type=fraction,
+        nargs=2,
+        metavar=("MIN", "MAX"),
     )
     mixup_prob: float = flag(1.0, "probability of mixing a batch", type=fraction)
     mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", type=fraction)
-    mixup_mode: str = flag("batch", "one lambda for a batch, a pair or an image", choices=("batch", "pair", "elem"))
+    mixup_mode: str = flag(
+        "batch", "draw one lambda per batch, per pair or per image", choices=("batch", "pair", "elem")
+    )
     smoothing: float = flag(
         0.1,
-        "label smoothing, in training: the validation loss is plain cross entropy",
+        "label smoothing in training; the validation loss is plain cross entropy",
         type=number(float, 0, 1, open_high=True),
     )
     class_weights: str = flag(
-        "none", "balanced: a sample weighs images / (classes x images of its class)", choices=("none", "balanced")
+        "none", "balanced: weigh a sample by images / (classes * images of its class)", choices=("none", "balanced")
     )
 
     def __post_init__(self):
@@ -493,34 +578,38 @@ class Loss:
 class Phases:
     """phases: the head first, layers that stay as they are"""
 
-    head_epochs: int = flag(0, "first train the head alone, on a frozen backbone", type=count)
-    head_lr: float = scheduled(1e-3, "constant learning rate of the head's own epochs", type=rate)
-    freeze_layers: int = flag(
-        0, "keep the first N layers as they are (1: the embedding): cheaper, for small data", type=count
-    )
-    freeze_bn: bool = flag(False, "keep the pretrained BatchNorm statistics: for small data")
+    head_epochs: int = flag(0, "epochs that train the head alone on a frozen backbone, before --epochs", type=count)
+    head_lr: float = scheduled(1e-3, "constant learning rate of these epochs", type=rate)
+    freeze_layers: int = flag(0, "keep the first N layers as they are, the embedding being the first", type=count)
+    freeze_bn: bool = flag(False, "keep the pretrained statistics of BatchNorm")
 
 
 @dataclass(frozen=True)
 class Selection:
     """evaluation and selection"""
 
-    eval: bool = flag(False, "evaluate the weights of --resume or --finetune, and stop", changes_results=False)
+    eval: bool = flag(
+        False,
+        "evaluate the weights of --resume or --finetune, then stop; the data are the checkpoint's unless "
+        "flags say otherwise",
+        changes_results=False,
+    )
     dist_eval: bool = flag(
         True,
-        "share the evaluation among the ranks, each image once: the accuracy is the same number (the default)",
+        "share the evaluation among the processes, each image once, so that the accuracy is the same number "
+        "(default: on)",
         changes_results=False,
-        also={"--no_dist_eval": dict(action="store_false", help="every rank evaluates all of it")},
+        also={"--no_dist_eval": dict(action="store_false", help="let every process evaluate all images")},
     )
     eval_metric: str = flag(
         "acc1",
         "what checkpoint-best.pth and --patience go by; loss: plain cross entropy",
         choices=("acc1", "balanced_acc", "macro_f1", "loss"),
     )
-    patience: int = scheduled(0, "stop after this many epochs without gain (0: never)", type=count)
+    patience: int = scheduled(0, "stop after this many epochs without a better value; 0: never", type=count)
     ema_decay: float = flag(
         0.0,
-        "average the weights; the average is validated, selected and used",
+        "decay of an average of the weights, which is then validated, selected and used; 0: off",
         type=number(float, 0, 1, open_high=True),
     )
 
@@ -529,30 +618,40 @@ class Selection:
 class NoProp:
     """NoProp-MAE"""
 
-    patch_size: int | None = flag(None, "pixels (default: 2 below 16 px, 4 up to 64, else 16)", type=positive_int)
-    embed_dim: int = flag(192, "encoder width", type=positive_int)
-    depth: int = flag(12, "encoder blocks", type=positive_int)
-    num_heads: int = flag(3, "encoder heads", type=positive_int)
-    decoder_embed_dim: int = flag(96, "decoder width", type=positive_int)
+    patch_size: int | None = flag(
+        None, "pixels of a patch's side (default: 2 for images below 16 pixels, 4 up to 64, else 16)", type=positive_int
+    )
+    embed_dim: int = flag(192, "width of the encoder", type=positive_int)
+    depth: int = flag(12, "blocks of the encoder", type=positive_int)
+    num_heads: int = flag(3, "heads of the encoder", type=positive_int)
+    decoder_embed_dim: int = flag(96, "width of each decoder", type=positive_int)
     decoder_depth: int = flag(4, "blocks of each decoder", type=positive_int)
     decoder_num_heads: int = flag(3, "heads of each decoder", type=positive_int)
-    mlp_ratio: float = flag(4.0, "hidden width of a block's MLP over its own", type=number(float, 0, 64, open_low=True))
-    T: int = flag(4, "noise levels, a decoder each", type=positive_int)
+    mlp_ratio: float = flag(
+        4.0, "hidden width of a block's MLP, relative to the block's width", type=number(float, 0, 64, open_low=True)
+    )
+    T: int = flag(4, "number of noise levels, each with a decoder", type=positive_int)
     sigma_min: float = flag(0.002, "lowest noise level", type=sigma)
     sigma_max: float = flag(80.0, "highest noise level", type=sigma)
     rho: float = flag(7.0, "spacing of the levels (EDM, eq. 5)", type=number(float, 0.1, 1e3))
     sigma_data: float | None = flag(
         None,
-        "standard deviation of the normalised data; auto (the default) measures it",
+        "standard deviation of the normalised data, or auto, which measures it (default: auto)",
         type=sigma_data,
         metavar="auto|FLOAT",
     )
-    target: str = flag("pixel", "norm_pixel: patches normalised one by one", choices=TARGETS)
-    propagate: str = flag(
-        "latent", "latent: all losses reach the encoder; none: it learns from a head of its own", choices=PROPAGATE
+    target: str = flag(
+        "pixel", "what a decoder predicts: pixels, or norm_pixel: pixels normalised per patch", choices=TARGETS
     )
-    loss_weighting: str = flag("none", "edm: every level counts alike", choices=LOSS_WEIGHTINGS)
-    use_checkpoint: bool = flag(False, "gradient checkpointing: less memory, slower", changes_results=False)
+    propagate: str = flag(
+        "latent",
+        "latent: all losses train the encoder; none: the encoder learns from a head of its own",
+        choices=PROPAGATE,
+    )
+    loss_weighting: str = flag("none", "edm: 1 / c_out^2, which makes the levels count alike", choices=LOSS_WEIGHTINGS)
+    use_checkpoint: bool = flag(
+        False, "recompute activations in the backward pass: less memory, more time", changes_results=False
+    )
 
     def __post_init__(self):
         if self.sigma_min >= self.sigma_max:
@@ -563,14 +662,16 @@ class NoProp:
 class Masking:
     """masking and pictures"""
 
-    mask_ratio: float = flag(0.75, "share of hidden patches", type=number(float, 0, 1, open_low=True))
+    mask_ratio: float = flag(0.75, "share of the patches that is hidden", type=number(float, 0, 1, open_low=True))
     mask_ratio_max: float | None = flag(
         None,
-        "draw the ratio per batch from [mask_ratio, this]; 1 trains generation from nothing",
+        "draw each batch's share from [--mask_ratio, this]; 1 trains generation from nothing (default: --mask_ratio)",
         type=number(float, 0, 1, open_low=True),
     )
-    vis_freq: int = flag(50, "epochs between pictures (0: never)", changes_results=False, type=count)
-    vis_type: str = flag("stochastic", "sampler of the pictures", changes_results=False, choices=SAMPLERS)
+    vis_freq: int = flag(
+        50, "epochs between two pictures of reconstructions; 0: none", changes_results=False, type=count
+    )
+    vis_type: str = flag("stochastic", "sampler of these pictures", changes_results=False, choices=SAMPLERS)
 
     def __post_init__(self):
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
@@ -584,7 +685,7 @@ class Probe:
     """probe"""
 
     batch_size: int = flag(256, "images per process", type=positive_int)
-    knn_k: int = flag(20, "neighbours", type=positive_int)
+    knn_k: int = flag(20, "neighbours that vote", type=positive_int)
     knn_t: float = flag(0.07, "temperature of their votes", type=number(float, 1e-4, 1e4))
 
 
@@ -592,21 +693,29 @@ class Probe:
 class Sampling:
     """samples"""
 
-    checkpoint: str = flag("", "of main_pretrain_noprop.py", names=("checkpoint",))
+    checkpoint: str = flag("", "a checkpoint of main_pretrain_noprop.py", names=("checkpoint",))
     mode: list[str] = flag(
-        ["reconstruct"], "one or several", nargs="+", choices=("reconstruct", "generate", "attention", "frechet")
+        ["reconstruct"],
+        "what to draw and measure, one or several",
+        nargs="+",
+        choices=("reconstruct", "generate", "attention", "frechet"),
     )
-    sampler: list[str] = flag(list(SAMPLERS), "one or several", nargs="+", choices=SAMPLERS)
+    sampler: list[str] = flag(list(SAMPLERS), "how to denoise, one or several", nargs="+", choices=SAMPLERS)
     mask_ratio: float | None = flag(
-        None, "share of hidden patches (default: the one of training)", type=number(float, 0, 1, open_low=True)
+        None, "share of the patches that is hidden (default: that of training)", type=number(float, 0, 1, open_low=True)
     )
-    images: list[str] | None = flag(None, "image files and folders of them", nargs="+", metavar="PATH")
-    num: int = flag(8, "rows of a picture", type=positive_int)
-    num_samples: int = flag(1000, "held-out images that are measured: PSNR, Frechet distance", type=positive_int)
+    images: list[str] | None = flag(
+        None,
+        "image files, or folders of them, to reconstruct (default: the data set's held-out images)",
+        nargs="+",
+        metavar="PATH",
+    )
+    num: int = flag(8, "images in a picture", type=positive_int)
+    num_samples: int = flag(1000, "held-out images to measure PSNR and Frechet distance on", type=positive_int)
     inception_weights: str | None = flag(
         None,
-        "torch-fidelity's file for the Frechet distance (default: its earlier download, else the encoder's own "
-        "features serve)",
+        "torch-fidelity's Inception file for the Frechet distance, or `download` (default: one that was "
+        "downloaded before, else the encoder's own features)",
         metavar="FILE|download",
     )
     batch_size: int = flag(100, "images per batch", type=positive_int)
@@ -618,36 +727,43 @@ class Prediction:
 
     checkpoints: list[str] = flag(
         [],
-        "the members: .pth files, folders of runs, folders of k-fold runs (their folds are one member)",
+        "the members: .pth files, folders of runs, folders of k-fold runs, whose folds are one member",
         nargs="+",
         required=True,
         metavar="PATH",
     )
     weights: str = flag(
         "equal",
-        "of the members: equal, by their validation accuracy, or a logistic regression on their out-of-fold "
-        "predictions",
+        "weights of the members: equal, val: by validation accuracy, or stacked: a logistic regression on "
+        "their out-of-fold predictions",
         choices=("equal", "val", "stacked"),
     )
     views: list[int] = flag(
         list(range(12)),
-        "1: centre crop; 12: all; or a list of numbers 1 to 12 or names: 1,2,5 or centre,blur (default: 12)",
+        "1: centre crop; 12: all; or a list of numbers or names, such as 1,2,5 or centre,blur (default: 12)",
         type=view_list,
         metavar="1|12|LIST",
     )
     margin: int | None = flag(
         None,
-        "pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: whole images "
-        "(default: what each checkpoint's evaluation saw, its --crop_pct)",
+        "pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
+        "whole images (default: what each checkpoint was evaluated on, its --crop_pct)",
         type=count,
     )
-    batch_size: int = flag(64, "images x views per process", type=positive_int)
-    labels: str | None = flag(None, "labels of some or all images: ID (path or file name),label", metavar="CSV")
+    batch_size: int = flag(64, "images times views per process", type=positive_int)
+    labels: str | None = flag(
+        None,
+        "table of the labels of some or all images, with the columns ID (path or file name) and label "
+        "(default: the folders' names)",
+        metavar="CSV",
+    )
     out_of_fold: bool = flag(
-        False, "--data_path is what k-fold members were trained on: each image by the networks that had not seen it"
+        False,
+        "--data_path is what the k-fold members were trained on: predict each image by the networks that "
+        "had not seen it",
     )
     spreadsheet_safe: bool = flag(
         False,
-        "an apostrophe in predictions.csv before names that begin with = + - @, which a spreadsheet would run as "
-        "formulas; a join on the ID then misses these rows",
+        "put an apostrophe before names in predictions.csv that a spreadsheet would run as formulas, "
+        "because they begin with = + - or @; joining on the ID then misses these rows",
     )

@@ -40,6 +40,7 @@ def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_hig
             raise argparse.ArgumentTypeError(f"{shown!r} should be {wanted}{most}")
         return value
 
+    parse.__name__ = word  # what --help shows for a value: see Formatter
     return parse
 
 
