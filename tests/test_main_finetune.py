@@ -138,6 +138,7 @@ def test_folder_of_photos_trains_a_convnet_from_safetensors(photo_folder, tmp_pa
 def test_kfold_writes_out_of_fold_probabilities_and_repeats_nothing(tmp_path, capsys):
     line = [*PLAIN, "--epochs", 1, "--kfold", 3, "--output_dir", tmp_path]
     assert finetune(*line) == 0
+    assert not undocumented(tmp_path) and not undocumented(tmp_path / "fold-0")
     header, *rows = [r.split(",") for r in (tmp_path / "oof.csv").read_text().splitlines()]
     assert header == ["ID", "fold", "True", *[str(i) for i in range(10)]]
     assert len(rows) == len({r[0] for r in rows}) == 1437

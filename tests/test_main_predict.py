@@ -14,6 +14,7 @@ import main_predict
 from augment.batch import BatchTransform, normalize
 from augment.image import build_eval_transform
 from bench.ranks import Ranks
+from tests.harness.checks import undocumented
 from tests.harness.prediction import predict, read_csv, reference, values
 from tests.harness.runs import CONV, VIT, save_member
 from util.cli import script
@@ -161,7 +162,7 @@ def test_run_leaves_its_report_and_pictures(predicted):
     assert (predicted / "most_confidently_wrong.png").exists() == ("most_confidently_wrong.png" in report)
     assert "not compared: --weights stacked" in report and "**equal weights**" in report
     assert json.loads((predicted / "args.json").read_text())["options"]["views"] == list(range(12))
-    assert not [n for n in os.listdir(predicted) if n.endswith(".tmp")]
+    assert not undocumented(predicted)
 
 
 @pytest.mark.slow

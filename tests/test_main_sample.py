@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import main_sample
+from tests.harness.checks import undocumented
 from tests.harness.noprop import MEAN, STD, tiny_net
 from util.errors import UserError
 from util.probe.frozen import load_noprop
@@ -52,6 +53,7 @@ def test_every_mode_leaves_its_pictures_and_numbers(checkpoint, capsys):
     for name in [*pictures, "attention_heads.png", "attention_blocks.png"]:
         assert f"({name})" in report and name in out
         assert len(np.unique(np.asarray(Image.open(folder / name)))) > 20
+    assert not undocumented(folder)
     # 3 rows of 96 pixels; original, masked, 3 steps, final; and 8 generated images a row
     width, height = Image.open(folder / "reconstruction_heun.png").size
     assert width > 6 * 96 and 3 * 96 < height < 4.5 * 96

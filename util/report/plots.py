@@ -105,7 +105,8 @@ def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None
         # By the square root: confusions of a few percent can be seen.
         shades = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         if C <= 50:
-            rotation = 0 if max(map(len, classes)) <= 2 else 90
+            fits = 0.1 * max(map(len, classes)) < 0.75 * side / C  # inches of a name, of a cell
+            rotation = 0 if fits else 90
             axis.set_xticks(range(C), classes, rotation=rotation, **NAMES)
             axis.set_yticks(range(C), classes, **NAMES)
         if C <= 20:

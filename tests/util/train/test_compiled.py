@@ -6,7 +6,7 @@ import torch
 import util.train.compiled
 from augment.alpha_blend import AlphaBlend
 from models import create_model
-from tests.harness.checks import comparable, one_line
+from tests.harness.checks import comparable, one_line, undocumented
 from tests.harness.runs import NET
 from util.errors import UserError
 from util.log import read_log
@@ -108,6 +108,7 @@ def test_compiled_and_profiled_run_ends_as_a_plain_one(traced, tmp_path, whole_r
     for name, value in plain["model"].items():  # the same noise and the same batches; rounding apart
         assert torch.allclose(ours["model"][name], value, atol=1e-3), name
     assert {"trace.json", "profile.txt"} <= {p.name for p in out.iterdir()}
+    assert not undocumented(out)
     for line in read_log(str(out / "log.txt")):
         assert line["images_per_second"] > 0 and 0 <= line["data_wait_percent"] <= 100
     with pytest.raises(UserError) as caught:
