@@ -29,7 +29,7 @@ from models.vit import NoStochasticDepth, enable_grad_checkpointing
 from util.checkpoint import peek, peek_meta
 from util.choices import is_mae_name
 from util.cli.dry_run import describe, noise_table
-from util.cli.resolve import resolve_data, resolve_meta
+from util.cli.resolve import Source, resolve_data, resolve_meta
 from util.cli.settings import Loss, Noise
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
 from util.data.loader import Loader, evaluation_loader
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_one(options: FinetuneOptions, world: World) -> int:
     """One network: its data, its weights, then evaluation or training. Returns the exit code."""
     evaluating, dry_run = options.selection.eval, options.run.dry_run
-    train, val, meta, words = read_data(options, world)
+    train, val, meta, origin = read_data(options, world)
     seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
     options = options.having(noise_units=options.noise.noise_units or default_units(meta["model"]))
     noise = build_noise(options.noise) if options.noise.noise_eval or not evaluating else None
@@ -80,7 +80,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-        f"{words}; {options.noise.words}; {world.size} x {world.device}, {precision}"
+        f"{origin.words(meta)}; {options.noise.words}; {world.size} x {world.device}, {precision}"
         + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
     )
     log.notes(notes_of(train, val))
@@ -95,7 +95,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     if dry_run:
         decays = options.optimizer.weight_decay, options.optimizer.layer_decay
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])
-        log.say(describe(options, meta, net, groups, loaders[0], precision, lr))
+        log.say(describe(options, meta, origin, net, groups, loaders[0], precision))
         if noise is not None:
             log.say(noise_table(net, noise, loaders[0], precision))
         return 0
@@ -196,8 +196,8 @@ def evaluate_only(net: nn.Module, loader: Loader, precision: Precision, meta: di
     return 0
 
 
-def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset, dict, str]:
-    """(training set, validation set, meta, words for the input). What a checkpoint says comes before the data set."""
+def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset, dict, Source]:
+    """(training set, validation set, meta, where the input comes from): a checkpoint's before the data set's."""
     data = options.data
     source = peek_meta(options.weights)
     train, val = load_data(
@@ -210,7 +210,7 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
         subset=data.train_subset,
         seed=data.split_seed,
     )
-    meta, words = resolve_meta(
+    meta, origin = resolve_meta(
         options.model,
         options.input,
         data.dataset,
@@ -227,7 +227,7 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
     if options.selection.eval and source:
         flag = "--resume" if options.run.resume else "--finetune"
         refuse_other_classes(f"{flag} {options.weights}", source.get("classes"), meta["classes"])
-    return train, val, meta, words
+    return train, val, meta, origin
 
 
 def build_model(options: FinetuneOptions, meta: dict, world: World, noise: AlphaBlend | None, log: RunLog) -> nn.Module:

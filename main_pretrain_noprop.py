@@ -21,6 +21,7 @@ from augment.image import Geometry, build_train_transform
 from engine_pretrain import EncoderFirst, train_one_epoch
 from models.noprop_mae import NoPropMAE
 from util.cli.dry_run import describe
+from util.cli.resolve import Source
 from util.cli.settings import Data
 from util.data.datasets import ArrayDataset, Dataset, notes_of, to_channels
 from util.data.loader import Loader, evaluation_loader
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     options, world = begin(get_options(argv))
     dry_run = options.run.dry_run
     log = open_log(options.run, "pretrain", world, writes=not dry_run)
-    meta = resolve_meta(options)
+    meta, origin = resolve_meta(options)
     train, held_out = read_images(options.data, world, meta["in_chans"])
     loader, picture_loader, measured_loader = build_loaders(options, meta, train, held_out, world)
     if options.masking.vis_freq and options.run.output_dir:
@@ -70,15 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     global_batch, batch_words = effective_batch(loader, options.optimizer)
     lr = options.optimizer.lr_for(global_batch)
     log.say(
-        f"NoProp-MAE on {options.data.dataset}: {len(train)} images, {sum(p.numel() for p in net.parameters()):,} "
-        f"parameters, sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {sigma_data:.3f}; "
+        f"NoProp-MAE on {options.data.dataset}: {len(train)} images; {origin.words(meta)}; "
+        f"{sum(p.numel() for p in net.parameters()):,} parameters, "
+        f"sigma {', '.join(f'{s:.4g}' for s in net.sigmas)}, sigma_data {sigma_data:.3f}; "
         f"{world.size} x {world.device}, {precision}, {batch_words}, lr {lr:.3g}"
     )
     log.notes(notes_of(train, held_out))
     groups = param_groups(net, weight_decay=options.optimizer.weight_decay)
     if dry_run:
         one_decoder = partial(first_loss, net, mask_ratio=options.masking.mask_ratio)
-        log.say(describe(options, meta, net, groups, loader, precision, lr, one_decoder))
+        log.say(describe(options, meta, origin, net, groups, loader, precision, one_decoder))
         return 0
     with Run(options, world, log, meta=meta, loader=loader) as run:
         return fit(run, net, groups, precision, picture_loader, lr, found)
@@ -143,8 +145,8 @@ def fit(
     return 0
 
 
-def resolve_meta(options: PretrainOptions) -> dict:
-    """What fine-tuning, probing and sampling need to rebuild this encoder, or all of it, without a flag.
+def resolve_meta(options: PretrainOptions) -> tuple[dict, Source]:
+    """(meta, where its input comes from). meta: what fine-tuning, the probe and samples rebuild the net from.
 
     `noprop` has NoPropMAE's keywords but for sigma_data, which may have to be measured.
     """
@@ -155,6 +157,11 @@ def resolve_meta(options: PretrainOptions) -> dict:
     patch_size = noprop.patch_size or (2 if min(size) < 16 else 4 if min(size) <= 64 else 16)
     keywords = {**asdict(noprop), "patch_size": patch_size, "img_size": size, "in_chans": in_chans}
     del keywords["sigma_data"]
+    named = f"{options.data.dataset}'s"
+    given = [
+        flag for flag, value in (("--mean", options.input.mean), ("--std", options.input.std)) if value is not None
+    ]
+    origin = Source("--input_size" if options.input.size else named, " and ".join(given) or named)
     return {
         "kind": "pretrain",
         "model": f"vit_custom_patch{patch_size}",
@@ -167,7 +174,7 @@ def resolve_meta(options: PretrainOptions) -> dict:
         "std": list(std),
         "dataset": options.data.dataset,
         "noprop": keywords,
-    }
+    }, origin
 
 
 def read_images(data: Data, world: World, in_chans: int) -> tuple[Dataset, Dataset]:

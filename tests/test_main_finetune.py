@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from models import create_model
 from tests.harness.checks import assert_same_run, assert_tensorboard_has_log, undocumented
 from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
+from util.cli.finetune import FinetuneOptions
 from util.cli.script import run_main
 from util.data.datasets import ArrayDataset, read_split
 from util.dist import World
@@ -201,18 +203,31 @@ def test_a_run_that_fails_at_its_start_leaves_no_folder_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["said", "there"]
 
 
-def test_dry_run_prints_groups_and_memory_and_writes_nothing(tmp_path, capsys):
+def dry_run_values(said: str) -> dict[str, str]:
+    return dict(re.findall(r"(?m)^  (--\w+) +(.*)$", said))
+
+
+def test_dry_run_prints_resolved_values_groups_and_memory_and_writes_nothing(tmp_path, capsys):
     assert finetune(*TINY, "--output_dir", tmp_path / "none", "--dry_run") == 0
     said = capsys.readouterr().out
-    for word in (
-        "lr_scale 0.75",
-        "effective batch: 128",
-        "steps per epoch: 22 (11 updates)",
-        "estimated memory",
-        '"embed_dim": 24',
-    ):
+    values = dry_run_values(said)
+    assert list(values) == [flag.name for flag in FinetuneOptions.flags().values()]
+    assert values["--lr"] == "0.002" and values["--device"] == "cpu" and values["--loader"] == "fast"
+    assert re.match(r"(off|bf16) \(.+\)$", values["--amp"]) and values["--noise_units"] == "absolute"
+    assert values["--input_size"] == "8 8 (digits's)" and values["--mean"] == "0.3053 (digits's)"
+    assert values["--model_kwargs"] == "embed_dim=24 depth=2 num_heads=3" and values["--nb_classes"] == "10"
+    assert values["--hflip"] == "0" and values["--clip_grad"] == "no clipping" and values["--dry_run"] == "on"
+    titles = re.findall(r"(?m)^(\S.*):$", said)
+    assert titles[:3] == ["optimizer (AdamW, warm-up, half a cosine)", "model", "input of the network"]
+    for word in ("lr_scale 0.75", "effective batch: 128", "steps per epoch: 22 (11 updates)"):
         assert word in said, word
+    # Weights, gradients, two moments and the average, float32; the second number is of this many parameters.
+    parameters = int(re.search(r"parameters: ([\d,]+)", said).group(1).replace(",", ""))
+    assert f"({5 * 4 * parameters / 1024:.1f} KiB weights" in said and 0 < parameters < 50000
     assert not (tmp_path / "none").exists()
+    assert finetune(*TINY, "--blr", "1e-3", "--amp", "mixed", "--input_size", "16", "--dry_run") == 0
+    values = dry_run_values(capsys.readouterr().out)
+    assert values["--amp"].startswith("bf16") and values["--input_size"] == "16 16 (--input_size)"
 
 
 @pytest.mark.parametrize(

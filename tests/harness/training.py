@@ -33,9 +33,10 @@ def resolve(line: list[str], classes: list[str], source: dict | None = None) -> 
     """resolve_meta of main_finetune.py's command line."""
     o = Parser(FinetuneOptions).options(line)
     weights, evaluating = o.weights, o.selection.eval
-    return resolve_meta(
+    meta, origin = resolve_meta(
         o.model, o.input, o.data.dataset or "folder", classes, source, weights=weights, evaluating=evaluating
     )
+    return meta, origin.words(meta)
 
 
 def new_training(net, optimizer=None, *, precision=None, lr_at=lambda epoch: 1e-2, **kwargs) -> Training:

@@ -1,13 +1,19 @@
 """--dry_run: what a command line resolves to, and an estimate of its memory."""
 
-import json
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from augment.alpha_blend import AlphaBlend, alphas_cumprod, decibel
-from util.cli.flags import Options
-from util.data.loader import Loader
+from augment.image import PHOTO_JITTER, SCALES
+from util.cli.finetune import FinetuneOptions
+from util.cli.flags import Flag, Options, flags_of_group
+from util.cli.pretrain import PretrainOptions
+from util.cli.resolve import Source
+from util.data.loader import Loader, loader_processes
+from util.data_specs import DATASETS, IN_MEMORY
 from util.dist import Precision
 
 
@@ -50,31 +56,30 @@ def noise_table(net: torch.nn.Module, noise: AlphaBlend, loader: Loader, precisi
 
 
 def describe(
-    options: Options,
+    options: FinetuneOptions | PretrainOptions,
     meta: dict,
+    origin: Source,
     net: torch.nn.Module,
     groups: list[dict],
     loader: Loader,
     precision: Precision,
-    lr: float,
     forward: Callable | None = None,
 ) -> str:
-    """The resolved options, model, parameter groups, effective batch, steps per epoch and estimated memory.
+    """The resolved values, parameter groups, effective batch, steps per epoch and estimated memory.
 
     forward(images) -> outputs: what a step computes and keeps at a time, where it is less than net(images).
     """
-    flat = options.flat()
+    optimizer = options.optimizer
     n = sum(p.numel() for p in net.parameters())
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    copies = 4 + bool(flat.get("ema_decay"))  # weights, gradients, two moments, EMA
-    batch, steps, accum_iter = loader.order.batch_size, len(loader), flat["accum_iter"]
-    micro_steps, ranks = min(accum_iter, steps), loader.world.size
+    copies = 4 + bool(options.flat().get("ema_decay"))  # weights, gradients, two moments, EMA
+    batch, steps = loader.order.batch_size, len(loader)
+    micro_steps, ranks = min(optimizer.accum_iter, steps), loader.world.size
+    images = batch * micro_steps * ranks
     activations = batch * saved_bytes(net, forward or net, (meta["in_chans"], *meta["img_size"]), precision)
     lines = [
-        "options: " + json.dumps(flat, default=str, sort_keys=True),
-        "model:   " + json.dumps(meta, default=str),
-        f"parameters: {n:,} ({n / 1e6:.2f} M)",
-        "groups:",
+        *resolved_values(options, meta, origin, precision, optimizer.lr_for(images)),
+        f"parameters: {n:,} ({n / 1e6:.2f} M), in groups:",
     ]
     for g in groups:
         size = sum(p.numel() for p in g["params"])
@@ -83,10 +88,59 @@ def describe(
             f"({len(g['names'])})"
         )
     lines += [
-        f"effective batch: {batch * micro_steps * ranks} (= {batch} x accum {micro_steps} x {ranks} processes), "
-        f"lr {lr:.4g}",
-        f"steps per epoch: {steps} ({-(-steps // accum_iter)} updates), {flat['epochs']} epochs",
-        f"estimated memory per process: {(weights * copies + activations) / 2**30:.2f} GiB "
-        f"({weights * copies / 2**30:.2f} weights, gradients and optimizer; {activations / 2**30:.2f} activations)",
+        f"effective batch: {images} (= {batch} x accum {micro_steps} x {ranks} processes)",
+        f"steps per epoch: {steps} ({-(-steps // optimizer.accum_iter)} updates), {optimizer.epochs} epochs",
+        f"estimated memory per process: {in_units(weights * copies + activations)} "
+        f"({in_units(weights * copies)} weights, gradients and optimizer; {in_units(activations)} activations)",
     ]
     return "\n".join(lines)
+
+
+def resolved_values(options: Options, meta: dict, origin: Source, precision: Precision, lr: float) -> list[str]:
+    """Each flag with the value that it comes to, by groups as --help has them."""
+    flat = options.flat()
+    known = {
+        "lr": f"{lr:.4g}" + (f" (from --blr {flat['blr']:g})" if flat["lr"] is None else ""),
+        "amp": f"{precision.name} ({precision.why})",
+        "device": str(precision.device),
+        "input_size": f"{' '.join(map(str, meta['img_size']))} ({origin.size})",
+        "in_chans": meta["in_chans"],
+        **{k: f"{' '.join(f'{v:.4g}' for v in meta[k])} ({origin.values})" for k in ("mean", "std")},
+        "model": meta["model"],
+        "model_kwargs": [f"{k}={v}" for k, v in meta["model_kwargs"].items()],
+        "global_pool": meta["global_pool"],
+        "nb_classes": meta["num_classes"],
+        "crop_pct": meta.get("crop_pct"),
+        "hflip": DATASETS[flat["dataset"]].hflip if flat["hflip"] is None else flat["hflip"],
+        "log_dir": flat["log_dir"] or flat["output_dir"],
+        "num_workers": loader_processes(flat["num_workers"]),
+    }
+    if (aug := flat.get("aug")) and flat["color_jitter"] is None:
+        known["color_jitter"] = PHOTO_JITTER if aug == "photo" else "none"
+    if aug and flat["scale"] is None:
+        cropped = aug in SCALES and (aug == "photo" or flat["dataset"] not in IN_MEMORY)
+        known["scale"] = SCALES[aug] if cropped else "none"
+    lines = []
+    for group in options.groups().values():
+        lines.append(f"{(group.__doc__ or '').strip()}:")
+        for flag in flags_of_group(group, options.MAIN):
+            value = known.get(flag.dest, flat[flag.dest])
+            lines.append(f"  {flag.name:<22} {shown(value, flag)}")
+    return lines
+
+
+def shown(value: Any, flag: Flag) -> str:
+    """A value as text; of one that is still open, what --help says of it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value in (None, "", []):
+        found = re.search(r"\(default: (.*)\)$", flag.argparse["help"])
+        return found.group(1) if found else "none"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def in_units(size: float) -> str:
+    """Bytes as KiB, MiB or GiB."""
+    unit, least = next((u for u in (("GiB", 2**30), ("MiB", 2**20)) if size >= u[1]), ("KiB", 2**10))
+    return f"{size / least:.1f} {unit}"

@@ -5,6 +5,7 @@ The result is `meta`: all that rebuilds a classifier without a flag. It goes int
 
 import argparse
 import os
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import timm
@@ -26,6 +27,20 @@ DEFAULT_MODEL = "vit_large_patch16"  # MAE's default
 MAE_CONFIG = {"input_size": (3, 224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a network's input comes from: its size, and the mean and standard deviation of its pixels."""
+
+    size: str
+    values: str
+
+    def words(self, meta: dict) -> str:
+        """For a run's first line."""
+        mean, std = (" ".join(f"{v:.4g}" for v in meta[key]) for key in ("mean", "std"))
+        shape = " x ".join(map(str, (meta["in_chans"], *meta["img_size"])))
+        return f"input {shape} ({self.size}), mean {mean}, std {std} ({self.values})"
+
+
 def resolve_meta(
     model: Model,
     given: Input,
@@ -35,8 +50,8 @@ def resolve_meta(
     *,
     weights: str = "",
     evaluating: bool = False,
-) -> tuple[dict, str]:
-    """(meta, words for the run's first line): model, input and classes of a run on images of `classes`.
+) -> tuple[dict, Source]:
+    """(meta, where its input comes from): model, input and classes of a run on images of `classes`.
 
     source: the meta of the checkpoint that the weights come from. weights: the file that they come from, '' for none.
     Order of precedence: the flag; `source`; for the input, the configuration that the weights of another origin were
@@ -45,7 +60,7 @@ def resolve_meta(
     source = source or {}
     name = model.model or source.get("model") or DEFAULT_MODEL
     same = source if name == source.get("model") else {}
-    size, in_chans, mean, std, words = resolve_input(
+    size, in_chans, mean, std, origin = resolve_input(
         given, name, dataset, source, foreign_weights=bool(model.pretrained or (weights and not source))
     )
     if not (model.model or source) and any(side % 16 for side in size):
@@ -75,11 +90,11 @@ def resolve_meta(
         "std": list(std),
         "crop_pct": float(crop_pct or default_crop_pct(size)),
         "dataset": dataset,
-    }, words
+    }, origin
 
 
 def resolve_input(given: Input, model: str, dataset: str, source: dict, *, foreign_weights: bool):
-    """((height, width), channels, mean, std, what a run feeds its network and where that comes from, in words)."""
+    """((height, width), channels, mean, std, where that comes from)."""
     spec = DATASETS[dataset]
     config: dict = {}
     if is_mae_name(model):
@@ -112,10 +127,7 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
     if own := [flag for flag, value in (("--mean", given.mean), ("--std", given.std)) if value is not None]:
         values_from = " and ".join(own if len(own) == 2 else [*own, values_from])
     mean, std = given.normalisation(in_chans, values)
-    shown = [" ".join(f"{v:.4g}" for v in numbers) for numbers in (mean, std)]
-    height, width = size
-    words = f"input {in_chans} x {height} x {width} ({size_from}), mean {shown[0]}, std {shown[1]} ({values_from})"
-    return (height, width), in_chans, mean, std, words
+    return size, in_chans, mean, std, Source(size_from, values_from)
 
 
 def resolve_data(options: Own, content: dict) -> Own:

@@ -62,7 +62,7 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
     names = tensor_names(content)
     # MAE's classifiers with average pooling normalise after it; then the tokens themselves are not normalised.
     described = replace(given, global_pool="fc_norm.weight" in names)
-    meta, words = resolve_meta(
+    meta, origin = resolve_meta(
         described, options.input, options.data.dataset, classes, source, weights=given.finetune, evaluating=True
     )
     has_head = not is_mae_name(meta["model"]) or "head.weight" in names
@@ -83,4 +83,4 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
         missing = [k for k in report.missing if k in trained and not k.startswith(head)]
         if missing:
             raise UserError(f"{given.finetune}: lacks weights of this encoder ({listed(missing, 4)})")
-    return model.requires_grad_(False).eval(), meta, pool, words
+    return model.requires_grad_(False).eval(), meta, pool, origin.words(meta)
