@@ -48,7 +48,7 @@ def plot_curves(log_path: str, path: str, sigmas: Sequence[float] = ()) -> None:
         for axis, (title, names) in zip(axes.flat, panels.items()):
             for how, (key, label) in zip(curve_styles(len(names)), names.items()):
                 points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
-                marker = "o" if len(points) < 30 else None
+                marker = "o" if len(points) < 16 else None
                 axis.plot(*zip(*points), label=label, marker=marker, **how)
             low, high = axis.dataLim.intervaly
             if low > 0 and high > 20 * low and "loss" in title:
@@ -89,9 +89,9 @@ def loss_name(key: str, sigmas: Sequence[float]) -> str:
 def curve_styles(n: int) -> list[dict]:
     """Of n curves that may coincide: each is thinner than those it is drawn over, and broken in another way."""
     colors = COLORS if n <= len(COLORS) else [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.95, n)]
-    widths = np.linspace(2.8, 1.2, n) if n > 1 else [1.8]
+    widths = np.linspace(2.6, 1.3, n) if n > 1 else [1.8]
     return [
-        dict(color=color, linestyle=style, linewidth=width, markersize=2.4 * width)
+        dict(color=color, linestyle=style, linewidth=width, markersize=2.2 * width)
         for color, style, width in zip(colors, cycle(STYLES), widths)
     ]
 
