@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import PowerNorm
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from util.files import survive, write_atomic
 from util.log import read_log
@@ -20,6 +20,7 @@ from util.report.pictures import sigma_name
 NAMES = dict(parse_math=False)  # of tick labels: a class named $a$ is no formula
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLORS = ("#0072b2", "#e69f00", "#000000", "#009e73", "#cc79a7", "#d55e00")
+LEVELS = "loss of each noise level"
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -51,8 +52,11 @@ def plot_curves(log_path: str, path: str, sigmas: Sequence[float] = ()) -> None:
                 marker = "o" if len(points) < 16 else None
                 axis.plot(*zip(*points), label=label, marker=marker, **how)
             low, high = axis.dataLim.intervaly
-            if low > 0 and high > 20 * low and "loss" in title:
+            if title == LEVELS and low > 0 and high > 4 * low:
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_locator(NullLocator())
             else:
                 axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,7 +74,7 @@ def curve_panels(keys: list[str], sigmas: Sequence[float] = ()) -> dict[str, dic
     """{title: {key of log.txt: label}}; curves of one panel have one scale, so acc5 and sums of losses stand alone."""
     parts = {k: loss_name(k, sigmas) for k in keys if k.startswith("train_loss_")}
     panels = {
-        "loss of each noise level": parts,
+        LEVELS: parts,
         "sum of these losses" if parts else "loss": {"train_loss": "training", "val_loss": "validation"},
         "validation score (%)": {f"val_{k}": k for k in ("acc1", "balanced_acc", "macro_f1")},
         "validation acc5 (%)": {"val_acc5": "acc5"},
