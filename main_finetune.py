@@ -200,16 +200,7 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
     """(training set, validation set, meta, where the input comes from): a checkpoint's before the data set's."""
     data = options.data
     source = peek_meta(options.weights)
-    train, val = load_data(
-        data.dataset,
-        data.data_path,
-        world,
-        val_split=data.val_split,
-        kfold=data.kfold,
-        fold=int(data.fold),
-        subset=data.train_subset,
-        seed=data.split_seed,
-    )
+    train, val = load_data(data, world)
     meta, origin = resolve_meta(
         options.model,
         options.input,

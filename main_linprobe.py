@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if data.dataset not in IN_MEMORY:
         refuse_output_among_images("--output_dir", options.run.output_dir, data.data_path)
     log = claim(options.run.output_dir, "linprobe", world)
-    train, val = load_data(
-        data.dataset, data.data_path, world, val_split=data.val_split, subset=data.train_subset, seed=data.split_seed
-    )
+    train, val = load_data(data, world)
 
     model, meta, pool, words = load_encoder(options, train.classes, content)
     try_forward(place(model, world.device), {**meta, "num_classes": model.num_classes}, 1)

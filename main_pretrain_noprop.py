@@ -179,7 +179,7 @@ def resolve_meta(options: PretrainOptions) -> tuple[dict, Source]:
 
 def read_images(data: Data, world: World, in_chans: int) -> tuple[Dataset, Dataset]:
     """(training images, held-out images for the pictures; the training ones where there are no others)."""
-    train, held_out = read_splits(data.dataset, data.data_path, world, labelled=False)
+    train, held_out = read_splits(data, world, labelled=False)
     held_out = train if held_out is None else held_out
     if isinstance(train, ArrayDataset):
         train, held_out = to_channels(train, in_chans), to_channels(held_out, in_chans)

@@ -17,7 +17,7 @@ from augment.batch import BatchTransform
 from augment.image import build_eval_transform, open_image, to_channels
 from tests.harness.checks import one_line, peak_memory_below
 from util.checkpoint import BEST, read_checkpoint
-from util.cli.settings import Reading
+from util.cli.settings import Data, Reading
 from util.data.datasets import FileDataset, read_class_folder
 from util.data.image_files import find_images
 from util.data.loader import Loader
@@ -180,7 +180,7 @@ def test_folders_with_too_few_classes(tmp_path, classes, words):
             if i == 0:
                 save_image(tmp_path / split / "c0" / "x.png")
     with pytest.raises(UserError, match=words) as caught:
-        load_data("folder", str(tmp_path), World())
+        load_data(Data(dataset="folder", data_path=str(tmp_path)), World())
     one_line(caught)
 
 

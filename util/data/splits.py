@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from util.cli.settings import Data
 from util.data.datasets import Dataset, read_split
 from util.dist import World, barrier
 from util.errors import UserError, reason_of
@@ -64,42 +65,38 @@ def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: li
         raise UserError(f"{flag}: class {name} has {n} image{'s' * (n != 1)}; needs at least {needed}")
 
 
-def read_splits(name: str, root: str, world: World, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
+def read_splits(data: Data, world: World, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
     """(train, val) as the data set divides itself; None without val/. Rank 0 reads first: a download happens once."""
+    root = data.data_path or "data"
     if not world.is_main:
         barrier()
-    train = read_split(name, root, "train", labelled)
+    train = read_split(data.dataset, root, "train", labelled)
     assert train is not None  # only val/ may be missing
-    val = read_split(name, root, "val", labelled, train.classes)
+    val = read_split(data.dataset, root, "val", labelled, train.classes)
     if world.is_main:
         barrier()
     barrier()  # none makes an output folder, which may lie among the images, while others look
     return train, val
 
 
-def load_data(
-    name: str,
-    root: str,
-    world: World,
-    *,
-    val_split: float = 0.0,
-    kfold: int = 0,
-    fold: int = 0,
-    subset: int | None = None,
-    seed: int = 0,
-) -> tuple[Dataset, Dataset]:
-    """(train, val) data sets with labels. subset: so many of the training images, stratified."""
-    train, val = read_splits(name, root, world)
+def load_data(data: Data, world: World) -> tuple[Dataset, Dataset]:
+    """(train, val) data sets with labels, as the settings divide them."""
+    train, val = read_splits(data, world)
     if len(train.classes) < 2:
-        raise UserError(f"--data_path {root}: one class ({train.classes[0]}); a classifier needs at least two")
-    if kfold:
-        train_index, val_index = kfold_split(train.targets, kfold, fold, seed, train.classes)
+        raise UserError(
+            f"--data_path {data.data_path}: one class ({train.classes[0]}); a classifier needs at least two"
+        )
+    targets, seed, classes = train.targets, data.split_seed, train.classes
+    if data.kfold:
+        train_index, val_index = kfold_split(targets, data.kfold, int(data.fold), seed, classes)
         train, val = train.subset(train_index), train.subset(val_index)
-    elif val_split:
-        train_index, val_index = stratified_split(train.targets, val_split, seed, train.classes)
+    elif data.val_split:
+        train_index, val_index = stratified_split(targets, data.val_split, seed, classes)
         train, val = train.subset(train_index), train.subset(val_index)
     elif val is None:
-        raise UserError(f"--data_path {root}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5")
-    if subset is not None:
-        train = train.subset(stratified_subset(train.targets, subset, seed, train.classes))
+        raise UserError(
+            f"--data_path {data.data_path}: has no val/ folder; add one, or give --val_split 0.2 or --kfold 5"
+        )
+    if data.train_subset is not None:
+        train = train.subset(stratified_subset(train.targets, data.train_subset, seed, classes))
     return train, val

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision import datasets as tv
 
 from tests.harness.pictures import write_image
+from util.cli.settings import Data
 from util.data.datasets import ArrayDataset, read_class_folder, read_split, to_channels
 from util.data.splits import load_data
 from util.data_specs import DATASETS
@@ -47,10 +48,10 @@ def test_errors_name_the_folder(tmp_path):
         read_split("folder", str(tmp_path / "empty"), "train")
     write_image(tmp_path / "only" / "train" / "a" / "1.png")
     with pytest.raises(UserError, match="one class"):
-        load_data("folder", str(tmp_path / "only"), World())
+        load_data(Data(dataset="folder", data_path=str(tmp_path / "only")), World())
     write_image(tmp_path / "only" / "train" / "b" / "1.png")
     with pytest.raises(UserError, match="val_split"):
-        load_data("folder", str(tmp_path / "only"), World())
+        load_data(Data(dataset="folder", data_path=str(tmp_path / "only")), World())
     os.rename(tmp_path / "train", tmp_path / "treino")
     with pytest.raises(UserError, match="has no train/ folder"):
         read_split("folder", str(tmp_path), "train")

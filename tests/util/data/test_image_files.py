@@ -18,6 +18,7 @@ import main_predict
 import main_pretrain_noprop
 import main_sample
 from tests.harness.checks import one_line
+from util.cli.settings import Data
 from util.data.datasets import read_split, read_unlabelled, read_wnids
 from util.data.image_files import Paths, find_images, refuse_output_among_images
 from util.data.labels import read_images
@@ -327,7 +328,7 @@ def test_validation_lacks_classes_and_is_scored_on_those_that_it_has(photos, tmp
     for name in ("red", "blue"):
         shutil.copytree(photos / name, root / "val" / name)
     (root / "val" / "green").mkdir()
-    train, val = load_data("folder", str(root), World())
+    train, val = load_data(Data(dataset="folder", data_path=str(root)), World())
     assert val.classes == train.classes == ["blue", "green", "red"]
     assert [val.name(i).split("/")[0] for i in range(12)] == [val.classes[t] for t in val.targets]
     assert call(main_finetune, "--data_path", root, *NET, "--output_dir", tmp_path / "out") == 0
@@ -335,10 +336,10 @@ def test_validation_lacks_classes_and_is_scored_on_those_that_it_has(photos, tmp
     assert wanted in capsys.readouterr().out and wanted in (tmp_path / "out" / "report.md").read_text()
     os.rename(root / "val" / "red", root / "val" / "rot")
     with pytest.raises(UserError, match="val: its class folders differ from the training classes: unknown rot"):
-        load_data("folder", str(root), World())
+        load_data(Data(dataset="folder", data_path=str(root)), World())
     shutil.rmtree(root / "val" / "rot"), shutil.rmtree(root / "val" / "blue")
     with pytest.raises(UserError, match="val: none of its class folders has images"):
-        load_data("folder", str(root), World())
+        load_data(Data(dataset="folder", data_path=str(root)), World())
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -353,13 +354,13 @@ def test_tiny_imagenet_with_sorted_validation_images_reads_the_folders(tmp_path,
     if listed:
         text = "".join(f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t0\t9\t9\n" for i in range(6))
         (tmp_path / "val" / "val_annotations.txt").write_text(text)
-    _, val = load_data("tiny-imagenet", str(tmp_path), World())
+    _, val = load_data(Data(dataset="tiny-imagenet", data_path=str(tmp_path)), World())
     assert val.targets.tolist() == [0, 0, 1, 1, 2, 2] and all(os.path.isfile(p) for p in val.paths)
     if listed:  # not sorted, and one is missing
         for path in [*val.paths][1:]:
             shutil.copy(path, tmp_path / "val" / "images")
         with pytest.raises(UserError, match=r"names val_0\.JPEG, which is not in .*images"):
-            load_data("tiny-imagenet", str(tmp_path), World())
+            load_data(Data(dataset="tiny-imagenet", data_path=str(tmp_path)), World())
         shutil.copy(val.paths[0], tmp_path / "val" / "images")
         val = read_split("tiny-imagenet", str(tmp_path), "val", labelled=False)
         assert [(os.path.basename(p), t) for p, t in zip(val.paths, val.targets.tolist())] == [
@@ -390,12 +391,12 @@ def test_imagenet_100_reads_only_what_its_list_names(tmp_path):
             save(tmp_path / split / w / "1.jpg")
     (tmp_path / "imagenet100.txt").write_text("".join(f"{w} name of {w[-2:]}, or other\n" for w in wnids[1:101]))
     shutil.rmtree(tmp_path / "train" / wnids[0]), shutil.rmtree(tmp_path / "val" / wnids[101])
-    train, val = load_data("imagenet-100", str(tmp_path), World())
+    train, val = load_data(Data(dataset="imagenet-100", data_path=str(tmp_path)), World())
     assert train.classes == val.classes == wnids[1:101] and val.targets.tolist() == list(range(100))
     assert [p.split(os.sep)[-2] for p in val.paths] == wnids[1:101]
     shutil.rmtree(tmp_path / "train" / wnids[7])
     with pytest.raises(UserError, match=rf"imagenet100\.txt: .* has no images of its {wnids[7]}"):
-        load_data("imagenet-100", str(tmp_path), World())
+        load_data(Data(dataset="imagenet-100", data_path=str(tmp_path)), World())
 
 
 # ---- Unicode
@@ -408,7 +409,7 @@ def test_names_that_differ_in_unicodes_form_only_are_one_class(tmp_path):
     for k, name in enumerate((f"train/{nfd}", "train/bar", f"val/{nfc}", "val/bar", f"test/{nfd}", "test/bar")):
         save(tmp_path / name / f"{nfc}{k}.jpg")
     save(tmp_path / "train" / nfc / "x.jpg")
-    train, val = load_data("folder", str(tmp_path), World())
+    train, val = load_data(Data(dataset="folder", data_path=str(tmp_path)), World())
     assert train.classes == val.classes == ["bar", nfc] and val.targets.tolist() == [0, 1]
     assert Counter(train.targets.tolist()) == {0: 1, 1: 2}
     data, ids, notes = read_images("folder", str(tmp_path / "test"), train.classes)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from util.cli.settings import Data
 from util.data.splits import kfold_split, load_data, stratified_split, stratified_subset
 from util.dist import World
 from util.errors import UserError
@@ -37,5 +38,5 @@ def test_a_subset_has_each_class_by_its_share_and_is_drawn_by_the_seed():
     for number, words in ((2, "3 .* to 1000"), (1001, "3 .* to 1000"), (999, "--train_subset 999")):
         with pytest.raises(UserError, match=words):
             stratified_subset(targets, number, seed=0)
-    train, _ = load_data("digits", ".", World(), subset=100, seed=1)
+    train, _ = load_data(Data(dataset="digits", train_subset=100, split_seed=1), World())
     assert len(train) == 100 and torch.bincount(train.targets).min() >= 9
