@@ -12,6 +12,7 @@ CROSS_CUTTING = {
     "test_bench.py",
     "test_contributing.py",
     "test_crop_pct.py",
+    "test_docs_commands.py",
     "test_docs_python.py",
     "test_families.py",
     "test_faults.py",
