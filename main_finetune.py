@@ -27,7 +27,6 @@ from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
 from models.vit import NoStochasticDepth, enable_grad_checkpointing
 from util.checkpoint import peek, peek_meta
-from util.choices import is_mae_name
 from util.cli.dry_run import describe, noise_table
 from util.cli.resolve import Source, resolve_data, resolve_meta
 from util.cli.settings import Loss, Noise
@@ -70,8 +69,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     evaluating, dry_run = options.selection.eval, options.run.dry_run
     train, val, meta, origin = read_data(options, world)
     seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
-    options = options.having(noise_units=options.noise.noise_units or default_units(meta["model"]))
-    noise = build_noise(options.noise) if options.noise.noise_eval or not evaluating else None
+    noise = build_noise(options.noise, meta["model"]) if options.noise.noise_eval or not evaluating else None
     log = open_log(options.run, "finetune", world, writes=not (evaluating or dry_run))
     net = build_model(options, meta, world, noise, log)
     precision = Precision(options.machine.amp, world.device, net)
@@ -80,7 +78,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-        f"{origin.words(meta)}; {options.noise.words}; {world.size} x {world.device}, {precision}"
+        f"{origin.words(meta)}; {options.noise.describe(meta['model'])}; {world.size} x {world.device}, {precision}"
         + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
     )
     log.notes(notes_of(train, val))
@@ -295,18 +293,14 @@ def build_loaders(
     return train_loader, evaluation_loader(val, meta, shared, batch_size=batch_size, reading=reading)
 
 
-def default_units(model: str) -> str:
-    """--noise_units where it is not given: the released code's for the networks that it was written for."""
-    return "absolute" if is_mae_name(model) else "relative"
-
-
-def build_noise(noise: Noise) -> AlphaBlend | None:
+def build_noise(noise: Noise, model: str) -> AlphaBlend | None:
     """The AlphaBlend that the flags describe; None when it is off."""
     if noise.alpha_blend == 0:
         return None
     keywords = {name.removeprefix("noise_"): value for name, value in asdict(noise).items()}
     timestep, schedule, layer, noise_eval = (keywords.pop(k) for k in ("alpha_blend", "timestep", "layer", "eval"))
-    return AlphaBlend(timestep or 0, schedule=schedule, layer=tuple(layer), noise_eval=noise_eval, **keywords)
+    keywords |= {"units": noise.units_for(model), "layer": tuple(layer), "noise_eval": noise_eval}
+    return AlphaBlend(timestep or 0, schedule=schedule, **keywords)
 
 
 def build_mixup(loss: Loss, num_classes: int, noise: AlphaBlend | None) -> Callable | None:

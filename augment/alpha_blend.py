@@ -213,7 +213,7 @@ class AlphaBlend(nn.Module):
     # what comes out of it
 
     def measure(self) -> None:
-        """Add up the powers of signal and noise from here on, until `snr` is asked for."""
+        """Add up the powers of signal and noise from here on, while `measuring`."""
         self.measuring, self.powers = self.kind.has_ratio, None
 
     def _measure(self, signal: torch.Tensor, added: torch.Tensor) -> None:

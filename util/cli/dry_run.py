@@ -41,7 +41,7 @@ def noise_table(net: torch.nn.Module, noise: AlphaBlend, loader: Loader, precisi
     seen: list[torch.Tensor] = []
     hook = noise.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().square().mean()))
     with torch.no_grad(), precision.autocast():
-        net(next(iter(loader.epoch())).images)
+        net.eval()(next(iter(loader.epoch())).images)
     hook.remove()
     power, abar = float(torch.stack(seen).mean()), alphas_cumprod(noise.config.beta_power).tolist()
     steps = (5, 15, 50, 150, 400)

@@ -20,6 +20,7 @@ from util.choices import (
     TARGETS,
     TOKENS,
     UNITS,
+    is_mae_name,
 )
 from util.cli.flags import by_main, flag
 from util.cli.values import (
@@ -474,12 +475,15 @@ class Noise:
         if self.noise_kind == "token_drop" and self.noise_strength is not None and self.noise_strength >= 1:
             raise UserError(f"--noise_strength {self.noise_strength:g}: of token_drop, should be below 1")
 
-    @property
-    def words(self) -> str:
+    def units_for(self, model: str) -> str:
+        """--noise_units; where it is not given, the released code's for the networks that it was written for."""
+        return self.noise_units or ("absolute" if is_mae_name(model) else "relative")
+
+    def describe(self, model: str) -> str:
         """Kind and strength, for a run's first line and its report."""
         if self.alpha_blend == 0:
             return "no noise"
-        how = f"t = {self.alpha_blend} in {self.noise_units} units"
+        how = f"t = {self.alpha_blend} in {self.units_for(model)} units"
         if self.noise_snr is not None:
             how = f"{self.noise_snr:g} dB"
         elif self.noise_strength is not None:

@@ -103,6 +103,8 @@ class Loop:
         while (batch := self._next(batches)) is not None:
             self.step, self.index, self.shown = self._step(self.position.step), batch.index, None
             yield self.step, batch
+            if self.noise is not None:
+                self.noise.measuring = False  # one step tells: the same one, wherever a run is stopped and goes on
             self.position.step += 1
             self.progress.update(self.shown)
             if self.step.last:
