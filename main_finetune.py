@@ -93,7 +93,8 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     if dry_run:
         decays = options.optimizer.weight_decay, options.optimizer.layer_decay
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])
-        log.say(describe(options, meta, origin, net, groups, loaders[0], precision))
+        resolved = options.having(noise_units=options.noise.units_for(meta["model"]))
+        log.say(describe(resolved, meta, origin, net, groups, loaders[0], precision))
         if noise is not None:
             log.say(noise_table(net, noise, loaders[0], precision))
         return 0
