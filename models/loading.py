@@ -16,6 +16,7 @@ from util.errors import ParameterError, UserError, reason_of
 
 # Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
 _POOLING = ("fc_norm", "attn_pool", "pre_logits")
+_DECODER = re.compile(r"decoder|mask_token|encoder_head\.")  # of a pretrained file: no part of the encoder
 _TOKENS = ("cls_token", "dist_token", "reg_token")  # a model may have tokens beyond the file's: they start anew
 _STATISTICS = ("running_mean", "running_var")
 # Tensors that are computed, not learned; other versions of a model keep more or fewer of them in a file.
@@ -43,10 +44,13 @@ class LoadReport:
         def show(keys: list[str]) -> str:
             return f"{len(keys)}" + (f" ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else "")
 
+        decoder = [k for k in self.unexpected if _DECODER.match(k)]
         text = (
             f"loaded {len(self.loaded)}{f' from {self.source}' if self.source else ''}, resized {show(self.resized)}, "
-            f"missing {show(self.missing)}, unexpected {show(self.unexpected)}"
+            f"missing {show(self.missing)}, unexpected {show([k for k in self.unexpected if k not in decoder])}"
         )
+        if decoder:
+            text += f"; {len(decoder)} decoder tensors left out"
         if self.kept_classes or self.new_classes:
             text += f"; classes of the head by name: kept {show(self.kept_classes)}, anew {show(self.new_classes)}"
         return text

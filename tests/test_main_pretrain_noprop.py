@@ -97,6 +97,18 @@ def test_finished_run_that_is_given_more_epochs_is_not_finished_until_they_are_d
     assert len(saved) > 2 and [p["finished"] for p in saved] == [False] * (len(saved) - 1) + [True]
 
 
+def test_a_finished_run_says_so_and_its_decoders_are_left_out_of_fine_tuning(uninterrupted, capsys):
+    """--dry_run of the fine-tuning: the file's decoders are told as what they are, and nothing is unexpected."""
+    assert pretrain(*TINY, "--output_dir", uninterrupted, "--resume", "auto") == 0
+    assert "the run is finished after 3 epochs" in capsys.readouterr().out
+    state = read_checkpoint(str(uninterrupted / LAST))["model"]
+    decoders = [name for name in state if name.startswith("decoder")]
+    line = "--dataset digits --device cpu --num_workers 0 --dry_run --output_dir".split()
+    assert finetune(*line, "", "--finetune", uninterrupted / LAST) == 0
+    said = capsys.readouterr().out
+    assert f"unexpected 2 (norm.weight, norm.bias); {len(decoders)} decoder tensors left out" in said
+
+
 @pytest.mark.parametrize(
     "flags,words",
     [

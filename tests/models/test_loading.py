@@ -171,6 +171,7 @@ def test_maes_pretraining_file_fills_the_encoder_and_leaves_the_head(encoder_fil
     report = load_pretrained(model, path)
     assert set(report.missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert set(report.unexpected) == {"norm.weight", "norm.bias", "decoder_pred.weight"}
+    assert str(report).endswith("unexpected 2 (norm.weight, norm.bias); 1 decoder tensors left out")
     assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     assert not report.resized
     # MAE's fresh head: N(0, 2e-5^2) and no bias, so that the first loss is log(classes).

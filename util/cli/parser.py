@@ -14,6 +14,14 @@ from util.data_specs import IN_MEMORY
 from util.errors import UserError
 
 O = TypeVar("O", bound=Options)
+# Flags of MAE's scripts that no main has, and what does their work here.
+MAES = {
+    "--world_size": "torchrun tells the number of processes: --nproc_per_node, --nnodes",
+    "--local_rank": "torchrun tells each process its rank",
+    "--dist_on_itp": "start the processes with torchrun",
+    "--resplit": "erasing treats all images of a batch alike",
+    "--norm_pix_loss": "main_pretrain_noprop.py has --target norm_pixel",
+}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -82,12 +90,15 @@ class Parser(argparse.ArgumentParser, Generic[O]):
         except (ValueError, OSError) as error:  # a quote without its end, bytes that are no text, a loop of files
             raise UserError(f"@file: cannot be read ({error})") from None
         if unknown:
+            name = unknown[0].split("=")[0]
             known = [o for action in self._actions for o in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]}?" if close else f"; {self.prog} --help lists the flags"
-            if self.kind.NETWORK_FROM and unknown[0].split("=")[0] in flags_of_the_network():
-                hint = f"; it is what {self.kind.NETWORK_FROM} was trained with, and is in the file"
-            raise UserError(f"{unknown[0]}: no such flag{hint}")
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the flags"
+            if self.kind.NETWORK_FROM and name in flags_of_the_network():
+                hint = f"it is what {self.kind.NETWORK_FROM} was trained with, and is in the file"
+            elif name in MAES:
+                hint = f"of MAE's, and gone; {MAES[name]}"
+            raise UserError(f"{unknown[0]}: no such flag; {hint}")
         return options
 
 

@@ -198,7 +198,7 @@ class Run:
             raise UserError(f"--resume {found.path}: is finished after {position.epoch} epochs; give more --epochs")
         self.log.start(position.epoch + position.step / len(self.loader))
         if position.finished:
-            self.log.say("the run is finished; more --epochs would go on with it")
+            self.log.say(f"the run is finished after {position.epoch} epochs; more --epochs would go on with it")
         else:
             warmup = self.options.optimizer.warmup_epochs
             if self.options.optimizer.epochs < warmup:

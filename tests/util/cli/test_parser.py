@@ -63,6 +63,23 @@ def test_a_main_that_reads_its_network_from_a_file_says_so_of_the_networks_flags
             importlib.import_module(module).get_args_parser().parse_args([*line, flag, "32"])
 
 
+@pytest.mark.parametrize("module", ["finetune", "pretrain", "linprobe"])
+@pytest.mark.parametrize(
+    "flag,instead",
+    [
+        ("--world_size=8", "--nproc_per_node"),
+        ("--local_rank=0", "torchrun"),
+        ("--dist_on_itp", "torchrun"),
+        ("--resplit", "alike"),
+        ("--norm_pix_loss", "--target norm_pixel"),
+    ],
+)
+def test_a_flag_of_mae_that_is_gone_is_told_with_what_does_its_work(module, flag, instead):
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(f"util.cli.{module}").get_args_parser().parse_args([flag])
+    assert instead in str(caught.value) and "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "given,flag",
     [
