@@ -83,8 +83,8 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     )
     log.notes(notes_of(train, val))
     if evaluating:
-        split = ["val_split", "split_seed"] if options.data.val_split else ["kfold", "fold", "split_seed"]
-        log.notes([f"scored on {shlex.join(options.words('dataset', 'data_path', *split))}"])
+        shown = ["dataset", "data_path", "val_split", "split_seed", *(["kfold", "fold"] if options.data.kfold else [])]
+        log.notes([f"scored on {shlex.join(options.words(*shown))}"])
         return evaluate_only(net, loaders[1], precision, meta, log)
 
     freezing(options.phases, in_head_phase=not options.optimizer.epochs)(net.train())

@@ -67,7 +67,8 @@ def test_evaluation_of_a_checkpoint_needs_no_flags_of_model_or_data(uninterrupte
     best = max(line["val_acc1"] for line in lines)
     capsys.readouterr()
     assert finetune("--eval", "--resume", uninterrupted / "checkpoint-best.pth", "--device", "cpu") == 0
-    assert f"360 test images: {best:.2f}%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"360 test images: {best:.2f}%" in said and "note: scored on --dataset digits --data_path .\n" in said
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
