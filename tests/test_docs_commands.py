@@ -200,6 +200,19 @@ def test_the_parser_of_documents_finds_commands():
     }
 
 
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("main_*.py"), *ROOT.glob("recipes/*.args"), *ROOT.glob("results/**/*.md"), *ROOT.glob("bench/*.md")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_commands_elsewhere_have_flags_that_exist(path, monkeypatch):
+    """In docstrings, in comments of recipes, beside results. What they name need not be there."""
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r" *\\+\n *", " ", path.read_text("utf-8"))
+    for script, words in re.findall(r"(?m)^[ #]*(?:\S*python|torchrun) .*?\b(main_\w+)\.py (.*)$", text):
+        importlib.import_module(script).get_args_parser().options(shlex.split(words, comments=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", RUN)
 def test_a_documents_command_runs_and_so_do_those_of_its_report(line, world, monkeypatch):
