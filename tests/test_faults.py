@@ -27,7 +27,7 @@ from util.data import loader as data
 from util.data import views
 from util.dist import gather_objects, init_world
 from util.errors import UserError
-from util.files import Sturdy
+from util.files import TolerantStream
 from util.log import RunLog, read_log
 from util.report.contact_sheet import Entry, draw_sheet
 from util.report.plots import plot_class_distribution, plot_confusion
@@ -194,7 +194,7 @@ def test_log_and_tensorboard_faults_do_not_end_a_run(tmp_path, capsys):
     log.close()
     said = capsys.readouterr().err
     assert "log.txt: not written" in said and "Traceback" not in said
-    assert said.count("TensorBoard's file is not written any more") == 1
+    assert said.count("TensorBoard's file is no longer written") == 1
     assert read_log(str(tmp_path / "log.txt")) == [{"epoch": 2}]
 
 
@@ -220,7 +220,7 @@ def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with pytest.raises(BrokenPipeError), os.fdopen(writer, "w") as plain:
-        stream = Sturdy(plain)
+        stream = TolerantStream(plain)
         print("x", file=stream, flush=True)
         assert not stream.isatty()
         plain.flush()  # what print would have met

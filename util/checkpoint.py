@@ -1,9 +1,9 @@
 """Checkpoints: plain dicts of tensors and primitives, written atomically, checked when read, never executed.
 
-Keys: format, kind of run (as util/folder.py has them: "finetune" or "pretrain"), model, ema, optimizer, scaler, epoch
-and step (where to go on: the epoch in progress and the steps of it that are done), progress (best metric, patience,
-running sums), rng (a list, one entry per rank), args (the options as a dict), and meta (util/meta.py): the same kind,
-model name and keywords, img_size, in_chans, classes, mean, std.
+Keys: format, kind of run ("finetune" or "pretrain", see util/folder.py), model, ema, optimizer, scaler, epoch and step
+(where to resume: the current epoch and the steps done in it), progress (best metric, patience, running sums), rng (a
+list, one entry per rank), args (the options as a dict), and meta (util/meta.py): the same kind, model name and
+keywords, img_size, in_chans, classes, mean, std.
 """
 
 import argparse
@@ -28,18 +28,18 @@ LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-previous.pth", "checkp
 def read_file(path: str | os.PathLike) -> dict:
     """The dict in a .pth or .safetensors file; never executes pickled code. UserError names the file.
 
-    argparse.Namespace is let through because MAE's own checkpoints hold one; it only carries attributes.
+    argparse.Namespace is allowed because MAE's checkpoints contain one; it only carries attributes.
     """
     path = os.fsdecode(path)
     if not os.path.isfile(path):
         folder = os.path.isdir(path)
-        raise UserError(f"{path}: {'a folder; give the file in it' if folder else 'no such checkpoint file'}")
+        raise UserError(f"{path}: {'a folder; give a file in it' if folder else 'no such checkpoint file'}")
     with open(path, "rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a pointer of Git LFS in place of the file; `git lfs pull` fetches it")
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
     try:
-        if path.endswith(".safetensors") or start[8:9] == b"{":  # its header; files of torch.save have none there
+        if path.endswith(".safetensors") or start[8:9] == b"{":  # the JSON header; torch.save writes none
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -48,13 +48,13 @@ def read_file(path: str | os.PathLike) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a file from anywhere fails in any way; the user needs its name and the kind of fault
+    except Exception as error:  # a foreign file can fail in any way; the user needs its name and the reason
         if "global" in str(error).lower() and "weights only" in str(error).lower():
             raise UserError(
                 f"{path}: holds pickled Python objects, which are never executed; save tensors only"
             ) from None
-        if "weights only load failed" in str(error).lower():  # torch's text goes on about how to execute the file
-            raise UserError(f"{path}: not a readable checkpoint (no file of torch.save or safetensors)") from None
+        if "weights only load failed" in str(error).lower():  # torch's text explains how to execute the file
+            raise UserError(f"{path}: not a readable checkpoint (not written by torch.save or safetensors)") from None
         raise UserError(f"{path}: not a readable checkpoint ({reason_of(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -64,10 +64,10 @@ def read_file(path: str | os.PathLike) -> dict:
 def refuse_bomb(path: str) -> None:
     """UserError for a zip that would unpack to more than its own size.
 
-    torch.save stores records uncompressed and each storage once, so an honest file holds all that it unpacks to.
+    torch.save stores records uncompressed and each storage once, so an honest file is at least as large as its content.
     """
     if not zipfile.is_zipfile(path):
-        return  # torch's format before 1.6, which is not packed
+        return  # the format before torch 1.6, which is not a zip
     with zipfile.ZipFile(path) as archive:
         fault = _packing_fault(path, archive)
     if fault:
@@ -78,9 +78,9 @@ def _packing_fault(path: str, archive: zipfile.ZipFile) -> str | None:
     records = archive.infolist()
     packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
     if packed:
-        return f"its record {packed[0][:80]} is compressed, as torch never saves them; refused unread"
+        return f"its record {packed[0][:80]} is compressed, which torch.save never does; not read"
     if sum(r.file_size for r in records) > os.path.getsize(path):
-        return "its records overlap: it would unpack to more than its own size; refused unread"
+        return "its records overlap: it would unpack to more than its own size; not read"
     return None
 
 
@@ -99,7 +99,7 @@ def read_checkpoint(path: str) -> dict:
 
 
 def damage(path: str) -> str | None:
-    """None if every record of the file has its CRC-32; else what is wrong with it."""
+    """None if the CRC-32 of every record is right; else what is wrong with the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             fault = _packing_fault(path, archive)
@@ -117,7 +117,7 @@ class CheckpointWriter:
     def __init__(self, output_dir: str, keep: int = 0):
         self.output_dir, self.keep = output_dir, keep
         self.failures = 0
-        self.owed: dict | None = None  # the best weights, while the disk has no room for them
+        self.pending_best: dict | None = None  # the best weights, until the disk has room for them
 
     def path(self, name: str) -> str:
         return os.path.join(self.output_dir, name)
@@ -127,7 +127,7 @@ class CheckpointWriter:
             write_atomic(self.path(name), lambda file: torch.save(state, file))
             return True
         except (OSError, RuntimeError) as error:
-            if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
+            if "DataLoader worker" in str(error):  # raised by torch's signal handler, wherever it interrupts
                 raise
             self._warn(name, error)
             return False
@@ -145,13 +145,13 @@ class CheckpointWriter:
             if os.path.exists(last):
                 os.replace(last, previous)
             os.replace(self.path("checkpoint-next.pth"), last)
-        except OSError as error:  # `find_resume` knows checkpoint-next.pth as well: nothing is lost
+        except OSError as error:  # `find_resume` also looks for checkpoint-next.pth: nothing is lost
             self._warn(LAST, error)
             return False
         return True
 
     def save_epoch(self, state: dict, epoch: int) -> bool:
-        """checkpoint-{epoch}.pth, hard-linked from the last one where the file system can; prunes to `keep`."""
+        """checkpoint-{epoch}.pth, a hard link to the last one if possible; deletes all but the newest `keep`."""
         path = self.path(f"checkpoint-{epoch}.pth")
         try:
             if os.path.exists(path):
@@ -167,20 +167,20 @@ class CheckpointWriter:
         return True
 
     def save_best(self, state: dict) -> bool:
-        """checkpoint-best.pth, for evaluation and prediction: `model` is what was selected, the EMA if there is one."""
+        """checkpoint-best.pth, for evaluation and prediction: `model` has the selected weights (EMA if on)."""
         slim = {k: v for k, v in state.items() if k not in ("optimizer", "scaler", "rng", "ema")}
         slim["model"] = state.get("ema") or state["model"]
         wrote = self._write(BEST, slim)
         if wrote:
-            self.owed = None
-        else:  # training goes on and changes these tensors: keep what they were
-            self.owed = {**slim, "model": _on_cpu(slim["model"])}
+            self.pending_best = None
+        else:  # copy them: training continues and changes these tensors
+            self.pending_best = {**slim, "model": _on_cpu(slim["model"])}
         return wrote
 
     def retry_best(self) -> None:
         """Write checkpoint-best.pth if that failed before."""
-        if self.owed is not None and self._write(BEST, self.owed):
-            self.owed = None
+        if self.pending_best is not None and self._write(BEST, self.pending_best):
+            self.pending_best = None
 
 
 def _on_cpu(state: dict | None) -> dict | None:
@@ -209,7 +209,7 @@ def resumable(output_dir: str, tell: Callable[[str], None] = lambda text: None) 
             continue
         fault = damage(path)
         if fault:
-            tell(f"{path}: {fault}; trying the one before")
+            tell(f"{path}: {fault}; trying the previous one")
             continue
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):
@@ -217,14 +217,14 @@ def resumable(output_dir: str, tell: Callable[[str], None] = lambda text: None) 
             if head.get("format") == FORMAT and "optimizer" in head:
                 usable.append(((int(head["epoch"]), int(head["step"])), path))
         except Exception as error:
-            tell(f"{path}: cannot be read ({reason_of(error)}); trying the one before")
+            tell(f"{path}: cannot be read ({reason_of(error)}); trying the previous one")
     return usable
 
 
 def rng_state(device: torch.device) -> dict:
     """This process's generators, as tensors and primitives (weights_only can read them).
 
-    CUDA's only for a run on CUDA: asking for it opens a context there, some 500 MB of the GPU per process.
+    CUDA's only for a run on CUDA: reading it opens a CUDA context, some 500 MB of GPU memory per process.
     """
     name, keys, pos, has_gauss, cached = cast(tuple, np.random.get_state())
     version, internal, gauss = random.getstate()
@@ -239,7 +239,7 @@ def rng_state(device: torch.device) -> dict:
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
-    """Inverse of `rng_state`. Generator states are CPU tensors whatever device the checkpoint was mapped to."""
+    """Inverse of `rng_state`. The state tensors may be on any device."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, pos, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
@@ -252,14 +252,14 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 def peek(path: str) -> dict:
     """{meta, args} of this project's checkpoint, without reading its tensors; {} for any other file.
 
-    args: the options of its run, not checked. UserError if the meta is this project's and says what cannot be.
+    args: the options of its run, not checked. UserError if the meta is this project's and has an invalid entry.
     """
     if path.endswith(".safetensors") or not os.path.isfile(path):
         return {}
     try:
         refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # what is wrong with it is said by `read_file`, when the weights are wanted
+    except Exception:  # `read_file` reports what is wrong when the weights are read
         return {}
     meta = own_meta(content, path) if isinstance(content, dict) else None
     if meta is None:
@@ -268,12 +268,12 @@ def peek(path: str) -> dict:
 
 
 def peek_meta(path: str) -> dict | None:
-    """The meta that `peek` finds, or None."""
+    """The meta found by `peek`, or None."""
     return peek(path).get("meta")
 
 
 def own_meta(content: dict, path: str) -> dict | None:
-    """meta of this project's checkpoint, checked; None for any other file's content."""
+    """The checked meta of this project's checkpoint; None for the content of any other file."""
     if content.get("format") != FORMAT or not isinstance(content.get("meta"), dict):
         return None
     check_meta(content["meta"], path, whole=True)
@@ -284,14 +284,14 @@ def load_exactly(model, state: dict, flag: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{flag}: the checkpoint is of another model ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{flag}: the checkpoint is for another model ({' '.join(str(error).split())[:200]})") from None
     name = non_finite(state)
     if name is not None:
         raise UserError(f"{flag}: the checkpoint's {name} holds NaN or infinite values")
 
 
 def non_finite(state: dict[str, torch.Tensor]) -> str | None:
-    """The first entry that holds a NaN or infinite value; None if there is none."""
+    """Name of the first entry with a NaN or infinite value; None if there is none."""
     names = [k for k, v in state.items() if v.is_floating_point()]
     finite = [torch.isfinite(state[k]).all() for k in names]
     if not finite or torch.stack(finite).all():

@@ -1,4 +1,4 @@
-"""The names that flags choose from. Nothing here imports torch or timm: a mistyped name is answered at once."""
+"""The choices of flags. Nothing here imports torch or timm, so a mistyped name is reported at once."""
 
 import importlib.util
 import re
@@ -46,7 +46,7 @@ VIEW_NAMES = (
     "blur",
 )
 
-LEAST_CROP_PCT = 0.1  # an image is resized to cover its input's size / crop_pct
+LEAST_CROP_PCT = 0.1  # an image is resized to cover (input size / crop_pct)
 
 # Augmentation policies (augment/rand_augment.py).
 _NUMBER = r"\d+(\.\d+)?"
@@ -58,12 +58,12 @@ _POLICY = re.compile(
 
 
 def is_policy(text: str) -> bool:
-    """Whether it is an augmentation policy (--aa) as timm writes it."""
+    """Whether `text` is an augmentation policy (--aa) in timm's notation."""
     return _POLICY.fullmatch(text) is not None
 
 
 def is_rand_augment(text: str) -> bool:
-    """Whether it is RandAugment with its usual set of operations; `-t` names another set."""
+    """Whether `text` is RandAugment with the usual set of operations; `-t` names another set."""
     return re.fullmatch(rf"rand({_RAND})*", text) is not None
 
 
@@ -84,10 +84,10 @@ def is_mae_name(name: str) -> bool:
 
 @cache
 def timm_names() -> frozenset[str]:
-    """Names of timm's models and of models/families, without their weights' tags, read from the source files.
+    """Names of timm's models and of models/families, without tags of weights, read from the source files.
 
-    The same set as timm's own registry, without importing timm, which takes seconds; empty where timm's source is not
-    there to read.
+    The same set as timm's registry, without importing timm, which takes seconds; empty if timm's source is not
+    installed.
     """
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:

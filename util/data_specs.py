@@ -1,4 +1,4 @@
-"""The one table of data sets by name: image size, channels, normalisation. It needs no torch.
+"""The table of named data sets: image size, channels, normalisation. It does not import torch.
 
 util/data/datasets.py reads the data sets themselves.
 """
@@ -10,9 +10,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a data set's name tells: default image size in pixels, channels, mean and std of pixels scaled to [0, 1].
+    """Default image size in pixels, channels, mean and std of pixels scaled to [0, 1].
 
-    hflip is the probability of a mirror image in training: 0 where mirroring changes the class.
+    hflip: probability of a mirror image in training; 0 where mirroring changes the class.
     """
 
     img_size: int
@@ -30,7 +30,7 @@ class DataSpec:
         return (sum(self.mean) / 3,), (sum(self.std) / 3,)
 
 
-# The one table of statistics. They travel in the checkpoint's meta from here to fine-tuning and prediction.
+# The only table of statistics. Checkpoints carry them in their meta to fine-tuning and prediction.
 DATASETS = {
     "folder": DataSpec(224, 3, IMAGENET_MEAN, IMAGENET_STD),
     "cifar10": DataSpec(32, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

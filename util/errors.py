@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", which mains print as one line; other errors in one line."""
+"""UserError, which mains print as one line and without a traceback, and short texts about other errors."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ _KEYWORD = re.compile(r"<(\w+)>")
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data. The message is one line: the flag or path, its value, what would be right."""
+    """A mistake in flags, files or data. The message is one line: the flag or path, its value, what is expected."""
 
 
 class ParameterError(UserError):
-    """A mistake in a keyword of a network, which the message has as `<keyword>`: `<drop_path> 3: should be ...`.
+    """A wrong keyword of a network, written `<keyword>` in the message: `<drop_path> 3: should be ...`.
 
-    As text it names keywords. A main, whose users set them by flags, says `by_flags`.
+    str() names the keyword. Mains, where users set keywords by flags, print `by_flags`.
     """
 
     def __init__(self, message: str):
@@ -21,14 +21,14 @@ class ParameterError(UserError):
         super().__init__(_KEYWORD.sub(r"\1", message))
 
     def by_flags(self, flags: dict[str, str]) -> UserError:
-        """flags: of the keywords that have a flag of another name."""
+        """The error with flags in place of keywords. flags: those whose name differs from the keyword's."""
         return UserError(_KEYWORD.sub(lambda m: flags.get(m[1], f"--{m[1]}"), self.message))
 
 
 def reason_of(error: BaseException) -> str:
-    """Why it was raised, in one short line: the system's word for it, else what it says, else the name of its type.
+    """The reason in one short line: the system's text, else the message, else the name of the type.
 
-    A KeyError says no more than the key, so its type stands before it.
+    A KeyError's message is only the key, so the type is put before it.
     """
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     if isinstance(error, LookupError) or not text:

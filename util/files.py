@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, streams that may fail, names as text."""
+"""Atomic writes, output streams that tolerate failed writes, printable file names."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ from util.errors import UserError, reason_of
 
 
 def write_atomic(path: str, write) -> None:
-    """`write(file)` to a temporary neighbour, fsync, rename: the old file stays whole until the new one is."""
+    """`write(file)` to a temporary file beside it, fsync, rename: the old file stays until the new one is complete."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -25,7 +25,7 @@ def write_atomic(path: str, write) -> None:
         raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(folder)  # so that the rename survives a power cut
     finally:
         os.close(folder)
 
@@ -36,19 +36,19 @@ def warn(text: str) -> None:
 
 @contextmanager
 def survive(path: str, what: str = "not written"):
-    """Around all that is drawn or logged: whatever goes wrong there (a full disk, a class name that a font chokes on)
-    costs that file and a warning, not the run."""
+    """For pictures and logs: any error inside (a full disk, a character that the font lacks) becomes a warning, and the
+    run continues without that file."""
     try:
         yield
     except Exception as error:
-        if "DataLoader worker" in str(error):  # torch's signal handler raises in the middle of anything
+        if "DataLoader worker" in str(error):  # raised by torch's signal handler, wherever it interrupts
             raise
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         warn(f"{path}: {what} ({kind}{reason_of(error)})")
 
 
-class Sturdy:
-    """A stream whose disk may be full or whose reader may be gone: what cannot be written is lost, the run goes on."""
+class TolerantStream:
+    """Drops what cannot be written (a full disk, a closed pipe), so that the run continues."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -69,7 +69,7 @@ class Sturdy:
 
 @contextmanager
 def must_write(flag: str, path: str):
-    """Around what a script is run for: a place that cannot be written to is the user's to mend."""
+    """For a script's main output: UserError if it cannot be written."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -77,28 +77,28 @@ def must_write(flag: str, path: str):
 
 
 def write_text(path: str, text: str, flag: str = "") -> None:
-    """Written whole or not at all; a full disk costs the report, not what it is about. Lone surrogates are escaped.
+    """Written atomically; if that fails, a warning. Lone surrogates are escaped.
 
-    flag: which said where; then it is what the script is run for, and a UserError if it cannot be written.
+    flag: the flag that set the path, for a script's main output; if that cannot be written, a UserError.
     """
     with must_write(flag, path) if flag else survive(path):
         write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_csv(path: str, header: list[str], rows: list[list], flag: str = "") -> None:
-    """As write_text. Lines end in a line feed; names may hold any character."""
+    """Like write_text. Lines end in a line feed; names may contain any character."""
     lines: list[str] = []
-    # csv quotes what its own line end is made of: with "\n" alone, a name with a carriage return would be cut in two.
+    # csv quotes only characters of its line end: with "\n" alone, a carriage return in a name would break the row.
     sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
     csv.writer(sink, lineterminator="\r\n").writerows([header, *rows])
     write_text(path, "".join(lines), flag)
 
 
 def printable(path: str) -> str:
-    """A file name as text: names that are no UTF-8 keep their bytes as escapes."""
+    """A file name as text; bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def composed(text: str) -> str:
-    """Unicode's composed form: file systems and archives write accents either way."""
+    """Unicode's composed form (NFC): file systems and archives use both forms of accents."""
     return unicodedata.normalize("NFC", text)

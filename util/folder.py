@@ -1,4 +1,4 @@
-"""The folder that a run writes to: what it holds already, whether this run may write there, and no other at once."""
+"""A run's output folder: what it already contains, whether this run may write there, and a lock against others."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from util.errors import UserError, reason_of
 
-# Kinds of run, as args.json names them, and how the report.md of one begins.
+# Kinds of run as named in args.json: a description, and the first line of the report.
 KINDS = {
     "finetune": ("a training run of main_finetune.py", r"# Fine-tuning: "),
     "kfold": ("a k-fold run of main_finetune.py", r"# \d+-fold run"),
@@ -21,7 +21,7 @@ KINDS = {
 }
 RESUMABLE = ("finetune", "pretrain")
 CHECKPOINT = r"checkpoint-(last|next|previous|best|\d+)\.pth"
-# What training leaves. TensorBoard's files are only read together.
+# Files that training leaves. TensorBoard reads all of its files in a folder as one run.
 LEFT = CHECKPOINT + (
     r"|args\.json|log\.txt|report\.md|result\.json|oof\.csv|summary\.json|curves\.png|confusion\.png|trace\.json"
     r"|profile\.txt|reconstruction_epoch_\d+\.png|events\.out\.tfevents\..*"
@@ -29,14 +29,14 @@ LEFT = CHECKPOINT + (
 
 
 def kind_of_run(folder: str) -> str | None:
-    """A key of KINDS, `other` for a report of unknown origin, None if nothing tells."""
+    """A key of KINDS, `other` for a report of unknown origin, None if there is no sign of a run."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kind = json.loads(Path(folder, "args.json").read_text("utf-8"))["kind"]
         if kind in KINDS:
             return kind
     if holds(folder, r"fold-\d+"):
-        return "kfold"  # the folder of folds that were started one by one
-    try:  # written before args.json named the kind
+        return "kfold"  # the folds were started one by one
+    try:  # written before args.json stored the kind
         with open(os.path.join(folder, "report.md"), encoding="utf-8", errors="replace") as file:
             heading = file.readline(200)
     except OSError:
@@ -45,20 +45,20 @@ def kind_of_run(folder: str) -> str | None:
 
 
 def holds(folder: str, names: str) -> bool:
-    """True if a name in it matches the expression `names`."""
+    """True if the name of a file in it matches the regular expression `names`."""
     return any(re.fullmatch(names, name) for name in os.listdir(folder))
 
 
 def goes_on_in(folder: str, resume: str) -> bool:
-    """True if --resume means a checkpoint of this folder."""
+    """True if --resume refers to a checkpoint in this folder."""
     return resume == "auto" or (bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder))
 
 
 def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool = False) -> None:
-    """UserError if a run of this kind would write over what the folder holds.
+    """UserError if a run of this kind would overwrite another run's files.
 
-    Training goes on by --resume with a checkpoint of the folder, or starts anew by --overwrite. The other scripts write
-    over an earlier result of their own, and over nothing else.
+    Training continues with --resume from a checkpoint in the folder, or starts over with --overwrite. The other scripts
+    overwrite only earlier results of their own.
     """
     if overwrite or not os.path.isdir(folder):
         return
@@ -68,8 +68,8 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
         return
     if own:
         raise UserError(
-            f"--output_dir {folder}: holds checkpoints of a run; --resume auto goes on with it, "
-            "--overwrite starts anew, or choose another folder"
+            f"--output_dir {folder}: holds checkpoints of a run; --resume auto continues it, "
+            "--overwrite starts over, or choose another folder"
         )
     what = (
         KINDS[held][0] if held in KINDS else "a training run" if checkpoints else "another run's log.txt or report.md"
@@ -79,7 +79,7 @@ def refuse_other_run(folder: str, kind: str, resume: str = "", overwrite: bool =
 
 
 def refuse_log_of_other_run(log_dir: str, output_dir: str | None) -> None:
-    """UserError if TensorBoard's files would lie beside another run's: it reads them as one, and purges by step."""
+    """UserError if the folder has another run's TensorBoard files: TensorBoard would merge the two."""
     if not os.path.isdir(log_dir) or (output_dir and os.path.realpath(log_dir) == os.path.realpath(output_dir)):
         return
     if (held := kind_of_run(log_dir)) in KINDS:
@@ -89,9 +89,9 @@ def refuse_log_of_other_run(log_dir: str, output_dir: str | None) -> None:
 
 
 def clear_run(folder: str, folds: int = 0) -> None:
-    """--overwrite: what another training run left goes, so that nothing of it is resumed, predicted with or shown.
+    """--overwrite: delete what another training run left, so that none of it is resumed, used or shown.
 
-    folds: the folders fold-0 to fold-{folds - 1} stay, each of which its own run clears.
+    folds: the folders fold-0 to fold-{folds - 1} stay; each is cleared by its own run.
     """
     for name in os.listdir(folder):
         path, fold = os.path.join(folder, name), re.fullmatch(r"fold-(\d+)", name)
@@ -102,16 +102,16 @@ def clear_run(folder: str, folds: int = 0) -> None:
                 clear_run(path)
                 for mark in (".lock", OUTPUT_MARK):
                     Path(path, mark).unlink(missing_ok=True)
-                os.rmdir(path)  # unless something else is in it
+                os.rmdir(path)  # unless it contains something else
 
 
-# What this process has made: folders, the outer ones first, and marks in folders.
+# What this process created: folders, outer ones first, and marks in folders.
 _made: list[str] = []
 _marks: list[str] = []
 
 
 def make_folder(path: str, flag: str) -> None:
-    """`path` and those above it, where they are not there. UserError if that is not possible."""
+    """Create `path` and its parents where missing. UserError if that fails."""
     try:
         above = os.path.abspath(path)
         while not os.path.isdir(above) and above not in _made:
@@ -120,24 +120,24 @@ def make_folder(path: str, flag: str) -> None:
         _made.sort()
         os.makedirs(path, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise UserError(f"{flag} {path}: cannot be made ({reason_of(error)})") from None
+        raise UserError(f"{flag} {path}: cannot be created ({reason_of(error)})") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path}: no permission to write there")
 
 
 def remove_empty_folders() -> None:
-    """Folders that this process made or marked, and wrote nothing to, are as before: it ended before it began."""
+    """Undo folders that this process created or marked but wrote nothing to: the run failed before it began."""
     for mark in _marks:
         with suppress(OSError):
             if os.listdir(os.path.dirname(mark)) == [OUTPUT_MARK]:
                 os.unlink(mark)
     for path in reversed(_made):
-        with suppress(OSError, ValueError):  # ValueError: a zero byte in a name that could not be made
+        with suppress(OSError, ValueError):  # ValueError: a zero byte in the name
             os.rmdir(path)
 
 
 def mark_output(path: str) -> None:
-    """So that its pictures are never read as photos, and it is no class (util/data/image_files.py)."""
+    """So that it is never read as a class or a folder of images (util/data/image_files.py)."""
     mark = os.path.join(path, OUTPUT_MARK)
     with suppress(OSError):
         if not os.path.exists(mark):
@@ -146,10 +146,10 @@ def mark_output(path: str) -> None:
 
 
 def lock_folder(path: str):
-    """The open file whose lock keeps other processes out until it is closed; None where the file system has no locks.
+    """An open, locked file that keeps other processes out until it is closed; None if the file system has no locks.
 
-    A POSIX record lock: the system lifts it when the process ends, however it ends, and unlike flock's it is not
-    inherited, so loader processes that outlive a killed run for some seconds do not hold it.
+    A POSIX record lock: the system releases it whenever the process ends, and unlike flock's it is not inherited, so
+    loader processes that outlive a killed run by some seconds do not hold it.
     """
     try:
         import fcntl
@@ -164,17 +164,17 @@ def lock_folder(path: str):
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
         raise UserError(
-            f"--output_dir {path}: another process is training there; wait for its end, or choose another folder"
+            f"--output_dir {path}: another process is training there; wait until it ends, or choose another folder"
         ) from None
     return file
 
 
-OUTPUT_MARK = ".noisevit-output"  # an empty file in each folder that a run was told to write to
+OUTPUT_MARK = ".noisevit-output"  # an empty file in each output folder
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Whether a folder with files of these names was written by a run: it is marked, or an earlier version's by what is
-    in it (or it is TensorBoard's)."""
+    """Whether a folder with these files was written by a run: it has the mark, or files that only earlier versions or
+    TensorBoard write."""
     if OUTPUT_MARK in names or any(n.startswith("events.out.tfevents") for n in names):
         return True
     checkpoint = any(n.startswith("checkpoint-") and n.endswith(".pth") for n in names)

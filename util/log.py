@@ -27,15 +27,15 @@ from util.folder import (
     refuse_other_run,
 )
 
-TIMES = ("seconds", "images_per_second", "data_wait_percent")  # of a line in log.txt: what two equal runs differ in
+TIMES = ("seconds", "images_per_second", "data_wait_percent")  # the entries of log.txt that equal runs do not share
 
 
 class RunLog:
     """Writes on rank 0 only.
 
-    TensorBoard's steps are MAE's epoch_1000x: int(1000 * fractional epoch). Both trainings write there, every
-    --print_freq steps, train_loss and lr, which MAE writes, and train_loss_0, ... of pretraining's levels; and after
-    each epoch what its line of log.txt has: train_loss is train/loss, val_acc1 is val/acc1.
+    TensorBoard's steps are MAE's epoch_1000x: int(1000 * fractional epoch). Every --print_freq steps both trainings
+    write train_loss and lr, as MAE does, and pretraining the loss of each level (train_loss_0, ...). After each epoch
+    they write the values of its line in log.txt: train_loss as train/loss, val_acc1 as val/acc1.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RunLog:
     ):
         self.output_dir = output_dir if is_main else None
         self.is_main = is_main
-        self.kind, self.anew = kind, anew  # anew: nothing of another run in the folder stays
+        self.kind, self.anew = kind, anew  # anew: delete another run's files in the folder
         self.writer: Any = None  # TensorBoard's SummaryWriter
         self.lock = None
         self.log_dir = (log_dir or output_dir) if is_main else None
@@ -58,9 +58,9 @@ class RunLog:
             mark_output(self.output_dir)
 
     def start(self, epoch: float = 0.0) -> None:
-        """Open the files to go on at `epoch`: anything written past that point by an interrupted run is dropped.
+        """Open the files to continue at `epoch`; what an interrupted run wrote beyond it is dropped.
 
-        UserError if another process trains there.
+        UserError if another process is training there.
         """
         if self.output_dir:
             self.lock = lock_folder(self.output_dir)
@@ -86,7 +86,7 @@ class RunLog:
     def write_args(self, options: dict) -> None:
         """args.json: the kind of run, the resolved options, versions, git commit and command line.
 
-        A report that is there was of another line, or of fewer epochs, and goes: what stands there is of this one.
+        Deletes an existing report: it belongs to another command line, or to fewer epochs.
         """
         if self.output_dir:
             for name in ("report.md", "result.json"):
@@ -108,25 +108,25 @@ class RunLog:
                 writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
 
     def epoch(self, line: dict) -> None:
-        """Append one line to log.txt; floats that JSON has no word for become null."""
+        """Append one line to log.txt; NaN and infinite values become null."""
         if self.output_dir:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             with survive(self.path("log.txt")), open(self.path("log.txt"), "ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # a full disk took part of a line
+                    if file.read(1) != b"\n":  # a full disk cut a line short
                         file.write(b"\n")
                 file.write(json.dumps(clean).encode() + b"\n")
 
     def flush(self) -> None:
-        """Before a checkpoint: what it resumes from must be on disk."""
+        """Called before a checkpoint, so that the log on disk is not behind it."""
         with self._tensorboard() as writer:
             if writer:
                 writer.flush()
 
     def say(self, text: str) -> None:
         if self.is_main:
-            # File names of any bytes.
+            # file names may be any bytes
             text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
@@ -143,15 +143,15 @@ class RunLog:
 
     @contextmanager
     def _tensorboard(self):
-        """A fault ends TensorBoard's file: its writing thread is dead then."""
+        """An error ends TensorBoard's file: its writing thread is dead then."""
         writer, self.writer = self.writer, None
-        with survive(self.log_dir or "", "TensorBoard's file is not written any more"):
+        with survive(self.log_dir or "", "TensorBoard's file is no longer written"):
             yield writer
             self.writer = writer
 
 
 def _excepthook(args, default=threading.excepthook) -> None:
-    """TensorBoard's thread raises what it has handed to the run as well, which tells it in one line."""
+    """Silence TensorBoard's thread: the run gets the same error and reports it in one line."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         default(args)
 
@@ -167,7 +167,7 @@ def claim(
 ) -> RunLog:
     """The log of a run that may write to `output_dir`, on every rank; UserError if another run's files would be lost.
 
-    The one door to a folder for all scripts: kind is a key of util/folder.py's KINDS; '' or None writes nothing.
+    All scripts open their output folder here. kind: a key of util/folder.py's KINDS. output_dir '' or None: no files.
     """
     fault = None
     if world.is_main:
@@ -188,7 +188,7 @@ def claim(
 
 
 def read_log(path: str) -> list[dict]:
-    """The lines of a log.txt; an unfinished line (a killed run) and what else is none of this log's are left out."""
+    """The lines of a log.txt, without an unfinished line (a killed run) or any other invalid one."""
     lines = []
     if os.path.isfile(path):
         for text in Path(path).read_text("utf-8", "replace").splitlines():
@@ -216,7 +216,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with `-dirty` if it was edited; None outside a git checkout."""
+    """The commit of this code, with `-dirty` if files have changed; None outside a git checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         return subprocess.run(

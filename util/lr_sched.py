@@ -1,4 +1,4 @@
-"""The learning-rate curve of MAE (He et al., CVPR 2022, appendix A): linear warm-up, then half a cosine."""
+"""MAE's learning-rate schedule (He et al., CVPR 2022, appendix A): linear warm-up, then half a cosine."""
 
 import math
 
@@ -10,13 +10,13 @@ def lr_at(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epoch
     """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    # A run that is all warm-up has no cosine part left; it stays at its peak.
+    # A run that is all warm-up has no cosine part; it stays at the peak.
     r = (epoch - warmup_epochs) / (epochs - warmup_epochs) if epochs > warmup_epochs else 0.0
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * r))
 
 
 def set_lr(optimizer, lr: float) -> float:
-    """Give every parameter group the schedule's lr times its own lr_scale (layer decay); returns lr."""
+    """Set every parameter group's lr to lr times its lr_scale (layer decay); returns lr."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -1,6 +1,6 @@
-"""What a checkpoint may say of itself (`meta`): checked before a model is built or a tensor allocated by it.
+"""Checks a checkpoint's description of itself (`meta`) before a model is built from it.
 
-A checkpoint can come from anywhere. Its meta names a model and sizes, so it could ask for a download, a file or more
+A checkpoint can come from anywhere. Its meta names a model and sizes, so it could request a download, a file or more
 memory than there is.
 """
 
@@ -11,8 +11,8 @@ from util.choices import LEAST_CROP_PCT
 from util.errors import UserError
 from util.files import composed
 
-LARGEST = 2**16  # of any whole number in meta: pixels, widths, depths, classes
-# timm.create_model's arguments that fetch or open something, or return another thing than a classifier.
+LARGEST = 2**16  # upper bound of any whole number in meta: pixels, widths, depths, classes
+# timm.create_model's arguments that download or open something, or return something other than a classifier.
 FORBIDDEN = {
     "pretrained",
     "pretrained_cfg",
@@ -25,7 +25,7 @@ FORBIDDEN = {
     "no_jit",
 }
 
-# create_model's own arguments, which meta has in other places: the flags that set them.
+# create_model's own arguments that have flags.
 OWN_FLAGS = {
     "name": "--model",
     "num_classes": "--nb_classes",
@@ -37,24 +37,24 @@ OWN_FLAGS = {
 
 
 def check_model_kwargs(pairs: list[tuple[str, object]]) -> None:
-    """UserError for what --model_kwargs cannot set, and for what no checkpoint could be read with afterwards."""
+    """UserError for keywords that --model_kwargs cannot set, and values that would make the checkpoint unreadable."""
     for name, value in pairs:
         given = f"--model_kwargs {name}={str(value)[:40]}"
         if flag := {**OWN_FLAGS, "drop_path_rate": "--drop_path", "pretrained": "--pretrained"}.get(name):
-            raise UserError(f"{given}: has a flag of its own; give {flag}")
+            raise UserError(f"{given}: has its own flag; give {flag}")
         if name == "global_pool" and isinstance(value, bool):
             raise UserError(f"{given}: give --global_pool or --cls_token, or timm's name of a pooling: avg, token, max")
         if name in FORBIDDEN:
-            raise UserError(f"{given}: should be left out; it makes another thing than a classifier, or opens a file")
+            raise UserError(f"{given}: should be left out; it builds no classifier, or opens a file")
         if not _is_plain(value):
             raise UserError(f"{given}: should be text, True, False, None, a number up to {LARGEST} or a list of them")
 
 
 def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
-    """UserError naming the file and the first entry that cannot be. Entries that are not known pass.
+    """UserError naming the file and the first invalid entry. Unknown entries are accepted.
 
-    whole: also ask for every entry that building the model needs. What earlier versions wrote otherwise is put as it is
-    written now: `kind`, and the classes, whose names they took from folders in either of Unicode's forms.
+    whole: also require every entry that building the model needs. Converts what earlier versions wrote differently:
+    `kind`, and class names, which they took from folders in either of Unicode's forms.
     """
     if meta.get("kind") == "classifier":
         meta["kind"] = "finetune"
@@ -89,7 +89,7 @@ def check_meta(meta: dict, path: str, *, whole: bool = False) -> None:
     check("noprop", _is_plain_keywords, f"keywords with plain values up to {LARGEST}")
     needed = {"finetune": ("classes", "num_classes"), "pretrain": ("noprop",)}.get(str(meta.get("kind")))
     if needed is None or not whole:
-        return  # of a kind that no script rebuilds; they say so
+        return  # a kind that no script rebuilds; the scripts report it
     for key in ("model", "img_size", "in_chans", "mean", "std", *needed):
         if key not in meta:
             raise UserError(f"{path}: its meta lacks {key}; not a whole checkpoint of this project")
@@ -116,7 +116,7 @@ def _are_numbers(v) -> bool:
 
 
 def _is_model_name(v) -> bool:
-    # A colon or a slash would make timm look on a hub or a disk.
+    # A colon or a slash would make timm look on a hub or the disk.
     return isinstance(v, str) and 0 < len(v) < 200 and not set(v) & set(":/\\\n")
 
 
@@ -137,15 +137,15 @@ def _are_model_keywords(v) -> bool:
 
 
 def refuse_other_classes(given: str, old: list[str] | None, new: list[str] | None) -> None:
-    """UserError if the outputs of a checkpoint's classifier are other classes than this run's, or in another order.
+    """UserError if a checkpoint's classes, or their order, differ from this run's.
 
-    given: the checkpoint as the command line has it, with its flag.
+    given: the checkpoint's flag and path, as on the command line.
     """
     if not old or not new or list(old) == list(new):
         return
     i = next((i for i, (a, b) in enumerate(zip(old, new)) if a != b), min(len(old), len(new)))
     was, now = (repr(names[i]) if i < len(names) else "missing" for names in (old, new))
     raise UserError(
-        f"{given}: its class {i} is {was}, in the data it is {now}; give the classes the names that they had, or start "
-        "a new run from it with --finetune, which moves the classifier by name"
+        f"{given}: its class {i} is {was}, in the data it is {now}; rename the classes as they were, or start "
+        "a new run from it with --finetune, which matches the classifier's rows by name"
     )

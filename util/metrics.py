@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass
 class Evaluation:
-    """Scores in percent, mean loss, confusion counts [C, C] (rows true), and per-sample probabilities where asked."""
+    """Scores in percent, mean loss, confusion counts [C, C] (rows: true), and per-sample probabilities if requested."""
 
     acc1: float
     acc5: float | None
@@ -26,7 +26,7 @@ class Evaluation:
 def scores_from_confusion(confusion: np.ndarray) -> tuple[float, float]:
     """(balanced accuracy, macro F1) in percent, as scikit-learn computes them.
 
-    The accuracy is averaged over the classes that occur, the F1 over those that occur or are predicted.
+    The accuracy is averaged over classes that occur, the F1 over classes that occur or are predicted.
     """
     right, true, predicted = np.diag(confusion).astype(float), confusion.sum(1), confusion.sum(0)
     recall = right[true > 0] / true[true > 0]

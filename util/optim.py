@@ -11,7 +11,7 @@ from torch import nn
 from util.errors import UserError
 
 # Exempt in every model: MAE exempts the first two, DeiT and timm the rest; Swin-V2's logit_scale, which timm 1.0.15
-# meant to name and did not.
+# leaves out by mistake.
 NO_WEIGHT_DECAY = {"cls_token", "pos_embed", "dist_token", "reg_token", "logit_scale"}
 
 
@@ -19,7 +19,7 @@ def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
     """Layer number of every parameter, and the number of the last layer.
 
     ViT, as MAE and BEiT count: embedding = 0, block i = i + 1, the rest = depth + 1. Other families: timm's
-    `group_matcher`, made consecutive; a model without one counts as a single layer.
+    `group_matcher`, renumbered without gaps; a model without one counts as a single layer.
     """
     names = [n for n, _ in model.named_parameters()]
     if isinstance(model, VisionTransformer):
@@ -44,7 +44,7 @@ def param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 
     """AdamW parameter groups: dicts with params, names, lr_scale and weight_decay; every parameter exactly once.
 
     lr_scale = layer_decay ** (last - layer). No weight decay for 1-D parameters, class and position embeddings
-    and whatever the model's own `no_weight_decay()` names. Frozen parameters are left out.
+    and those that the model's `no_weight_decay()` names. Frozen parameters are left out.
     Source: MAE util/lr_decay.py's numbers for ViTs; timm's layer map elsewhere.
     """
     layers, last = layer_ids(model)
@@ -74,16 +74,16 @@ def param_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 
 
 
 def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """Fused AdamW: one kernel per dtype and device, and it can skip a bad step without a sync (see `skip_if_bad`)."""
+    """Fused AdamW: one kernel per dtype and device, and it skips bad steps without a sync (see `optimizer_step`)."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def allocate_gradients(parameters: list[nn.Parameter]) -> None:
-    """Zero gradients in advance, all of them side by side, to be kept (`optimizer_step(keep_gradients=True)`).
+    """Allocate zero gradients before training, next to each other, for `optimizer_step(keep_gradients=True)`.
 
-    A gradient that is allocated in the middle of a backward pass outlives the activations around it and leaves a hole
-    in the C heap. With backward passes one after the other (engine_pretrain.py) every one leaves its own: 784 MB
-    instead of 503 for NoProp's CIFAR defaults with T = 10, batch 64 (bench/notes.md).
+    A gradient allocated in the middle of a backward pass outlives the activations around it and leaves a hole in the
+    C heap. With several backward passes in a row (engine_pretrain.py) each leaves its own: 784 MB instead of 503 for
+    NoProp's CIFAR defaults with T = 10, batch 64 (bench/notes.md).
     """
     for p in parameters:
         if p.grad is None:
@@ -92,7 +92,7 @@ def allocate_gradients(parameters: list[nn.Parameter]) -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """An update, made or skipped: the gradients' norm before clipping and the scale of the loss, 0-d, on the device."""
+    """An update, made or skipped: gradient norm before clipping and loss scale; 0-d tensors on the device."""
 
     norm: torch.Tensor
     skipped: torch.Tensor  # bool: the norm is not finite
@@ -109,12 +109,12 @@ def optimizer_step(
 ) -> Update:
     """Unscale, clip to the norm clip_grad, update unless the norm is not finite, zero the gradients.
 
-    A skipped step leaves weights and moments alone, without asking the device: fused AdamW reads `found_inf`, the hook
-    that GradScaler uses. Under DDP the reduced gradients are equal, so all ranks skip together.
+    A skipped step leaves weights and moments unchanged, without a sync: fused AdamW reads `found_inf`, the hook that
+    GradScaler uses. Under DDP the reduced gradients are equal, so all ranks skip together.
     keep_gradients: zero them in place instead of freeing them (see `allocate_gradients`).
     """
     loss_scale = scaler.scale(torch.ones((), device=parameters[0].device))  # before this update changes it
-    scaler.unscale_(optimizer)  # the identity unless fp16
+    scaler.unscale_(optimizer)  # does nothing unless fp16
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
@@ -131,9 +131,9 @@ def optimizer_step(
 class Ema(ModelEmaV3):
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None, skipped: torch.Tensor | None = None) -> None:
-        """Take in `model` after its update number `step`. skipped: bool, 0-d; if True, the average stays as it is.
+        """Average in `model` after update number `step`. skipped: bool, 0-d; if True, the average does not change.
 
-        ModelEmaV3's own update, with its weight as a tensor on the device, so that no step waits for it.
+        ModelEmaV3's update with its weight as a tensor on the device, which avoids a sync.
         """
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values()))
         averages, values = zip(*[(a, v) for a, v in pairs if a.is_floating_point()])
@@ -162,7 +162,7 @@ def restore_optimizer(optimizer, state: dict) -> None:
     for group in optimizer.param_groups:
         order += group["names"]
     if set(order) != set(by_name):
-        raise UserError("--resume: the checkpoint's optimizer covers other parameters; was it another model or phase?")
+        raise UserError("--resume: the checkpoint's optimizer has other parameters; was it another model or phase?")
     # Another --layer_decay groups the parameters differently: renumber the moments to this run's order.
     moments = {new: state["state"][by_name[name]] for new, name in enumerate(order) if by_name[name] in state["state"]}
     parameters = [p for g in optimizer.param_groups for p in g["params"]]

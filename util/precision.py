@@ -1,26 +1,26 @@
-"""What a network's layers say about the precision to compute it in."""
+"""How a network's layers affect its precision and memory format."""
 
 import torch
 from torch import nn
 
 
 def is_convolutional(net: nn.Module) -> bool:
-    """True with a convolution whose windows overlap or leave gaps; cutting into patches is a matrix product."""
+    """True if a convolution's windows overlap or leave gaps; a patch embedding is a matrix product."""
     return any(isinstance(m, nn.Conv2d) and m.kernel_size != m.stride for m in net.modules())
 
 
 def place(net: nn.Module, device: torch.device) -> nn.Module:
-    """`net` on its device; a convolutional one in channels_last, in which cuDNN and oneDNN are faster.
+    """`net` on its device; a convolutional one in channels_last, which is faster in cuDNN and oneDNN.
 
-    The layout of the weights is enough: the first convolution converts what it is given.
+    Converting the weights is enough: the first convolution converts its input.
     """
     net.to(device)
     return net.to(memory_format=torch.channels_last) if is_convolutional(net) else net
 
 
 # torch's bf16 weight gradient of a convolution on CPU (oneDNN; torch 2.14 on AVX512_BF16) is not always written where a
-# tap of the kernel meets nothing but padding: the gradient there is 0, but what the memory held before may be returned.
-# An example is a 3x3 kernel of stride 2 on a 1x1 map, which only its centre meets:
+# kernel tap only sees padding: the gradient there is 0, but uninitialised memory may be returned. An example is a 3x3
+# kernel of stride 2 on a 1x1 map, which only the centre tap sees:
 #
 #     conv, x, wrong = torch.nn.Conv2d(64, 64, 3, 2, 1), torch.randn(8, 64, 1, 1), 0
 #     for _ in range(20):
@@ -32,13 +32,12 @@ def place(net: nn.Module, device: torch.device) -> nn.Module:
 #         wrong += not conv.weight.grad.isfinite().all()
 #
 # ends with wrong between 5 and 19. With glibc's M_PERTURB filling all fresh memory, 707 of 6096 settings of Conv2d were
-# wrong (kernels 1 to 7, strides 1 to 4, dilations, groups, maps of 1 to 8 pixels, both memory formats). All of them are
-# of this kind, and outputs and gradients of the input were right. Conv3d fails as well where the padding is wider than
-# the map.
+# wrong (kernels 1 to 7, strides 1 to 4, dilations, groups, maps of 1 to 8 pixels, both memory formats). All were of
+# this kind; outputs and input gradients were right. Conv3d also fails where the padding is wider than the map.
 
 
 def meets_only_padding(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """True if, in one dimension, a tap of the kernel never lies on the map, or the padding is as wide as the map."""
+    """True if, in one dimension, a kernel tap never lies on the map, or the padding is at least as wide as the map."""
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     return padding > 0 and (
         padding >= size
@@ -52,7 +51,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class _InFp32(nn.Module):
-    """Added to a convolution's bases: it computes in fp32 under autocast."""
+    """Mixin for a convolution that computes in fp32 under autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -60,9 +59,9 @@ class _InFp32(nn.Module):
 
 
 def keep_out_of_bf16(net: nn.Module, shape: tuple[int, int, int]) -> list[str]:
-    """Convolutions on CPU whose gradient torch gets wrong in bf16 compute in fp32 from now on; returns their names.
+    """Make convolutions whose bf16 gradient is wrong on CPU compute in fp32; returns their names.
 
-    shape: channels, height, width of net's images; one of them goes through it to see the maps.
+    shape: channels, height, width of net's images; a forward pass of one image finds the sizes of the maps.
     """
     padded = [(n, m) for n, m in net.named_modules() if isinstance(m, Conv) and widths(m)]
     found: dict[str, Conv] = {}
@@ -93,7 +92,7 @@ def keep_out_of_bf16(net: nn.Module, shape: tuple[int, int, int]) -> list[str]:
 
 
 def widths(conv: Conv) -> tuple[int, ...]:
-    """Its zero padding per dimension; () for none."""
+    """Zero padding per dimension; () for none."""
     if isinstance(conv.padding, tuple):
         return conv.padding if any(conv.padding) else ()
     return tuple(-(-d * (k - 1) // 2) for k, d in zip(conv.kernel_size, conv.dilation) if conv.padding == "same")

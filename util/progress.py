@@ -19,11 +19,11 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether the values of the step that `update` counts next are to be shown."""
+        """Whether the next `update` should show values."""
         return (self.step + 1) % self.every == 0 or self.step + 1 == self.total
 
     def update(self, values: dict[str, float] | None = None) -> None:
-        """Count a step; `values`, where given, are shown."""
+        """Count a step and show `values`, if given."""
         self.step += 1
         shown = "  ".join(f"{k}: {v:.4g}" for k, v in (values or {}).items())
         if self.bar is not None:
@@ -45,7 +45,7 @@ class Progress:
 
 
 def batches_of(iterable: Iterable, count: int) -> Iterator:
-    """`count` items of an iterable that may hold fewer: None fills up, so that all ranks make equal rounds."""
+    """`count` items of an iterable, padded with None, so that all ranks make the same number of iterations."""
     iterator = iter(iterable)
     for _ in range(count):
         yield next(iterator, None)

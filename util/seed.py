@@ -1,6 +1,6 @@
-"""Counted randomness: every random number is a hash of counters (seed, epoch, index, ...), never of what ran before.
+"""Counted randomness: every random number is a hash of counters (seed, epoch, index, ...), not of earlier draws.
 
-So a resumed run, another worker count or another world size draws the same numbers for the same sample.
+So a sample gets the same numbers after a resume, and for any number of workers and ranks.
 The hash is splitmix64 (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014).
 """
 
@@ -38,10 +38,10 @@ def mix(*counters: int) -> int:
 
 def _seed_cpu(key: int) -> None:
     random.seed(key)
-    # numpy and torch both fill a Mersenne twister from 32 bits in the same way: give them different halves,
-    # or they would produce the same stream.
+    # numpy and torch seed a Mersenne twister from 32 bits in the same way: with equal halves they would produce the
+    # same stream.
     np.random.seed((key >> 31) & 0xFFFFFFFF)
-    # Not torch.manual_seed: before CUDA is initialised it queues a callback per call, for ever.
+    # Not torch.manual_seed: before CUDA is initialised it queues a callback per call, which is never freed.
     torch.default_generator.manual_seed(key & 0xFFFFFFFF)
 
 
@@ -60,13 +60,13 @@ _numpy_spare = np.random.MT19937(0)
 
 @contextmanager
 def sample_rng(seed: int, epoch: int, index: int):
-    """One sample's augmentation: the CPU generators of random, numpy and torch seeded by the counters inside, and
-    going on after it where they were before. About 50 microseconds.
+    """Seed the CPU generators of random, numpy and torch by the counters, for one sample's augmentation; restore them
+    afterwards. About 50 microseconds.
 
-    Not for two threads at once: the generators are the process's own.
+    Not thread-safe: the generators belong to the process.
     """
-    # numpy copies its state element by element (100 us): exchange the generator under np.random instead. The one
-    # thing lost is the second normal of a pair that np.random.randn may have kept for its next call.
+    # numpy copies its state element by element (100 us): swap np.random's generator instead. This only loses the second
+    # normal of a pair that np.random.randn may have kept for its next call.
     numpy_before = get_bit_generator()
     random_before, torch_before = random.getstate(), torch.default_generator.get_state()
     try:
@@ -86,11 +86,11 @@ def _signed(z: int) -> int:
 
 
 def _shift_right(z: torch.Tensor, k: int) -> torch.Tensor:
-    return (z >> k).bitwise_and_((1 << (64 - k)) - 1)  # torch's >> of int64 copies the sign bit in
+    return (z >> k).bitwise_and_((1 << (64 - k)) - 1)  # torch's >> of int64 shifts the sign bit in
 
 
 def _finalise_tensor(z: torch.Tensor) -> torch.Tensor:
-    z = (z ^ _shift_right(z, 30)).mul_(_signed(_MUL1))  # int64 products wrap: arithmetic modulo 2^64
+    z = (z ^ _shift_right(z, 30)).mul_(_signed(_MUL1))  # int64 products wrap modulo 2^64
     z = z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MUL2))
     return z.bitwise_xor_(_shift_right(z, 31))
 
@@ -107,7 +107,7 @@ def counted_bits(seed: int, epoch: int, index: torch.Tensor, n: int, stream: int
 def counted_uniform(seed: int, epoch: int, index: torch.Tensor, n: int, stream: int = 0) -> torch.Tensor:
     """float32 [B, n] in [0, 1), multiples of 2^-24, on index's device and bit-equal on every device.
 
-    index: int64 [B], the samples' numbers in the data set. `stream` separates uses within one epoch.
+    index: int64 [B], sample numbers in the data set. `stream` separates uses within one epoch.
     """
     return _shift_right(counted_bits(seed, epoch, index, n, stream), 40).float().mul_(2.0**-24)
 
@@ -115,7 +115,7 @@ def counted_uniform(seed: int, epoch: int, index: torch.Tensor, n: int, stream: 
 def counted_normal(seed: int, epoch: int, index: torch.Tensor, n: int, stream: int = 0) -> torch.Tensor:
     """float32 [B, n] from N(0, 1), |value| < 5.9; equal on every device up to its rounding of log and cos.
 
-    Box-Muller: each 64-bit hash gives two uniforms of 24 bits, and those two normals.
+    Box-Muller: each 64-bit hash gives two 24-bit uniforms, and these give two normals.
     """
     bits = counted_bits(seed, epoch, index, (n + 1) // 2, stream)
     u = _shift_right(bits, 40).float().add_(0.5).mul_(2.0**-24)  # in (0, 1]: the logarithm stays finite

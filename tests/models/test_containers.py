@@ -157,7 +157,7 @@ def test_safetensors_are_known_by_their_content(tmp_path):
             and peek_meta(str(tmp_path / name)) is None
         )
     (tmp_path / "x.pth").write_text("version 2 of a page in place of the file")
-    with pytest.raises(UserError, match=r"no file of torch.save or safetensors"):
+    with pytest.raises(UserError, match=r"not written by torch.save or safetensors"):
         load_pretrained(vit(), tmp_path / "x.pth")
 
 

@@ -92,13 +92,13 @@ def says_flags(main):
 def run_main(main) -> None:
     """Call a script's main(); the user's mistakes end in one line and exit code 2, an interrupt in 130."""
     from util.dist import shutdown
-    from util.files import Sturdy
+    from util.files import TolerantStream
     from util.folder import remove_empty_folders
 
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = Sturdy(sys.stdout), Sturdy(sys.stderr)
+    sys.stdout, sys.stderr = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
     sys.excepthook = sys.__excepthook__
     try:
         code = main()
