@@ -26,6 +26,7 @@ CROSS_CUTTING = {
     "test_recipes.py",
     "test_resume.py",
     "test_self_describing.py",
+    "test_wiring.py",
 }
 
 
