@@ -334,7 +334,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_h
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number,why", [(signal.SIGUSR1, "as torchrun is gone"), (signal.SIGTERM, "by a signal")])
+@pytest.mark.parametrize("number,why", [(signal.SIGUSR1, "because torchrun is gone"), (signal.SIGTERM, "by a signal")])
 def test_a_signal_to_torchrun_saves_and_leaves_no_rank_behind(tmp_path, number, why):
     """SIGUSR1 kills torchrun, which does not handle it: the ranks notice. SIGTERM it hands on to them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_finetune.py"]

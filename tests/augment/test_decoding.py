@@ -314,7 +314,7 @@ def test_images_that_only_opencv_cannot_decode_are_counted_once_an_epoch(tmp_pat
                 assert torch.equal(x, y) or i != 0, "what OpenCV cannot decode is Pillow's to the bit"
     said = capsys.readouterr().err.splitlines()
     assert [line.split(";")[0] for line in said] == [
-        f"warning: epoch {e}: 1 of 4 images were decoded by Pillow, as OpenCV could not" for e in (0, 1)
+        f"warning: epoch {e}: 1 of 4 images were decoded by Pillow because OpenCV could not" for e in (0, 1)
     ]
     assert "0.jpg (OpenCV cannot decode it)" in said[0]
 

@@ -1,6 +1,6 @@
-"""The data sets by name: where their files lie, their classes, their normalisation. Small ones live in memory.
+"""Reads the named data sets: their images, targets and classes.
 
-Two kinds come out: ArrayDataset (one uint8 tensor) and FileDataset (paths, decoded in loader workers).
+Small ones become an ArrayDataset (one uint8 tensor), others a FileDataset (paths, decoded in loader processes).
 """
 
 import os
@@ -19,9 +19,9 @@ from util.errors import UserError, listed, reason_of
 from util.files import printable
 from util.folder import is_output
 
-# Folders that divide a set, and are no classes.
+# Folders that are splits, not classes.
 TRAIN_FOLDERS, HELD_OUT_FOLDERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing"}
-# The same as a word of a longer name: seg_train beside seg_test, training_set beside test_set, Train beside Dev.
+# The same words inside a longer name: seg_train beside seg_test, training_set beside test_set, Train beside Dev.
 TRAIN_LIKE, HELD_OUT_LIKE = (
     re.compile(rf"(?<![a-z])({names})(set|data|images)?(?![a-z])")
     for names in ("train|training", "val|valid|validation|test|testing|dev|eval|evaluation|holdout")
@@ -51,10 +51,10 @@ class ArrayDataset:
 class FileDataset:
     """Images as files. `targets` int64 [N]; -1 where there is no label. `root` shortens the names in reports.
 
-    notes: what lies beside the images and was not read, for the log and the report.
+    notes: what was found beside the images but not read, for the log and the report.
     """
 
-    paths: Paths  # made of any sequence of strings
+    paths: Paths  # any sequence of strings is converted
     targets: torch.Tensor
     classes: list[str] = field(default_factory=list)
     root: str = ""
@@ -77,14 +77,14 @@ Dataset = ArrayDataset | FileDataset
 
 
 def notes_of(*data: Dataset | None) -> list[str]:
-    """The notes of several splits, each once."""
+    """The notes of several splits, without duplicates."""
     return list(dict.fromkeys(note for d in data for note in getattr(d, "notes", ())))
 
 
 def read_class_folder(root: str, classes: list[str] | None = None, only: Collection[str] | None = None) -> FileDataset:
-    """root/class/**/image files. only: names of the classes to read, if not all.
+    """root/class/**/image files. only: names of the classes to read (default: all).
 
-    classes: the training set's, when this is its validation set. Classes without images are noted; a class that is not
+    classes: the training set's, to read its validation set. Classes without images are noted; a class that is not
     among them is a UserError.
     """
     folders: dict[str, list[str]] = defaultdict(list)
@@ -93,7 +93,7 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
     if only is not None:
         folders = {name: folders[name] for name in only if name in folders}
     if not folders:
-        raise UserError(f"{root}: no class folders in it; expected {root}/<class>/<images>")
+        raise UserError(f"{root}: has no class folders; expected {root}/<class>/<images>")
     paths, counts, total = [], {}, Found()
     for name in sorted(folders):
         found = Found()
@@ -109,7 +109,7 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
     present = [name for name in counts if counts[name]]
     notes = total.notes(root)
     if stray := images_beside(root):
-        notes.append(f"{printable(root)}: left out, {stray} images outside of the class folders")
+        notes.append(f"{printable(root)}: left out, {stray} images outside the class folders")
     if classes is None:
         classes = present
     if unknown := sorted(set(present) - set(classes)):
@@ -118,7 +118,7 @@ def read_class_folder(root: str, classes: list[str] | None = None, only: Collect
         raise UserError(f"{root}: none of its class folders has images; expected {root}/<class>/<images>")
     if lacking := [name for name in classes if name not in present]:
         notes.append(
-            f"{printable(root)}: has no images of {listed(lacking)}; scored on the {len(present)} classes that it has"
+            f"{printable(root)}: has no images of {listed(lacking)}; scored on the other {len(present)} classes"
         )
     targets = [torch.full((counts[name],), classes.index(name)) for name in present]
     return FileDataset(Paths.joined(paths), torch.cat(targets), list(classes), root, notes)
@@ -131,30 +131,30 @@ def read_unlabelled(root: str, without: Collection[str] = ()) -> FileDataset:
     found = find_images(root, without=without)
     if not found.paths:
         left_out = f" (but {kinds(found.left_out)})" if found.left_out else ""
-        raise UserError(f"{root}: no images in it{left_out}")
+        raise UserError(f"{root}: has no images{left_out}")
     notes = found.notes(root)
     if without:
-        notes.append(f"{printable(root)}: left out, held out beside it: {', '.join(map(printable, without))}")
+        notes.append(f"{printable(root)}: left out, validation or test data: {', '.join(map(printable, without))}")
     return FileDataset(Paths(found.paths), torch.full((len(found.paths),), -1), [], root, notes)
 
 
 def _is_part(folder: str) -> bool:
-    """Whether a folder is there and holds data: not one of that name which only a run wrote."""
+    """Whether the folder exists and has data, not only a run's output."""
     if not os.path.isdir(folder) or not is_output(os.listdir(folder)):
         return os.path.isdir(folder)
     return any(find_images(os.path.join(folder, c), is_data=False).paths for c in class_folders(folder))
 
 
 def _splits_in(root: str, labelled: bool) -> list[str]:
-    """Folders in root, which has no train/, that look like parts of a set: two such names, or an unmistakable one."""
+    """Folders that look like splits, in a root without train/: two such names, or one that is unambiguous."""
     folders = [f for f in class_folders(root) if _is_part(os.path.join(root, f))]
     found = [f for f in folders if f.casefold() in TRAIN_FOLDERS | HELD_OUT_FOLDERS]
-    alone = HELD_OUT_FOLDERS - {"valid"}  # beside `invalid`, a class
+    alone = HELD_OUT_FOLDERS - {"valid"}  # a class, beside `invalid`
     if len(found) > 1 or any(f.casefold() in alone for f in found):
         return found
     training, held_out = ([f for f in folders if like.search(f.casefold())] for like in (TRAIN_LIKE, HELD_OUT_LIKE))
     held_out = [f for f in held_out if f not in training]
-    # `toy train` beside `test tube` are classes; parts of a labelled set have classes below them.
+    # `toy train` beside `test tube` are classes; splits of a labelled set contain class folders.
     if labelled:
         training = [f for f in training if len(class_folders(os.path.join(root, f))) > 1]
     return training + held_out if training and held_out else []
@@ -173,7 +173,7 @@ def _read_folder(root: str, split: str, labelled: bool, classes: list[str] | Non
         return read_unlabelled(folder, [f for f in splits if not TRAIN_LIKE.search(f.casefold())])
     if splits:
         raise UserError(
-            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like parts of the set, not "
+            f"--data_path {root}: has no train/ folder, and {', '.join(splits)}, which look like splits, not "
             f"classes; expected {root}/train/<class>/<images> and {root}/val, or give --data_path one of them with "
             "--val_split 0.2"
         )
@@ -201,13 +201,13 @@ def _read_imagenet(
 
 
 def read_wnids(path: str) -> set[str]:
-    """The WordNet IDs that a text names, with whatever stands beside them; if it has none, its words."""
+    """The WordNet IDs in a text file, which may contain other words; all its words if it has no IDs."""
     text = Path(path).read_text("utf-8-sig", "replace")
     return set(re.findall(r"(?<![^\W_])n\d{3,}(?![^\W_])", text) or text.split())
 
 
 def _read_imagenet100(root: str, split: str, labelled: bool, classes: list[str] | None = None) -> FileDataset:
-    """A folder of the 100 classes, or the whole ImageNet beside imagenet100.txt (a wnid per line)."""
+    """A folder of the 100 classes, or all of ImageNet with an imagenet100.txt (a wnid per line)."""
     listing = os.path.join(root, "imagenet100.txt")
     only = read_wnids(listing) if os.path.isfile(listing) else None
     data = _read_imagenet(root, split, labelled, classes, only, "imagenet-100")
@@ -242,16 +242,16 @@ def _read_tiny_imagenet(root: str, split: str, labelled: bool, classes: list[str
     val = os.path.join(base, "val")
     listing, images = os.path.join(val, "val_annotations.txt"), os.path.join(val, "images")
     names = set(os.listdir(images)) if os.path.isfile(listing) and os.path.isdir(images) else set()
-    if not names:  # some copies are sorted into class folders, with or without the list
+    if not names:  # some copies have class folders, with or without the list
         if (
             not os.path.isfile(listing)
             and os.path.isdir(images)
             and "images" not in classes
             and find_images(images).paths
         ):
-            raise UserError(f"--data_path {root}: {listing}, which tells the classes of {images}, is missing")
+            raise UserError(f"--data_path {root}: {listing}, which lists the classes of {images}, is missing")
         return read_class_folder(val, classes)
-    # Tabs, or spaces where an editor has replaced them.
+    # Separated by tabs, or by spaces if an editor replaced them.
     rows = [line.split()[:2] for line in Path(listing).read_text("utf-8-sig", "replace").splitlines() if line.strip()]
     if short := [row for row in rows if len(row) < 2]:
         raise UserError(f"{listing}: its line {short[0][0]!r} should be a file name and a wnid")
@@ -273,7 +273,7 @@ def _read_torchvision(name: str, root: str, split: str, *_) -> ArrayDataset:
 
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
     inner = getattr(cls, "base_folder", "FashionMNIST/raw")
-    # --data_path may be the inner folder itself, or a part of the way to it.
+    # --data_path may be the inner folder or one on the way to it.
     whole = os.path.abspath(root)
     above = [whole] + [os.path.normpath(os.path.join(whole, *[".."] * k)) for k in range(1, inner.count("/") + 2)]
     fits = (a for a in above if f"{a}/{inner}/".startswith(f"{whole}/") and os.path.isdir(os.path.join(a, inner)))
@@ -281,7 +281,7 @@ def _read_torchvision(name: str, root: str, split: str, *_) -> ArrayDataset:
     where = os.path.join(root, inner)
     try:
         data = cls(root, train=split == "train", download=False)
-    except RuntimeError:  # torchvision's word for "not found or corrupted"
+    except RuntimeError:  # not found or corrupted
         _download(name, lambda: cls(root, train=True, download=True), f"put its files in {where}")
         data = cls(root, train=split == "train", download=False)
     images = torch.as_tensor(data.data)
@@ -290,14 +290,14 @@ def _read_torchvision(name: str, root: str, split: str, *_) -> ArrayDataset:
 
 
 def _download(name: str, fetch, by_hand: str) -> None:
-    """Run torchvision's downloader quietly; offline, one line says what to do by hand."""
+    """Run torchvision's downloader quietly; if it fails, one line says what to do by hand."""
     import contextlib
     import io
 
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             fetch()
-    except Exception as error:  # URLError, HTTPError, digests, a read-only folder: all mean the same to the user
+    except Exception as error:  # URLError, HTTPError, wrong digests, a read-only folder: the same to the user
         why = reason_of(error)
         raise UserError(f"--dataset {name}: not found, and its download failed ({why}); {by_hand}") from None
 
@@ -317,7 +317,7 @@ def _read_digits(root: str, split: str, *_) -> ArrayDataset:
     )
 
 
-# Of each data set in DATASETS: (root, split, labelled, classes) -> its images, None without this split.
+# For each data set: (root, split, labelled, classes) -> its images; None if it lacks the split.
 READERS: dict[str, Callable[..., Dataset | None]] = {
     "folder": _read_folder,
     "digits": _read_digits,
@@ -331,16 +331,16 @@ READERS: dict[str, Callable[..., Dataset | None]] = {
 def read_split(
     name: str, root: str, split: str, labelled: bool = True, classes: list[str] | None = None
 ) -> Dataset | None:
-    """The `train` or `val` split of a data set in DATASETS; None where a folder has no val/ of its own.
+    """The `train` or `val` split of a data set in DATASETS; None for a folder without val/.
 
-    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: those of the
-    training split, for `val`, where they are known.
+    labelled=False (pretraining) takes any folder of images, with or without class folders. classes: the training
+    split's, to read `val`, if known.
     """
     return READERS[name](root, split, labelled, classes)
 
 
 def to_channels(data: ArrayDataset, in_chans: int) -> ArrayDataset:
-    """Grey images repeated to colour, or colour ones reduced to luma (ITU-R 601, as PIL's convert('L'))."""
+    """Grey images repeated to three channels, or colour images reduced to luma (ITU-R 601, as PIL's convert('L'))."""
     if data.images.shape[1] == in_chans:
         return data
     if data.images.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Folders of image files: what is found in them, what is left out, and how their names are shown."""
+"""Finds image files in folders and counts the files that are left out."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ from util.errors import UserError, listed, reason_of
 from util.files import composed, printable
 from util.folder import is_output
 
-# What file managers, NAS boxes and archives put beside photos; names that start with a dot are left out as well.
+# Folders that file managers, NAS boxes and archives create; names that start with a dot are left out as well.
 SYSTEM_FOLDERS = {
     "@eadir",
     "__macosx",
@@ -21,19 +21,19 @@ SYSTEM_FOLDERS = {
     "lost+found",
     "system volume information",
 }
-THUMBNAILS = {"thumbs", "thumbnails"}  # only beside the images that they are of: a class may be called so
+THUMBNAILS = {"thumbs", "thumbnails"}  # only beside images: a class may have this name
 
 
 def class_name(folder: str) -> str:
-    """The class that a folder stands for."""
+    """The class name of a folder."""
     return composed(printable(folder))
 
 
 class Paths(Sequence):
-    """A sequence of paths in three arrays, which loader processes share.
+    """A sequence of paths, stored in arrays that loader processes share.
 
-    A list of strings would be copied into every process: reading a Python object writes its reference count, and memory
-    that is written to is no longer shared.
+    A list of strings would be copied into every process: reading a Python object changes its reference count, and the
+    system copies shared memory when it is written to.
     """
 
     def __init__(self, paths: Iterable[str] = ()):
@@ -46,7 +46,7 @@ class Paths(Sequence):
 
     @classmethod
     def joined(cls, parts: Sequence["Paths"]) -> "Paths":
-        """Those of several one after another."""
+        """Concatenate."""
         import numpy as np
 
         whole, shift = cls(), np.cumsum([0, *(len(part.text) for part in parts)])
@@ -57,7 +57,7 @@ class Paths(Sequence):
         return whole
 
     def take(self, index) -> "Paths":
-        """Those with the numbers in `index`; the text is shared."""
+        """The paths numbered in `index`; the text is shared."""
         part = Paths.__new__(Paths)
         part.text, part.start, part.stop = self.text, self.start[index], self.stop[index]
         return part
@@ -76,8 +76,8 @@ class Paths(Sequence):
 class Found:
     """Image files below a folder, sorted, and what was not read there.
 
-    left_out: files that are no images, by extension. guessed: those that are, by extensions that do not say so. hidden:
-    folders of that name. outputs: paths of runs' output.
+    left_out: counts of other files by extension. guessed: counts of images with an unknown extension. hidden: counts of
+    hidden and system folders. outputs: folders that runs wrote.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -95,13 +95,13 @@ class Found:
         return self
 
     def notes(self, root: str) -> list[str]:
-        """A line for each kind of thing below `root` that is not among the images."""
+        """A line for each kind of file or folder that was left out."""
         notes, root_name = [], printable(root)
         if self.left_out:
             heif = "; `pip install pillow-heif` reads .heic" if {".heic", ".heif"} & set(self.left_out) else ""
             notes.append(f"{root_name}: left out, not images: {kinds(self.left_out)}{heif}")
         if self.guessed:
-            notes.append(f"{root_name}: images by their first bytes, not by their names: {kinds(self.guessed)}")
+            notes.append(f"{root_name}: recognised as images by their first bytes: {kinds(self.guessed)}")
         if self.hidden:
             notes.append(f"{root_name}: left out, hidden and system folders: {kinds(self.hidden)}")
         if self.outputs:
@@ -111,12 +111,12 @@ class Found:
 
 
 def kinds(counts: Counter) -> str:
-    """`15 .xml, 3 .heic`, the most frequent first."""
+    """`15 .xml, 3 .heic`, most frequent first."""
     return listed([f"{n} {printable(kind)}" for kind, n in counts.most_common()], 8)
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    """os.walk's own way is silence: a class would shrink, or a test set, without a word."""
+    """Called by os.walk, which would otherwise skip the folder silently."""
     raise UserError(f"--data_path: {printable(os.fspath(error.filename))}: cannot be read ({reason_of(error)})")
 
 
@@ -125,10 +125,10 @@ def is_hidden(folder: str) -> bool:
 
 
 def find_images(root: str, *, is_data: bool = True, without: Collection[str] = ()) -> Found:
-    """Every image file below `root` by augment.decoding.is_image, sorted; symbolic links are followed, loops once.
+    """Every image file (augment.decoding.is_image) below `root`, sorted; symbolic links are followed, loops once.
 
-    Not read: hidden and system folders, and what runs wrote (is_data: root itself is read all the same); folders
-    directly in root that `without` names. UserError for a folder that cannot be read.
+    Left out: hidden and system folders, folders that runs wrote (but not root if is_data), and folders directly in root
+    that `without` names. UserError for an unreadable folder.
     """
     from augment.decoding import is_image, is_known
 
@@ -140,9 +140,11 @@ def find_images(root: str, *, is_data: bool = True, without: Collection[str] = (
             continue
         seen.add(real)
         if not (is_data and folder == root) and is_output(files):
-            if any(is_image(os.path.join(folder, n)) for n in files if not n.lower().endswith(".png")):  # a run's are
+            if any(
+                is_image(os.path.join(folder, n)) for n in files if not n.lower().endswith(".png")
+            ):  # a run's pictures are .png
                 raise UserError(
-                    f"{printable(folder)}: holds photos and the output of a run; move one of the two elsewhere"
+                    f"{printable(folder)}: contains photos and the output of a run; move one of them elsewhere"
                 )
             found.outputs.append(folder)
             subfolders.clear()
@@ -168,7 +170,7 @@ def find_images(root: str, *, is_data: bool = True, without: Collection[str] = (
 
 
 def class_folders(root: str) -> list[str]:
-    """Names of the folders in root but for hidden and system ones, sorted."""
+    """Names of the folders in root, sorted, without hidden and system ones."""
     if not os.path.isdir(root):
         raise UserError(f"--data_path {root}: no such folder")
     try:
@@ -178,7 +180,7 @@ def class_folders(root: str) -> list[str]:
 
 
 def images_beside(root: str) -> int:
-    """Images directly in root, where class folders are expected."""
+    """Number of images directly in root, where class folders are expected."""
     from augment.decoding import is_image
 
     files = (e for e in os.scandir(root) if not e.name.startswith(".") and not e.is_dir())
@@ -188,8 +190,8 @@ def images_beside(root: str) -> int:
 def refuse_output_among_images(flag: str, output: str | None, data_path: str) -> None:
     """UserError if `output` is a folder of images at or below --data_path.
 
-    The run's pictures would be read as photos, or the photos would never be read again. A folder without images may lie
-    there: it is left out of the data.
+    The run's pictures would be read as photos, or the photos would never be read again. A folder without images is
+    allowed there: it is left out of the data.
     """
     if not output or not os.path.isdir(output):
         return
@@ -197,4 +199,4 @@ def refuse_output_among_images(flag: str, output: str | None, data_path: str) ->
     if os.path.commonpath([folder, data]) != data:
         return
     if folder == data or (not is_output(os.listdir(folder)) and find_images(folder, is_data=False).paths):
-        raise UserError(f"{flag} {output}: holds the images of --data_path; choose a folder of its own")
+        raise UserError(f"{flag} {output}: contains images of --data_path; choose another folder")

@@ -1,4 +1,4 @@
-"""The images to predict, what they are called in tables, and their labels where there are any."""
+"""The images to predict, their IDs in tables, and their labels, if any."""
 
 import csv
 import os
@@ -14,20 +14,20 @@ from util.files import composed, printable
 
 
 def spreadsheet_safe(text: str) -> str:
-    """A field that no spreadsheet takes for a formula: an apostrophe before = + - @ tab and carriage return."""
+    """An apostrophe before = + - @ tab and carriage return, so that spreadsheets do not read the field as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def without_apostrophe(text: str) -> str:
-    """The name that spreadsheet_safe made this field of; any other text as it is."""
+    """Inverse of spreadsheet_safe; other text does not change."""
     return text[1:] if spreadsheet_safe(text[1:]) == text else text
 
 
 def class_finder(classes: list[str]) -> Callable[[str], int | None]:
-    """text -> number of the class that it names, or None.
+    """text -> number of the named class, or None.
 
-    An exact name wins; else spaces at the ends and an apostrophe that was meant for a spreadsheet are ignored. Accents
-    may be written in either of Unicode's forms; those of `classes` are composed.
+    Exact names come first; then spaces at the ends and spreadsheet_safe's apostrophe are ignored. Accents may be in
+    either of Unicode's forms; those of `classes` are composed.
     """
     number = {c: i for i, c in enumerate(classes)}
     stripped = defaultdict(list)
@@ -47,18 +47,18 @@ def class_finder(classes: list[str]) -> Callable[[str], int | None]:
 
 
 def image_id(data: Dataset, i: int) -> str:
-    """The path below --data_path, with forward slashes; bytes that are no UTF-8 as escapes."""
+    """The path below --data_path, with forward slashes; bytes that are not UTF-8 become escapes."""
     return printable(data.name(i)).replace(os.sep, "/")
 
 
 def read_images(
     dataset: str, root: str, classes: list[str], labels: str | None = None, *, trained_on: bool = False
 ) -> tuple[Dataset, list[str], list[str]]:
-    """(data sorted by ID, IDs, notes for the report). data.targets: numbers into `classes`, -1 without a label.
+    """(data sorted by ID, IDs, notes for the report). data.targets: indices into `classes`, -1 without a label.
 
-    A folder is labelled if every image lies in a subfolder named after a class; a CSV file of labels replaces that.
-    Other data sets than `folder` give their labelled test split. trained_on: the images that training reads there, with
-    train/ as the root of a folder that has it.
+    A folder is labelled if every image is in a subfolder named after a class; a CSV file of labels takes precedence.
+    Other data sets give their labelled test split. trained_on: read the training images instead; the root is then
+    train/ if there is one.
     """
     notes: list[str] = []
     data: Dataset | None
@@ -69,7 +69,7 @@ def read_images(
         images.targets = _folder_targets(images, root, classes, notes) if labels is None else images.targets
     else:
         data = read_split(dataset, root, "train" if trained_on else "val")
-        assert data is not None  # only a folder may lack a split
+        assert data is not None  # only folders may lack a split
         if sorted(data.classes) != sorted(classes):
             odd = sorted(set(data.classes) ^ set(classes))[0]
             raise UserError(f"--dataset {dataset}: its classes differ from those of --checkpoints (e.g. {odd})")
@@ -91,20 +91,20 @@ def _folder_targets(data: FileDataset, root: str, classes: list[str], notes: lis
     if None not in tops:
         return torch.tensor(tops)
     folders = [class_name(name) for name in class_folders(root)]
-    if set(folders) & set(classes):  # a mistyped class must not pass for "no labels" unseen
-        odd = [f for f in folders if f not in number] or ["images outside of them"]
+    if set(folders) & set(classes):  # a mistyped class must not look like a folder without labels
+        odd = [f for f in folders if f not in number] or ["images outside them"]
         notes.append(f"not scored: besides folders named after classes, {root} has {listed(odd)}")
     return data.targets
 
 
 def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str]) -> list[int]:
-    """A class number per image, -1 without a label, from a CSV file whose first line has the columns ID and label.
+    """Class number per image, -1 without a label, from a CSV file with the columns ID and label.
 
-    An ID is the image's path below --data_path, or its file name where that is unique, with or without extension. An
-    exact name wins; else spaces at its ends and an apostrophe before = + - @ are ignored.
+    An ID is the image's path below --data_path, or its file name if that is unique, with or without extension. Exact
+    names come first; then spaces at the ends and an apostrophe before = + - @ are ignored.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets put a byte-order mark
+        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte-order mark
             header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: cannot be read ({reason_of(error)})") from None
@@ -132,16 +132,16 @@ def read_labels(path: str, ids: list[str], classes: list[str], notes: list[str])
         else:
             targets[i] = number
     if max(targets) < 0:
-        example = f"; its {unknown[0]!r} is none like {ids[0]!r}" if unknown else ""
-        raise UserError(f"--labels {path}: labels none of the {len(ids)} images{example}")
+        example = f"; it has {unknown[0]!r}, the data has {ids[0]!r}" if unknown else ""
+        raise UserError(f"--labels {path}: has no label for any of the {len(ids)} images{example}")
     if unknown:
-        notes.append(f"{len(unknown)} lines of {path} name no image here, e.g. {unknown[0]}")
+        notes.append(f"{len(unknown)} lines of {path} name unknown images, e.g. {unknown[0]}")
     return targets
 
 
 def _finder(ids: list[str], path: str):
-    """name -> number of the image, None if there is none. Exact paths win over names without folder or extension, and
-    these over what differs in spaces at the ends or in Unicode's forms."""
+    """name -> number of the image, or None. Exact paths come first, then names without folder or extension, then names
+    that differ in spaces at the ends or in Unicode's form."""
     levels: list[dict[str, list[int]]] = [defaultdict(list) for _ in range(12)]
     for i, name in enumerate(ids):
         base = name.rsplit("/", 1)[-1]

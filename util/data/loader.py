@@ -1,8 +1,8 @@
-"""From a data set to batches on the device: splits, the order of samples, loaders.
+"""From a data set to batches on the device: the order of samples, loader processes, loaders.
 
-The order of an epoch is one permutation of the whole set by (seed, epoch); step s of a run on R ranks with batch B
-takes entries [s R B, (s + 1) R B) of it. So a run can start in the middle of an epoch, and worker count, world size
-and resumes do not change which samples a step sees. Augmentation is counted by (seed, epoch, index) as well.
+An epoch's order is a permutation of the whole set by (seed, epoch); step s on R ranks with batch size B takes its
+entries [s R B, (s + 1) R B). So a run can start in the middle of an epoch, and the number of workers and ranks does not
+change which samples a step sees. Augmentation is seeded by (seed, epoch, index).
 """
 
 import os
@@ -40,19 +40,19 @@ class Batch:
 
 
 class EpochOrder:
-    """Batches of (epoch, index) for one rank; see the module's docstring. Training drops the incomplete last batch."""
+    """Batches of (epoch, index) for one rank, in the order above. Training drops an incomplete last batch."""
 
     def __init__(self, n: int, batch_size: int, *, world: World, seed: int = 0, train: bool = True, even: bool = False):
         self.n, self.rank, self.size, self.seed, self.train = n, world.rank, world.size, seed, train
         self.batch_size = batch_size
         if train:
-            # A set smaller than one global batch still trains: with all of it as the batch.
+            # If the set is smaller than one global batch, the whole set is the batch.
             self.batch_size = min(batch_size, n // world.size)
-            if even:  # mixup pairs each sample with its mirror in the batch
+            if even:  # mixup pairs samples of the batch, first with last
                 self.batch_size -= self.batch_size % 2
             if even and self.batch_size < 1 and n >= world.size:
                 raise UserError(
-                    f"--batch_size {batch_size}: --mixup and --cutmix mix pairs of images, and a batch has one here "
+                    f"--batch_size {batch_size}: --mixup and --cutmix mix pairs of images, but a batch here has one "
                     f"({n} training images, {world.size} processes); give 2 or more, or --mixup 0 --cutmix 0"
                 )
             if self.batch_size < 1:
@@ -65,7 +65,7 @@ class EpochOrder:
     def __len__(self) -> int:
         if self.train:
             return self.n // (self.batch_size * self.size)
-        # The longest rank's count: ranks agree on it, and short ranks have an empty last batch.
+        # The longest rank's count, so that ranks agree; shorter ranks get an empty last batch.
         return -(-len(range(0, self.n, self.size)) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -83,30 +83,29 @@ class EpochOrder:
 
 
 def choose_loader(loader: str | None, dataset: str, world: World) -> str:
-    """--loader: `pil`, or `fast`, which needs OpenCV. Without the flag: fast, or pil with a warning without OpenCV."""
+    """--loader: `pil`, or `fast`, which needs OpenCV. Default: fast; without OpenCV, pil with a warning."""
     if loader == "pil" or (loader is None and dataset in IN_MEMORY):
         return loader or "fast"
     try:
         import cv2
 
-        _ = cv2.IMREAD_COLOR_RGB  # of two wheels at odds an empty package may be left; before 4.11 there was none
+        _ = cv2.IMREAD_COLOR_RGB  # missing before 4.11, or if two OpenCV packages conflict
         return "fast"
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # a broken installation may raise any error
         reason = f"OpenCV cannot be imported ({reason_of(error)})"
-    mend = "`pip uninstall` every opencv package, then `pip install opencv-python-headless`"
+    fix = "`pip uninstall` every opencv package, then `pip install opencv-python-headless`"
     if loader == "fast":
-        raise UserError(f"--loader fast: {reason}; {mend}, or give --loader pil")
+        raise UserError(f"--loader fast: {reason}; {fix}, or give --loader pil")
     if world.is_main:
-        warn(f"{reason}: training reads JPEGs more slowly, as with --loader pil; {mend}")
+        warn(f"{reason}: training reads JPEGs more slowly, as with --loader pil; {fix}")
     return "pil"
 
 
 class Reader(torch.utils.data.Dataset):
-    """A data set as loader processes read it: reader[key] -> (number, images, bad, slow).
+    """The data set of loader processes: reader[key] -> (number, images, bad, slow).
 
-    images: a list of uint8 tensors, [] if none can be read. bad, slow: number -> why the image cannot be read, or not
-    by OpenCV. What each process began with last stands in memory that it shares with this one: process id, image
-    number.
+    images: a list of uint8 tensors, [] if none can be read. bad, slow: number -> why the image cannot be read at all,
+    or by OpenCV. Each process records the image that it is reading in shared memory: process id, image number.
     """
 
     def __init__(self, data: Dataset):
@@ -115,17 +114,17 @@ class Reader(torch.utils.data.Dataset):
         _alive.add(self)
 
     def note(self, i: int) -> None:
-        """Called in a loader process before it opens image `i`; about 10 microseconds."""
+        """Record, in a loader process, that image `i` is read next; about 10 microseconds."""
         worker = get_worker_info()
         if worker is not None:
             self.begun[worker.id] = torch.tensor([os.getpid(), i])
 
     def path(self, i: int) -> str:
-        """Where image `i` is; '' if it is in memory."""
+        """Path of image `i`; '' if it is in memory."""
         return self.data.paths[i] if isinstance(self.data, FileDataset) else ""
 
     def fault(self, error: ImageError, i: int) -> str:
-        """Why image `i` cannot be decoded, in a line without its path."""
+        """Why image `i` cannot be decoded, in one line without its path."""
         return reason_of(ImageError(str(error).replace(repr(self.path(i)), "").strip(": ")))
 
 
@@ -133,7 +132,7 @@ _alive: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
 def file_of_process(pid: int) -> str | None:
-    """The path that loader process `pid` began with last; None if it is none of this process's."""
+    """The path that loader process `pid` was reading; None if it is not a loader process of this process."""
     for reader in _alive:
         for its, i in reader.begun.tolist():
             if its == pid:
@@ -144,9 +143,9 @@ def file_of_process(pid: int) -> str | None:
 class SampleReader(Reader):
     """Decodes and augments one file: reader[epoch, number].
 
-    fast: training's JPEGs through augment/fast_image.py where the pipeline allows it; what OpenCV cannot decode goes
-    the plain way. In training the next readable image takes the place of a bad one, so that batches keep their size on
-    every rank; in evaluation it is left out.
+    fast: read training JPEGs with augment/fast_image.py if the pipeline allows it; Pillow decodes what OpenCV cannot.
+    In training the next readable image replaces a bad one, so that batches keep their size on every rank; evaluation
+    leaves it out.
     """
 
     def __init__(self, data: FileDataset, transform, *, in_chans: int, seed: int, train: bool, fast: bool = False):
@@ -165,14 +164,14 @@ class SampleReader(Reader):
         for attempt in range(16 if self.train else 1):
             i = (index + attempt) % len(self.data)
             self.note(i)
-            try:  # any other error is not the file's
+            try:  # any other error is not the file's fault
                 return i, [self.read(i, epoch, index, slow)], bad, slow
             except ImageError as error:
                 bad[i] = self.fault(error, i)
         return index, [], bad, slow
 
     def read(self, i: int, epoch: int, index: int, slow: dict[int, str]) -> torch.Tensor:
-        """One file's pixels, augmented with the random numbers of (seed, epoch, index)."""
+        """One file's pixels, augmented with random numbers seeded by (seed, epoch, index)."""
         failure = None
         if self.fast is not None:
             try:
@@ -188,7 +187,7 @@ class SampleReader(Reader):
 
 
 def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, str], dict[int, str]]:
-    """A Reader's samples as a batch: (numbers [b] of the readable ones, per kind of image all b stacked, bad, slow)."""
+    """A batch of a Reader's samples: (numbers [b] of the readable ones, a stack of b per kind of image, bad, slow)."""
     good = [sample for sample in samples if sample[1]]
     images = [torch.stack(kind) for kind in zip(*(images for _, images, *_ in good))]
     bad, slow = ({i: why for sample in samples for i, why in sample[k].items()} for k in (2, 3))
@@ -198,7 +197,7 @@ def collate(samples: list) -> tuple[torch.Tensor, list[torch.Tensor], dict[int, 
 def read_in_processes(
     reader: Reader, batches: Iterable[list], reading: Reading, device: torch.device, *, ahead: int = 4
 ) -> DataLoader:
-    """Batches of a reader, collated; `batches` yields lists of its keys. ahead: batches that a process reads ahead."""
+    """Collated batches of a reader. batches: yields lists of keys. ahead: batches that a process reads in advance."""
     workers = loader_processes(reading.num_workers)
     return DataLoader(
         reader,
@@ -208,22 +207,22 @@ def read_in_processes(
         pin_memory=reading.pin_mem and device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=ahead if workers else None,
-        # Where processes are not forked they know nothing of this one's limit of pixels.
+        # Processes that are not forked do not inherit the pixel limit.
         worker_init_fn=partial(_start, int(2 * cast(float, Image.MAX_IMAGE_PIXELS))),
-        # Each pass draws a seed for its workers, which nothing here uses: not from the run's own generator, or a
-        # resumed run, which makes one pass more, would end with another state of it.
+        # DataLoader draws a seed in each pass. From the run's own generator, a resumed run, which makes one more pass,
+        # would end with another state of it.
         generator=torch.Generator(),
     )
 
 
 def loader_processes(wanted: int = sys.maxsize) -> int:
-    """`--num_workers`, at most one per core that this process may use."""
+    """--num_workers, but at most one per core available to this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(wanted, cores)
 
 
 def _start(max_pixels: int, worker: int) -> None:
-    """A loader process's first call."""
+    """Set up a loader process."""
     torch.set_num_threads(1)
     limit_pixels(max_pixels)
 
@@ -239,7 +238,7 @@ def accept_bad_image(path: str, reason: str, reading: Reading) -> None:
 class Loader:
     """Batches of one split, on the device. `batch_transform(images uint8, index, epoch, train)` makes them float.
 
-    An ArrayDataset is gathered and augmented as whole batches on the device; files go through `transform` in workers.
+    An ArrayDataset is indexed and augmented by the batch on the device; files go through `transform` in workers.
     """
 
     def __init__(
@@ -273,7 +272,7 @@ class Loader:
         return len(self.order)
 
     def epoch(self, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of an epoch from step `start_step` on."""
+        """Batches of an epoch, starting at step `start_step`."""
         self.order.start(epoch, start_step)
         for index, images in self._numbers() if self.files is None else self._read(self.files, epoch):
             where = to_device(index, self.world.device)
@@ -282,12 +281,12 @@ class Loader:
             yield Batch(images, self.targets.index_select(0, where), index)
 
     def _numbers(self) -> Iterator[tuple[torch.Tensor, None]]:
-        """(numbers, None) of each batch of a set in memory."""
+        """(numbers, None) of each batch of an in-memory set."""
         for keys in self.order:
             yield torch.tensor([i for _, i in keys]), None
 
     def _read(self, files: DataLoader, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(numbers, uint8 images on the device) of a set of files; tells what could not be read, or not fast."""
+        """(numbers, uint8 images on the device) of each batch of files; reports unreadable and slowly read images."""
         read, slow, path = 0, dict[int, str](), files.dataset.path  # type: ignore[attr-defined]
         for index, images, bad, slower in files:
             self._report({path(i): reason for i, reason in bad.items()})
@@ -302,10 +301,10 @@ class Loader:
         if slow:
             i, reason = next(iter(slow.items()))
             warn(
-                f"epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow, as OpenCV could not; "
+                f"epoch {epoch}: {len(slow)} of {read} images were decoded by Pillow because OpenCV could not; "
                 f"e.g. {printable(path(i))} ({reason})"
             )
-        if not self.train and read == 0 and self.world.size == 1:  # on more ranks, others may have had readable ones
+        if not self.train and read == 0 and self.world.size == 1:  # other ranks may have readable images
             root = getattr(self.data, "root", "")
             where = f" in {printable(root)}" if root else ""
             raise UserError(f"--data_path: none of the {len(self.data)} images{where} can be read")
@@ -321,9 +320,9 @@ class Loader:
 def evaluation_loader(
     data: Dataset, meta: dict, world: World, *, batch_size: int, reading: Reading, crop_pct: float | None = None
 ) -> Loader:
-    """Images as the network of `meta` is evaluated on them: resized, cropped to the middle, normalised.
+    """Images for evaluating the network of `meta`: resized, centre-cropped, normalised.
 
-    crop_pct: the share of a resized file that it sees (default: meta's, else the usual one for the size).
+    crop_pct: the share of a resized file that is kept (default: meta's, else the default for the size).
     """
     height, width = meta["img_size"]
     crop_pct = crop_pct or meta.get("crop_pct")

@@ -1,4 +1,4 @@
-"""The train and validation parts of a data set: its own, a stratified split, a fold."""
+"""Training and validation splits of a data set: its own, a stratified split, or a fold."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from util.files import printable
 def stratified_split(
     targets: torch.Tensor, val_split: float, seed: int, classes: list[str] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (train, val), each class divided alike. UserError where a class is too small to be in both."""
+    """Indices (train, val), the same share of each class. UserError if a class is too small to be in both."""
     from sklearn.model_selection import train_test_split
 
     check_class_sizes(targets, 2, f"--val_split {val_split}", classes)
@@ -25,7 +25,7 @@ def stratified_split(
 
 
 def stratified_subset(targets: torch.Tensor, number: int, seed: int, classes: list[str] | None = None) -> torch.Tensor:
-    """Indices of `number` samples, each class by its share. UserError where a class would have none."""
+    """Indices of `number` samples with the classes' frequencies kept. UserError if a class would have none."""
     from sklearn.model_selection import train_test_split
 
     flag = f"--train_subset {number}"
@@ -41,7 +41,7 @@ def stratified_subset(targets: torch.Tensor, number: int, seed: int, classes: li
     kept = torch.from_numpy(np.sort(kept))
     if lacking := set(targets.unique().tolist()) - set(targets[kept].tolist()):
         name = repr(printable(classes[min(lacking)])) if classes else f"number {min(lacking)}"
-        raise UserError(f"{flag}: leaves no image of class {name}; give more")
+        raise UserError(f"{flag}: would leave no image of class {name}; give more")
     return kept
 
 
@@ -66,7 +66,7 @@ def check_class_sizes(targets: torch.Tensor, needed: int, flag: str, classes: li
 
 
 def read_splits(data: Data, world: World, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
-    """(train, val) as the data set divides itself; None without val/. Rank 0 reads first: a download happens once."""
+    """The data set's own (train, val); val is None without val/. Rank 0 reads first, so that it alone downloads."""
     root = data.data_path or "data"
     if not world.is_main:
         barrier()
@@ -75,12 +75,12 @@ def read_splits(data: Data, world: World, *, labelled: bool = True) -> tuple[Dat
     val = read_split(data.dataset, root, "val", labelled, train.classes)
     if world.is_main:
         barrier()
-    barrier()  # none makes an output folder, which may lie among the images, while others look
+    barrier()  # an output folder may be created among the images only after all ranks have read them
     return train, val
 
 
 def load_data(data: Data, world: World) -> tuple[Dataset, Dataset]:
-    """(train, val) data sets with labels, as the settings divide them."""
+    """Labelled (train, val) data sets, split as the settings say."""
     train, val = read_splits(data, world)
     if len(train.classes) < 2:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Loader processes of prediction: every image decoded once, all of its views."""
+"""What prediction's loader processes read: all views of an image, which is decoded once."""
 
 import torch
 
@@ -15,8 +15,8 @@ from util.data.loader import Reader
 class ViewReader(Reader):
     """reader[number]: an image's views uint8 [V, C, h, w] for each kind of input.
 
-    inputs: (height, width, channels, crop_pct), each kind once; members that take the same share the tensor.
-    margin: in place of each crop_pct, the pixels that the centre views cut off.
+    inputs: distinct (height, width, channels, crop_pct); members with equal inputs share the tensor.
+    margin: pixels that the centre views cut off, in place of each crop_pct.
     """
 
     def __init__(self, data: Dataset, inputs: list[tuple], views: list[int], margin: int | None = None):
@@ -25,15 +25,15 @@ class ViewReader(Reader):
 
     def __getitem__(self, i: int):
         self.note(i)
-        try:  # any other error is not the file's
+        try:  # any other error is not the file's fault
             images = self.decode(i)
         except ImageError as error:
             return i, [], {i: self.fault(error, i)}, {}
         return i, [self.look(images[c], (h, w), *crop) for h, w, c, *crop in self.inputs], {}, {}
 
     def look(self, image, size: tuple[int, int], crop_pct: float | None = None) -> torch.Tensor:
-        """The views uint8 [V, C, h, w]. Without --margin, view 1 is what training's evaluation sees, bit for bit: of a
-        file its resize and crop (crop_pct), of an image in memory all of it."""
+        """The views uint8 [V, C, h, w]. Without --margin, view 1 equals what training's evaluation sees, bit for bit:
+        resized and cropped (crop_pct) for a file, the whole image for one in memory."""
         if self.margin is not None:
             return saccadic_views(image, size, self.views, margin=self.margin)
         if isinstance(image, torch.Tensor):
@@ -43,7 +43,7 @@ class ViewReader(Reader):
         return saccadic_views(image, size, self.views, centre=centre)
 
     def decode(self, i: int) -> dict:
-        """channels -> image, as saccadic_views takes it."""
+        """channels -> image, for saccadic_views."""
         wanted = {c for _, _, c, *_ in self.inputs}
         if isinstance(self.data, ArrayDataset):
             one = self.data.subset(torch.tensor([i]))

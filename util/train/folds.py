@@ -26,7 +26,7 @@ def folder(output_dir: str, fold: int) -> str:
 
 
 def of_fold(options: FinetuneOptions, fold: int) -> FinetuneOptions:
-    """The options of one fold, in a folder of its own; so are TensorBoard's files, where --log_dir is given."""
+    """The options of one fold, with its own output folder and, if --log_dir is given, its own TensorBoard folder."""
     run = options.run
     return options.having(
         fold=str(fold),
@@ -36,27 +36,27 @@ def of_fold(options: FinetuneOptions, fold: int) -> FinetuneOptions:
 
 
 def is_finished(options: FinetuneOptions) -> bool:
-    """True if this fold ran to its end with the same results; flags that change them are an error, not a silent reuse.
+    """True if this fold is finished. UserError if it was run with other values of flags that change results.
 
-    Under --resume auto, those that a resume may set anew (--epochs) are not: the fold goes on from its checkpoint.
+    Under --resume auto, flags that a resume may change (--epochs) are allowed: the fold continues from its checkpoint.
     """
     path = os.path.join(options.run.output_dir, RESULT)
     if not os.path.isfile(path):
         return False
     try:
         stored = dict(json.loads(Path(path).read_text("utf-8"))["options"])
-    except (ValueError, TypeError, KeyError):  # not whole: the fold's checkpoint says where it was
+    except (ValueError, TypeError, KeyError):  # incomplete: the fold's checkpoint says where it stopped
         return False
     found = differences(options.flags(), stored, options.flat())
     for_good = [d for d in found if not d.flag.free_at_resume]
     if refused := for_good if options.run.resume else found:
-        advice = ("" if for_good else "--resume auto goes on with it, ") + "choose another --output_dir, or --overwrite"
+        advice = ("" if for_good else "--resume auto continues it, ") + "choose another --output_dir, or --overwrite"
         raise UserError(refusal(refused, f"{options.run.output_dir} was finished with", advice))
     return not found
 
 
 def run_all(options: FinetuneOptions, world: World, run_one: Callable[[FinetuneOptions, World], int]) -> int:
-    """Every fold that is not finished, then the summary. run_one(options, world) -> exit code."""
+    """Run every unfinished fold, then write the summary. run_one(options, world) -> exit code."""
     run, kfold = options.run, options.data.kfold
     trains = not (run.dry_run or options.selection.eval)
     log = claim(run.output_dir if trains else None, "kfold", world, overwrite=run.overwrite)
@@ -83,21 +83,21 @@ def run_all(options: FinetuneOptions, world: World, run_one: Callable[[FinetuneO
 
 
 def refuse_other_folds(output_dir: str, kfold: int) -> None:
-    """UserError where a run with more folds has left some, which would be taken for this one's."""
+    """UserError if a run with more folds left some, which would be mistaken for this run's."""
     for name in sorted(os.listdir(output_dir)):
         number = re.fullmatch(r"fold-(\d+)", name)
         if number and int(number.group(1)) >= kfold:
             raise UserError(
-                f"--kfold {kfold}: {output_dir} holds {name} of another run; choose another --output_dir, or "
+                f"--kfold {kfold}: {output_dir} contains {name} of another run; choose another --output_dir, or "
                 "--overwrite"
             )
 
 
 def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
-    """oof.csv: ID, fold, true class, one probability per class of the data, for the fold's validation images."""
+    """oof.csv: ID, fold, true class and a probability per class of the data for the fold's validation images."""
     C = len(data.classes)
     p = evaluated.probabilities.astype(np.float64)
-    if p.shape[1] > C:  # --nb_classes above the data's: as main_predict.py has it, among the classes that there are
+    if p.shape[1] > C:  # --nb_classes is larger: renormalise over the data's classes, as main_predict.py does
         p = p[:, :C] / p[:, :C].sum(1, keepdims=True)
     rows = []
     for i, values in zip(evaluated.index.tolist(), p):
@@ -106,7 +106,7 @@ def write_oof(output_dir: str, fold: int, data, evaluated) -> None:
 
 
 def probability(p: float) -> str:
-    """Nine digits, of small ones too: float32 exactly, and no logarithm of it changes by more than 1e-8."""
+    """Nine significant digits: exact for float32, and the logarithm changes by at most 1e-8."""
     return f"{p:.9g}"
 
 

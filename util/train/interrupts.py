@@ -14,23 +14,23 @@ import torch.distributed as dist
 
 from util.dist import lost_rank
 
-MAIN_THREAD_FIRST = 10.0  # seconds in which it may report a lost rank itself
+MAIN_THREAD_FIRST = 10.0  # seconds for the main thread to report a lost rank itself
 
 
 class Interrupts:
-    """SIGTERM, SIGUSR1, SIGINT, the end of torchrun and the save timer, agreed by all ranks without stalling one.
+    """SIGTERM, SIGUSR1, SIGINT, the end of torchrun and the save timer; all ranks agree on them without stalling.
 
-    Each poll starts a small all-reduce on a group of its own and reads the one before, which ran beside the step. A
-    second SIGINT interrupts at once. A thread waits for the all-reduces as well: see `_watch`.
+    Each poll starts a small all-reduce on its own group and reads the previous one, which ran during the step. A second
+    SIGINT interrupts at once. A thread also waits for the all-reduces: see `_watch`.
     """
 
     def __init__(self, save_every_minutes: float = 0.0, timeout_minutes: float = 10.0):
         self.stop, self.why = False, "by a signal"
-        # torchrun, where it started this process. Gone, it leaves ranks that nobody would end or start again.
+        # torchrun, if it started this process. Without it, nothing would stop or restart the ranks.
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.period = 60.0 * save_every_minutes
         self.next_save = time.monotonic() + self.period
-        timeout = timedelta(minutes=timeout_minutes)  # new_group's own default would be gloo's half an hour
+        timeout = timedelta(minutes=timeout_minutes)  # the default is 30 minutes for gloo
         self.group: Any = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
         self.watched: SimpleQueue = SimpleQueue()
@@ -46,16 +46,16 @@ class Interrupts:
         self.stop = True
 
     def close(self) -> None:
-        """Give the signals back, let the thread end."""
+        """Restore the signal handlers and end the thread."""
         self.closed.set()
         self.watched.put(None)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def poll(self) -> tuple[bool, bool]:
-        """(stop, save), the same on every rank; call it equally often on all of them."""
+        """(stop, save), the same on every rank; all ranks must call it equally often."""
         if self.parent is not None and os.getppid() != self.parent:
-            self.stop, self.why = True, "as torchrun is gone"
+            self.stop, self.why = True, "because torchrun is gone"
         save_due = self.period > 0 and time.monotonic() >= self.next_save
         if self.group is None:
             stop, save = self.stop, save_due
@@ -74,9 +74,9 @@ class Interrupts:
         return stop, save
 
     def _watch(self) -> None:
-        """End the process in one line when another rank hangs or is gone and the main thread cannot tell.
+        """End the process with one line when another rank hangs or died and the main thread cannot notice.
 
-        Behind a kernel of NCCL that never ends, it stands still in its next launch or copy.
+        Behind an NCCL kernel that never ends, the main thread blocks in its next launch or copy.
         """
         for work in iter(self.watched.get, None):
             try:

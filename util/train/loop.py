@@ -1,4 +1,4 @@
-"""What surrounds the micro-steps of a training epoch: their position, their record, saving and stopping."""
+"""The loop around the micro-steps of a training epoch: position, metrics, saving and stopping."""
 
 import math
 import time
@@ -17,12 +17,12 @@ from util.optim import Update
 from util.progress import Progress
 from util.train.run import Run, Training
 
-# Beside the sums of losses in a checkpoint: how many micro-steps are in them; the ratio of signal to noise.
+# Stored with the sums of losses in a checkpoint: the number of micro-steps summed, and the signal-to-noise ratio.
 COUNT, SNR = "micro_steps", "noise_snr"
 
 
 def effective_batch(loader: Loader, settings: Optimizer) -> tuple[int, str]:
-    """(images per update over all ranks, the words for it). An update ends with the epoch, however short it is."""
+    """(images per update over all ranks, a description). The last update of an epoch may be smaller."""
     steps, batch = min(settings.accum_iter, len(loader)), loader.order.batch_size
     notes = []
     if batch < settings.batch_size:
@@ -43,8 +43,8 @@ class Step:
     group: int
     first: bool
     last: bool
-    update: int  # the number of that update in the run, from 1 on
-    seeds: tuple[int, int, int]  # epoch, number and rank: what it draws is the same in a run that was interrupted
+    update: int  # number of the update in the run, from 1
+    seeds: tuple[int, int, int]  # epoch, number and rank: a resumed run draws the same numbers
 
     @property
     def time(self) -> float:
@@ -52,12 +52,12 @@ class Step:
         return self.epoch + self.number / self.total
 
     def exchange(self, model: nn.Module) -> AbstractContextManager:
-        """Around forward and backward: ranks exchange gradients in an update's last micro-step only."""
+        """Context for forward and backward: ranks exchange gradients only in the last micro-step of an update."""
         return nullcontext() if self.last else getattr(model, "no_sync", nullcontext)()
 
 
 class Loop:
-    """Goes from run.position to the end of its epoch; an engine reads
+    """Iterates from run.position to the end of its epoch. An engine reads
 
         loop = Loop(run, training, loader, ["loss"])
         for step, batch in loop:
@@ -67,14 +67,14 @@ class Loop:
                 loop.record(update, lr)
         return loop.metrics()
 
-    names: of the losses given to `add`. An update takes the gradients of --accum_iter micro-steps; the epoch's last
-    group may be shorter. After an update the loop saves, or ends early, where a signal or the timer asks for it.
+    names: of the losses given to `add`. An update uses the gradients of --accum_iter micro-steps; the epoch's last
+    group may be shorter. After an update the loop saves or ends early if a signal or the timer asks for it.
     """
 
     def __init__(self, run: Run, training: Training, loader: Loader, names: Sequence[str]):
         self.run, self.training, self.loader, self.names = run, training, loader, list(names)
         self.position, self.epoch, self.total = run.position, run.position.epoch, len(loader)
-        self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process, since here
+        self.images, self.waited, self.began = 0, 0.0, time.perf_counter()  # of this process since the loop began
         self.stopped = False
         device, sums = run.world.device, self.position.sums
         counted = sums.get(COUNT, float(self.position.step) if sums else 0.0)
@@ -82,13 +82,13 @@ class Loop:
         self.made, self.tried = torch.zeros((), dtype=torch.long, device=device), 0  # updates
         self.group_losses = torch.zeros(len(self.names), device=device)  # mean over the accumulation group so far
         self.group_index: list[torch.Tensor] = []
-        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last look
+        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # (is bad, sample indices) since the last check
         self.noise = getattr(training.net, "alpha_blend", None)
-        self.noise_snr: float | None = sums.get(SNR)  # dB, of this epoch's first steps
+        self.noise_snr: float | None = sums.get(SNR)  # dB, measured in this epoch's first step
         if self.noise is not None and self.noise_snr is None:
             self.noise.measure()
         self.print_freq = run.options.run.print_freq
-        self.shown: dict[str, float] | None = None  # by the line of progress
+        self.shown: dict[str, float] | None = None  # in the progress line
         self.progress = Progress(
             f"Epoch: [{self.epoch}]",
             self.total,
@@ -104,7 +104,7 @@ class Loop:
             self.step, self.index, self.shown = self._step(self.position.step), batch.index, None
             yield self.step, batch
             if self.noise is not None:
-                self.noise.measuring = False  # one step tells: the same one, wherever a run is stopped and goes on
+                self.noise.measuring = False  # one step is measured: the same one in a resumed run
             self.position.step += 1
             self.progress.update(self.shown)
             if self.step.last:
@@ -125,7 +125,7 @@ class Loop:
         return Step(self.epoch, number, self.total, group, first, last, self.position.updates + 1, seeds)
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, None after the last; the time it takes is time that the device may stand still."""
+        """The next batch, None after the last; the time spent waiting is counted."""
         profiler = self.run.profiler
         if profiler is not None:
             profiler.begin()
@@ -137,26 +137,26 @@ class Loop:
         return batch
 
     def add(self, losses: torch.Tensor) -> None:
-        """A micro-step's losses: [names], detached, not divided by the group's size."""
+        """Add a micro-step's losses: [names], detached, not divided by the size of the accumulation group."""
         self.group_losses += losses / self.step.group
         self.group_index.append(self.index)
 
     def record(self, update: Update, lr: float) -> None:
-        """An update, made or skipped, of the losses since the one before."""
+        """Record an update, made or skipped, and the losses since the previous one."""
         self.made += ~update.skipped
         self.tried += 1
         self.position.updates += 1
         bad = update.skipped
         if self.training.precision.scaler.is_enabled():
-            # The GradScaler starts at 65536 and halves until the gradients fit: an overflow of the scaled gradients
-            # alone is usual. A non-finite loss is not, nor are gradients that do not fit even scaled down.
+            # The GradScaler starts at 65536 and halves until the gradients fit, so overflowing scaled gradients are
+            # normal. A non-finite loss is not, nor are gradients that overflow without scaling.
             bad = bad & (~torch.isfinite(self.group_losses.sum()) | (update.loss_scale < 1))
         counted = torch.cat([self.group_losses, torch.ones_like(self.group_losses[:1])]) * self.step.group
         self.sums += torch.where(bad, 0.0, counted)
         self.recent.append((bad, torch.cat(self.group_index)))
         done = self.step.number + 1
-        # Where a multiple of print_freq lies in this update: it depends on nothing but the step, not on where a resumed
-        # run began, so that the log's lines are the same.
+        # If a multiple of print_freq is in this update. This depends on the step only, so that a resumed run logs the
+        # same lines.
         if done // self.print_freq > (done - self.step.group) // self.print_freq or done == self.total:
             self._check_bad_steps()
             self._note_noise()
@@ -168,7 +168,7 @@ class Loop:
         self.group_losses, self.group_index = torch.zeros_like(self.group_losses), []
 
     def _poll(self) -> None:
-        """Save and stop where a signal or the timer asks for it; the epoch's end saves by itself."""
+        """Save and stop if a signal or the timer asks for it; the end of the epoch saves anyway."""
         stop, save = self.run.interrupts.poll()
         if self.position.step == self.total:
             return
@@ -179,7 +179,7 @@ class Loop:
         self.stopped = stop
 
     def _note_noise(self) -> None:
-        """Read what the noise measured, once an epoch, where the host waits for the device anyway."""
+        """Read the measured noise once an epoch, when the host waits for the device anyway."""
         if self.noise is None or self.noise_snr is not None:
             return
         self.noise_snr = self.noise.snr()
@@ -193,12 +193,12 @@ class Loop:
             self.position.sums[SNR] = self.noise_snr
 
     def _check_bad_steps(self) -> None:
-        """Count and report non-finite steps since the last look; all ranks give up together after too many in a row."""
+        """Count and report non-finite steps since the last check; after too many in a row all ranks stop together."""
         if not self.recent:
             return
         position, most = self.position, self.run.options.run.max_bad_steps
         flags = torch.stack([bad for bad, _ in self.recent]).int().cpu()
-        flags = all_reduce(flags, "max")  # under fp16, a loss may be non-finite on one rank only
+        flags = all_reduce(flags, "max")  # under fp16 a loss may be non-finite on one rank only
         for bad, (_, index) in zip(flags.tolist(), self.recent):
             if bad:
                 position.bad_in_a_row += 1
@@ -218,9 +218,9 @@ class Loop:
             )
 
     def metrics(self) -> dict[str, float] | None:
-        """Means over ranks and the epoch's micro-steps that were not bad: `loss`, the sum of all, and each by name.
+        """Means over ranks and over the epoch's good micro-steps: each loss by name, and their sum as `loss`.
 
-        None if a signal stopped the epoch. The epoch's speed goes to run.speed.
+        None if a signal stopped the epoch. Sets run.speed.
         """
         if self.stopped:
             return None
@@ -228,10 +228,10 @@ class Loop:
         if self.tried and not self.made:
             scale = self.training.precision.scaler.get_scale()
             self.run.log.say(
-                f"warning: epoch {self.epoch}: none of {self.tried} updates was made, no gradient was finite "
-                f"(loss scale {scale:g}); the weights are what they were"
+                f"warning: epoch {self.epoch}: all {self.tried} updates were skipped, no gradient was finite "
+                f"(loss scale {scale:g}); the weights did not change"
             )
-        self._keep_sums()  # for a checkpoint written during the evaluation that follows
+        self._keep_sums()  # for a checkpoint written during the evaluation
         *sums, count = all_reduce(self.sums.double().cpu()).tolist()
         means = [s / count if count else math.nan for s in sums]
         seconds = time.perf_counter() - self.began

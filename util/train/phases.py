@@ -1,4 +1,4 @@
-"""The two phases of fine-tuning: the head on a frozen backbone, then all weights, or all but --freeze_layers."""
+"""The two phases of fine-tuning: the head on a frozen backbone, then all weights except --freeze_layers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +17,13 @@ from util.train.run import Training
 
 
 def freeze_backbone(model) -> None:
-    """Head only: the backbone's BatchNorm statistics and dropout stay as in evaluation; the noise stays on, and the
-    dropout before the classifier."""
+    """Head phase: the backbone's BatchNorm and dropout work as in evaluation; the noise and the dropout before the
+    classifier stay on."""
     model.eval()
-    model.training = True  # of this module alone: EfficientNet, ResNet and others drop by F.dropout(..., self.training)
+    model.training = True  # not of its children: EfficientNet, ResNet and others use F.dropout(..., self.training)
     for name, module in model.named_modules():
         if name.startswith("head") and isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.train()  # beside the classifier: timm's `head_drop` (ViT) or `head.drop` (Swin, ConvNeXt)
+            module.train()  # next to the classifier: timm's `head_drop` (ViT) or `head.drop` (Swin, ConvNeXt)
     for classifier in classifiers(model):
         classifier.train()
     if hasattr(model, "alpha_blend"):
@@ -31,9 +31,9 @@ def freeze_backbone(model) -> None:
 
 
 def freeze_batchnorm(model, everywhere: bool) -> None:
-    """Keep the BatchNorm statistics of frozen layers; `everywhere` (--freeze_bn), of all.
+    """Freeze the BatchNorm statistics of frozen layers, or of all layers if `everywhere` (--freeze_bn).
 
-    The statistics of a small batch, or of a small folder, shift every feature.
+    Statistics of small batches or small data sets shift every feature.
     """
     for module in model.modules():
         if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -51,9 +51,9 @@ def enter_phase(
     precision: Precision,
     ema: Ema | None,
 ) -> Training:
-    """What a phase trains: the head on a frozen backbone, then all but --freeze_layers, with layer decay.
+    """Set up a phase: first the head on a frozen backbone, then everything but --freeze_layers, with layer decay.
 
-    lr: the peak of the second phase, MAE's curve from its own start; the head's is constant, --head_lr.
+    lr: peak of the second phase, which follows MAE's schedule from its start; the head's lr is constant, --head_lr.
     """
     phases, optimizer = options.phases, options.optimizer
     head = {id(p) for classifier in classifiers(net) for p in classifier.parameters()}
@@ -91,5 +91,5 @@ def enter_phase(
 
 
 def freezing(phases: Phases, in_head_phase: bool) -> Callable[[nn.Module], None]:
-    """What to call after net.train(), so that frozen parts behave as in evaluation."""
+    """A function to call after net.train(), so that frozen parts work as in evaluation."""
     return freeze_backbone if in_head_phase else partial(freeze_batchnorm, everywhere=phases.freeze_bn)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from util.files import survive, write_atomic
 
-WARMUP = 3  # micro-steps before anything is timed; the second one's operations are counted
+WARMUP = 3  # micro-steps before timing; FLOP are counted in the second
 aten = torch.ops.aten
-# What torch's counter has no formula for: attention on CPU.
+# Attention on CPU, for which torch's counter has no formula.
 FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kw: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -21,24 +21,24 @@ FORMULAS = {
 
 
 class StepProfiler:
-    """Follows the first WARMUP + 2 N micro-steps of a run: N timed, then N under torch.profiler.
+    """Profiles the first WARMUP + 2 N micro-steps of a run: N are timed, then N run under torch.profiler.
 
-    util/train/loop.py calls `begin` before it asks for a batch, `got` when it has one, `done` after the step. Then
-    output_dir gets trace.json (chrome://tracing, Perfetto) and profile.txt (the rates and the top operations), and the
-    log one line. An epoch's end does not matter; a run that is too short for it says so in `close`.
+    util/train/loop.py calls `begin` before it requests a batch, `got` when it has one, `done` after the step. Writes
+    trace.json (chrome://tracing, Perfetto) and profile.txt (rates and top operations) to output_dir, and a line to the
+    log. The steps may span epochs; `close` reports a run that was too short.
     """
 
     def __init__(self, steps: int, log, device: torch.device, dtype: torch.dtype):
         self.steps, self.log, self.device, self.dtype = steps, log, device, dtype
         self.step = self.images = self.flops = 0
         self.waited = self.seconds = 0.0
-        self.context: Any = None  # FlopCounterMode or torch.profiler while one is on
+        self.context: Any = None  # FlopCounterMode or torch.profiler while active
         self.finished = False
 
     def begin(self) -> None:
         if self.finished:
             return
-        if self.context is not None:  # the epoch ended: asked again for the same step's batch
+        if self.context is not None:  # the epoch ended: the same step's batch is requested again
             pass
         elif self.step == 1:
             self.context = FlopCounterMode(display=False, custom_mapping=FORMULAS)
@@ -56,7 +56,7 @@ class StepProfiler:
             self.waited += time.perf_counter() - self.tic
 
     def done(self, images: int) -> None:
-        """images: of this process in this micro-step."""
+        """images: number of images in this micro-step of this process."""
         if self.finished:
             return
         if WARMUP <= self.step < WARMUP + self.steps:
@@ -75,7 +75,7 @@ class StepProfiler:
             self.finished, self.context = True, None
 
     def close(self) -> None:
-        """Leave whatever is on; say so if the run ended too early."""
+        """Stop the active profiler; report if the run ended too early."""
         if self.context is not None:
             self.context.__exit__(None, None, None)
             self.context = None
@@ -83,7 +83,7 @@ class StepProfiler:
             self.finished = True
             self.log.say(
                 f"--profile {self.steps}: nothing written; the run had {self.step} micro-steps, "
-                f"it takes {WARMUP + 2 * self.steps}"
+                f"profiling needs {WARMUP + 2 * self.steps}"
             )
 
     def summary(self) -> str:
@@ -112,11 +112,11 @@ class StepProfiler:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product of this dtype, the best of five: what the machine can do."""
+    """FLOP/s of a square matrix product of this dtype, the best of five."""
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):  # the first one sets up
+    for _ in range(6):  # the first is a warm-up
         tic = time.perf_counter()
         a @ b
         if device.type != "cpu":

@@ -1,20 +1,20 @@
-"""Running statistics of normalisation layers across a step that turns out to be bad."""
+"""Restores the running statistics of normalisation layers after a bad step."""
 
 import torch
 from torch import nn
 
 
 class RunningStatistics:
-    """What a net's forward passes in training write besides gradients: BatchNorm's running statistics and their like.
+    """Buffers that a training forward pass updates, such as BatchNorm's running statistics.
 
-    They are written before anybody knows that a step is bad. `keep` copies them before the step, `put_back` writes the
-    copy back if it was; neither waits for the device. They are the saved buffers of modules in training mode: a net
-    without any (ViTs), or with all of them frozen, pays nothing.
+    They are updated before a step is known to be bad. `keep` copies them before the step, `put_back` restores the copy
+    if the step was bad; neither waits for the device. They are the saved buffers of modules in training mode: a net
+    without any (ViTs), or with all of them frozen, costs nothing.
     """
 
     def __init__(self, net: nn.Module):
         saved = {id(value) for value in net.state_dict(keep_vars=True).values()}
-        self.groups: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}  # to be copied in one piece
+        self.groups: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}  # copied in one piece
         for module in net.modules():
             for name, buffer in module.named_buffers(recurse=False) if module.training else ():
                 if id(buffer) in saved and buffer.numel():

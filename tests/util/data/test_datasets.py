@@ -93,7 +93,7 @@ def test_tiny_imagenet_without_wnids_and_with_another_list(tmp_path):
         write_image(tmp_path / "train" / wnid / "images" / f"{wnid}_0.JPEG")
         write_image(tmp_path / "val" / "images" / f"val_{i}.JPEG")
     listing = tmp_path / "val" / "val_annotations.txt"
-    with pytest.raises(UserError, match=r"val_annotations\.txt, which tells the classes of .*images, is missing"):
+    with pytest.raises(UserError, match=r"val_annotations\.txt, which lists the classes of .*images, is missing"):
         read_split("tiny-imagenet", str(tmp_path), "val")
     listing.write_text("val_1.JPEG n02 0 0 9 9\r\n")  # tabs that an editor made spaces of, and an image less
     val = read_split("tiny-imagenet", str(tmp_path), "val")

@@ -148,8 +148,8 @@ def test_what_is_left_out_stands_in_log_and_report_of_every_script(photos, tmp_p
         labelled = name in ("one", "fold", "probe")
         for text in (said, (outs[name] / "report.md").read_text()):
             assert "left out, not images: 5 .xml, 1 .heic" in text and "pip install pillow-heif" in text, (name, text)
-            assert "by their first bytes, not by their names: 1 without extension, 1 .0001" in text, (name, text)
-            assert ("left out, 1 images outside of the class folders" in text) == labelled, (name, text)
+            assert "by their first bytes: 1 without extension, 1 .0001" in text, (name, text)
+            assert ("left out, 1 images outside the class folders" in text) == labelled, (name, text)
         assert said.index("left out") < 700, "among the first lines"
         number = {"one": "11 train, 7 val", "fold": "9 train, 9 val", "probe": "11 train, 7 val"}.get(name, "19 ")
         assert number in said, (name, said)
@@ -217,7 +217,7 @@ def test_outputs_of_runs_below_the_photos_are_no_class_and_no_photos(photos, tmp
         for mark in photos.rglob(OUTPUT_MARK):
             mark.unlink()
     save(photos / "output_dir" / "mine.jpg")
-    with pytest.raises(UserError, match="output_dir: holds photos and the output of a run"):
+    with pytest.raises(UserError, match="output_dir: contains photos and the output of a run"):
         read_split("folder", ".", "train")
     os.unlink(photos / "output_dir" / "mine.jpg")
     os.makedirs("stopped")
@@ -252,11 +252,11 @@ def test_an_output_folder_that_holds_the_photos_is_refused(photos, monkeypatch, 
         (main_linprobe, "--model", "resnet10t", "--random_init", "--output_dir", out, *CPU),
     ]
     for main, *line in lines:
-        with pytest.raises(UserError, match=r"(output|log)_dir .*: holds the images of --data_path") as caught:
+        with pytest.raises(UserError, match=r"(output|log)_dir .*: contains images of --data_path") as caught:
             call(main, "--data_path", ".", *line)
         one_line(caught)
     assert sorted(os.walk(".")) == before
-    with pytest.raises(UserError, match=r"--output_dir .*: holds the images"):  # as main_sample calls it for --images
+    with pytest.raises(UserError, match=r"--output_dir .*: contains images"):  # as main_sample calls it for --images
         refuse_output_among_images("--output_dir", out, str(photos))
 
 
@@ -269,7 +269,7 @@ def test_pretraining_without_train_reads_neither_val_nor_test(tmp_path, capsys):
             save(tmp_path / "pets" / folder / f"{k}.jpg", (40 * i, 100, 100))
     train = read_split("folder", str(tmp_path / "pets"), "train", labelled=False)
     assert sorted({train.name(i).split("/")[0] for i in range(len(train))}) == ["cat", "dog"] and len(train) == 8
-    assert any("held out beside it: test, val" in note for note in train.notes)
+    assert any("validation or test data: test, val" in note for note in train.notes)
     assert len(read_split("folder", str(tmp_path / "pets"), "val", labelled=False)) == 8
     with pytest.raises(UserError, match="has no train/ folder, and test, val"):
         read_split("folder", str(tmp_path / "pets"), "train")
@@ -289,7 +289,7 @@ def test_pretraining_without_train_reads_neither_val_nor_test(tmp_path, capsys):
 def test_parts_of_a_set_are_not_taken_for_classes(tmp_path, names):
     for name in names:
         save(tmp_path / name / "cat" / "0.jpg")
-    with pytest.raises(UserError, match=r"has no train/ folder, and .*which look like parts of the set") as caught:
+    with pytest.raises(UserError, match=r"has no train/ folder, and .*which look like splits") as caught:
         read_split("folder", str(tmp_path), "train")
     one_line(caught)
 
@@ -302,13 +302,13 @@ def test_parts_of_a_set_are_known_by_a_word_of_their_names(tmp_path, names):
         for kind in ("cat", "dog"):
             save(tmp_path / "labelled" / name / kind / "0.jpg")
         save(tmp_path / "flat" / name / "0.jpg")
-    with pytest.raises(UserError, match=r"has no train/ folder, and .*which look like parts of the set") as caught:
+    with pytest.raises(UserError, match=r"has no train/ folder, and .*which look like splits") as caught:
         read_split("folder", str(tmp_path / "labelled"), "train")
     one_line(caught)
     for root, images in (("labelled", 2), ("flat", 1)):
         train = read_split("folder", str(tmp_path / root), "train", labelled=False)
         assert [train.name(i).split("/")[0] for i in range(len(train))] == [names[0]] * images
-        assert any(f"held out beside it: {names[1]}" in note for note in train.notes)
+        assert any(f"validation or test data: {names[1]}" in note for note in train.notes)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_validation_lacks_classes_and_is_scored_on_those_that_it_has(photos, tmp
     assert val.classes == train.classes == ["blue", "green", "red"]
     assert [val.name(i).split("/")[0] for i in range(12)] == [val.classes[t] for t in val.targets]
     assert call(main_finetune, "--data_path", root, *NET, "--output_dir", tmp_path / "out") == 0
-    wanted = "has no images of green; scored on the 2 classes that it has"
+    wanted = "has no images of green; scored on the other 2 classes"
     assert wanted in capsys.readouterr().out and wanted in (tmp_path / "out" / "report.md").read_text()
     os.rename(root / "val" / "red", root / "val" / "rot")
     with pytest.raises(UserError, match="val: its class folders differ from the training classes: unknown rot"):

@@ -41,7 +41,7 @@ def test_labels_name_images_by_path_or_file_name_with_or_without_extension(image
         ("", "first line"),
         ("ID,label\n1,emu\n", "line 2: class 'emu' is not one of cat, dog, owl"),
         ("ID,label\n2.jpg,cat\n", "2.jpg could be a/2.jpg or b/2.jpg"),
-        ("ID,label\n9,cat\n", "labels none of the 4 images; its '9' is none like 'a/1.jpg'"),
+        ("ID,label\n9,cat\n", "has no label for any of the 4 images; it has '9', the data has 'a/1.jpg'"),
         ("ID,label\n1,cat\na/1.jpg,dog\n", "line 3: a/1.jpg already has the label cat"),
     ],
 )

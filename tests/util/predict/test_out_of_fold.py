@@ -132,7 +132,7 @@ def test_the_images_are_those_that_training_reads(members, photo_folder, tmp_pat
     for where in ("photos", "photos/train"):
         assert predict(*line, "--data_path", tmp_path / where, "--output_dir", tmp_path / "out") == 0
         assert sorted(read_csv(tmp_path / "out")[1]) == members[1]
-        assert "left out, 1 images outside of the class folders" in (tmp_path / "out" / "report.md").read_text()
+        assert "left out, 1 images outside the class folders" in (tmp_path / "out" / "report.md").read_text()
     data, ids, _ = read_images("digits", ".", [str(c) for c in range(10)], trained_on=True)
     assert len(ids) == 1437 and (data.targets >= 0).all()
 
