@@ -12,6 +12,7 @@ FLOORS = {
     "main_": 10,
     "engine_": 9,
     "util/probe/": 8,
+    "util/sweep/": 6,
     "util/report/": 7,
     "util/predict/": 6,
     "util/train/": 5,

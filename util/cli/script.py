@@ -18,8 +18,9 @@ def check_command_line(get_options) -> None:
     package that is not installed and an interrupt end the script in one line as well.
     """
     try:
-        data = get_options().data
-        if data.dataset == "folder" and data.data_path and not os.path.isdir(data.data_path):
+        options = get_options()
+        data = getattr(options, "data", None)  # a sweep has none of its own
+        if data and data.dataset == "folder" and data.data_path and not os.path.isdir(data.data_path):
             raise UserError(f"--data_path {data.data_path}: no such folder")
     except UserError as error:
         print_error(error)

@@ -771,3 +771,28 @@ class Prediction:
         "put an apostrophe before names in predictions.csv that a spreadsheet would run as formulas, "
         "because they begin with = + - or @; joining on the ID then misses these rows",
     )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """sweep"""
+
+    grid: list[list[str]] = flag(
+        [],
+        "axes: NAME=VALUES, all combinations; values a,b,c or 0..4 or lin(0,1,5) or log(1e-4,1e-2,5) or @file; `-` "
+        "leaves the flag out, on and off set a switch, a+b gives two values; pretrain.NAME is for that stage alone. "
+        "Given again: more arms",
+        nargs="+",
+        action="append",
+        metavar="NAME=VALUES",
+    )
+    paired: str | None = flag(None, "the axis whose values make pairs, e.g. seed; else runs are independent")
+    base: list[str] | None = flag(
+        None, "the arm that the others are compared with (default: the first)", nargs="+", metavar="NAME=VALUE"
+    )
+    metric: str = flag("val_acc1", "of log.txt: what arms are compared by")
+    pick: str = flag("best", "the epoch with the best metric, or the last one", choices=("best", "last"))
+    jobs: int = flag(1, "runs at a time; they share the cores", type=positive_int)
+    retry: bool = flag(False, "run again what failed")
+    output_dir: str = flag("./sweep", "where the runs and the report go")
+    dry_run: bool = flag(False, "print the lines that would run, then stop")

@@ -1,0 +1,58 @@
+"""Run a script for every combination of some flags' values, compare the arms by paired statistics, write a report.
+
+python main_sweep.py --grid alpha_blend=0,15,50 seed=0..4 --paired seed --jobs 2 --output_dir sweeps/noise \\
+    -- main_finetune.py @recipes/digits_finetune.args --finetune pretrain/checkpoint-last.pth
+python main_sweep.py --grid T=1,4 seed=0..2 --paired seed --metric knn_acc1 --output_dir sweeps/levels \\
+    -- main_pretrain_noprop.py @recipes/digits_pretrain.args -- main_linprobe.py --checkpoint {pretrain}
+
+The same line goes on where it was: finished runs stay, interrupted ones resume; more values add arms.
+"""
+
+from util.cli.script import check_command_line, run_main, says_flags
+from util.cli.sweep import get_args_parser, get_options  # noqa: F401 (a public name)
+
+if __name__ == "__main__":  # a mistyped flag is answered before anything else is imported
+    check_command_line(get_options)
+
+import os
+import shlex
+
+from util.folder import make_folder
+from util.sweep import grid, jobs
+
+
+@says_flags
+def main(argv: list[str] | None = None) -> int:
+    options, lines = get_options(argv)
+    settings = options.sweep
+    stages = grid.parse_stages(lines)
+    arms = grid.expand(settings.grid, stages)
+    chains = jobs.plan(arms, stages, settings.output_dir)
+    runs = list({id(job): job for chain in chains.values() for job in chain}.values())
+    jobs.check(runs)
+    if settings.dry_run:
+        for job in runs:
+            print(shlex.join(["python", job.stage.script, *job.words]))
+        return 0
+    make_folder(settings.output_dir, "--output_dir")
+    jobs.read_records(runs, settings.retry)
+    waiting = sum(job.state == "waiting" for job in runs)
+    print(
+        f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} of them to do, {settings.jobs} at a time", flush=True
+    )
+    if jobs.run_all(runs, settings.jobs, say=lambda text: print(text, flush=True)):
+        print("interrupted; the same line goes on", flush=True)
+        return 130
+
+    from util.report.sweep import write_sweep_report  # draws: only now
+    from util.sweep.results import collect
+
+    results = collect(arms, chains, settings)
+    for row in write_sweep_report(settings.output_dir, results, settings):
+        print("  ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
+    print(f"report: {os.path.join(settings.output_dir, 'report.html')}", flush=True)
+    return 1 if any(job.state in ("failed", "skipped") for job in runs) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

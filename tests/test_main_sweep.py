@@ -1,0 +1,146 @@
+"""main_sweep.py: what runs, in which order, what is left, and the report; with a script that takes a moment."""
+
+import csv
+import json
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+import main_sweep
+from tests.harness.runs import NET
+from util.errors import UserError
+from util.sweep import jobs
+
+# In place of a training: accuracy 50 + lr * 1000 + seed, a point more in each of its three epochs.
+SCRIPT = """
+import json, os, signal, sys, time
+def value(name, default):
+    return next((b for a, b in reversed(list(zip(sys.argv, sys.argv[1:]))) if a == name), default)
+out, lr, seed = value("--output_dir", ""), float(value("--lr", "0")), int(value("--seed", "0"))
+os.makedirs(out, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if lr == 0.25:
+    sys.exit("main: error: the learning rate is too large")
+with open(f"{out}/log.txt", "w") as file:
+    for epoch in range(3):
+        line = {"epoch": epoch, "val_acc1": 50 + 1000 * lr + seed + epoch, "val_loss": 1.0 - lr}
+        file.write(json.dumps(line) + "\\n")
+time.sleep(float(os.environ.get("TAKES", "0")))
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    for name in ("main_finetune.py", "main_pretrain_noprop.py"):
+        (folder / name).write_text(SCRIPT)
+    monkeypatch.setattr(jobs, "SCRIPTS_AT", str(folder))
+    return tmp_path
+
+
+def sweep(folder, *grid, line=("main_finetune.py", *NET), **flags) -> int:
+    words = [w for name, value in flags.items() for w in (f"--{name}", *([] if value is True else [str(value)]))]
+    return main_sweep.main([*"--output_dir".split(), str(folder), "--grid", *grid, *words, "--", *line])
+
+
+def test_arms_are_compared_by_seed_and_the_report_says_how(scripts, capsys):
+    out = scripts / "out"
+    assert sweep(out, "lr=1e-3,2e-3,4e-3", "seed=0..2", paired="seed", jobs=3) == 0
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [row["arm"] for row in rows] == ["lr=1e-3", "lr=2e-3", "lr=4e-3"]
+    assert [row["mean"] for row in rows] == ["54.00", "55.00", "57.00"]
+    assert [row["difference"] for row in rows] == ["base", "1.00", "3.00"]
+    assert rows[1]["its 95 % interval"] == "1.00 to 1.00" and rows[1]["p (sign)"] == "0.2500"
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2 and "bootstrap" in page and "Holm" in page and page.count("main_finetune.py") >= 9
+    assert not re.search(r'(src|href)="http', page), "nothing is fetched"
+    assert "Every run finished." in (out / "report.md").read_text()
+    capsys.readouterr()
+    assert sweep(out, "lr=1e-3,2e-3,4e-3", "seed=0..2", paired="seed", jobs=3) == 0
+    assert "9 runs, 0 of them to do" in capsys.readouterr().out
+    assert sweep(out, "lr=1e-3,2e-3,4e-3,8e-3", "seed=0..2", paired="seed", base="lr=2e-3", pick="last") == 0
+    assert "12 runs, 3 of them to do" in capsys.readouterr().out
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert rows[0]["arm"] == "lr=2e-3" and [row["difference"] for row in rows[1:]] == ["-1.00", "2.00", "6.00"]
+
+
+def test_two_axes_have_a_map_and_less_is_better_for_a_loss(scripts):
+    assert sweep(scripts / "out", "lr=1e-3,2e-3", "drop_path=0,0.1", metric="val_loss") == 0
+    assert (scripts / "out" / "report.html").read_text().count("<svg") == 3
+    rows = list(csv.DictReader((scripts / "out" / "table.csv").open()))
+    assert len(rows) == 4 and rows[0]["mean"] == "1.00"
+
+
+def test_a_failed_run_is_told_with_its_last_lines_and_run_again_on_demand(scripts, capsys):
+    out = scripts / "out"
+    for more, told in (({}, 2), ({}, 0), ({"retry": True}, 2)):
+        assert sweep(out, "lr=1e-3,0.25", "seed=0..1", **more) == 1
+        assert capsys.readouterr().out.count("main: error: the learning rate is too large") == told
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert rows[1]["runs"] == "0" and rows[1]["missing"] == "2"
+    assert "lr=0.25,seed=1: failed" in (out / "report.md").read_text()
+
+
+def test_a_later_stage_starts_from_each_result_of_the_one_before(scripts, monkeypatch):
+    monkeypatch.setitem(jobs.CHECKPOINT, "pretrain", "log.txt")  # the script writes no checkpoint
+    line = [
+        "main_pretrain_noprop.py",
+        "--dataset",
+        "digits",
+        "--",
+        "main_finetune.py",
+        *NET,
+        "--finetune",
+        "{pretrain}",
+    ]
+    assert sweep(scripts / "out", "pretrain.T=1,2", "seed=0..1", "finetune.lr=1e-3,2e-3", line=line, paired="seed") == 0
+    records = {p.stem: json.loads(p.read_text())["words"] for p in (scripts / "out" / ".sweep").glob("*.json")}
+    assert len(records) == 4 + 8
+    words = records["finetune-T=2,seed=1,lr=2e-3"]
+    assert words[words.index("--finetune") + 1] == str(scripts / "out" / "pretrain" / "T=2,seed=1" / "log.txt")
+    assert words[words.index("--seed") + 1] == "1" and "--T" not in words
+
+
+def test_an_interrupt_stops_the_runs_and_the_same_line_goes_on(scripts, monkeypatch, capsys):
+    monkeypatch.setenv("TAKES", "60")
+    timer = threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    assert sweep(scripts / "out", "seed=0..3", jobs=2) == 130
+    assert time.monotonic() - began < 20 and "the same line goes on" in capsys.readouterr().out
+    monkeypatch.setenv("TAKES", "0")
+    assert sweep(scripts / "out", "seed=0..3", jobs=2) == 0
+    assert "4 runs, 4 of them to do" in capsys.readouterr().out
+
+
+def test_another_line_in_the_same_folder_is_refused_and_names_the_difference(scripts):
+    assert sweep(scripts / "out", "seed=0..1") == 0
+    with pytest.raises(UserError, match=r"ran there with other flags \(--seed 0 then, --epochs 9 now\)"):
+        sweep(scripts / "out", "seed=0..1", line=["main_finetune.py", *NET, "--epochs", "9"])
+
+
+@pytest.mark.parametrize(
+    "grid,flags,words",
+    [
+        (["lr=abc"], {}, "finetune/lr=abc: argument --lr: 'abc' should be a number"),
+        (["seed=0..1"], {"paired": "lr"}, "--paired lr: should be an axis"),
+        (["lr=1e-3,2e-3"], {"base": "lr=3"}, "--base lr=3: fits 0 arms"),
+        (["lr=1e-3"], {"metric": "val_f1"}, "--metric val_f1: .* has none; there are val_acc1, val_loss"),
+    ],
+)
+def test_a_mistake_is_one_line(scripts, grid, flags, words):
+    with pytest.raises(UserError, match=words) as caught:
+        sweep(scripts / "out", *grid, **flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_dry_run_prints_the_lines_and_makes_nothing(scripts, capsys):
+    assert sweep(scripts / "out", "seed=0..1", dry_run=True) == 0
+    assert (
+        capsys.readouterr().out.count("python main_finetune.py --dataset digits") == 2
+        and not (scripts / "out").exists()
+    )

@@ -1,0 +1,50 @@
+"""Options of main_sweep.py, and the command lines behind them."""
+
+import sys
+from dataclasses import dataclass
+
+from util.cli.flags import Options
+from util.cli.parser import Parser
+from util.cli.settings import Sweep
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """What a sweep is told."""
+
+    MAIN = "sweep"
+    DESCRIPTION = (
+        "Run a script for every combination of some flags' values, compare the arms, and write a report: "
+        "main_sweep.py --grid NAME=VALUES ... -- main_finetune.py FLAGS [-- another script's line]"
+    )
+
+    sweep: Sweep
+
+
+def get_args_parser() -> Parser[SweepOptions]:
+    return Parser(SweepOptions)
+
+
+def get_options(argv: list[str] | None = None) -> tuple[SweepOptions, list[list[str]]]:
+    """(options, the words of each stage's line)."""
+    own, *stages = split_lines(sys.argv[1:] if argv is None else argv)
+    options = get_args_parser().options(own)
+    if not options.sweep.grid:
+        raise UserError("--grid: give at least one axis, e.g. --grid alpha_blend=0,15 seed=0..4")
+    if not stages or not all(stages):
+        raise UserError("main_sweep.py: give the line to run behind ` -- `, e.g. -- main_finetune.py @recipe.args")
+    if not options.sweep.output_dir:
+        raise UserError("--output_dir: give a folder for the runs")
+    return options, stages
+
+
+def split_lines(words: list[str]) -> list[list[str]]:
+    """What stands between the words `--`."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word == "--":
+            lines.append([])
+        else:
+            lines[-1].append(word)
+    return lines
