@@ -29,6 +29,7 @@ MAINS = {
     "main_linprobe": [],
     "main_sample": ["x.pth"],
     "main_predict": ["--checkpoints", "x.pth"],
+    "main_sweep": ["--grid", "seed=0"],
 }
 HOSTILE = [
     "nan",

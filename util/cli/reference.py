@@ -14,6 +14,7 @@ from util.cli.parser import Formatter, Parser, described
 from util.cli.predict import PredictOptions
 from util.cli.pretrain import PretrainOptions
 from util.cli.sample import SampleOptions
+from util.cli.sweep import SweepOptions
 
 PATH = Path(__file__).parents[2] / "docs" / "flags.md"
 MAINS: dict[str, type[Options]] = {
@@ -22,6 +23,7 @@ MAINS: dict[str, type[Options]] = {
     "main_linprobe.py": LinprobeOptions,
     "main_sample.py": SampleOptions,
     "main_predict.py": PredictOptions,
+    "main_sweep.py": SweepOptions,
 }
 HEAD = """# Flags
 

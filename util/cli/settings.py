@@ -784,9 +784,10 @@ class Sweep:
         "Given again: more arms",
         nargs="+",
         action="append",
+        required=True,
         metavar="NAME=VALUES",
     )
-    paired: str | None = flag(None, "the axis whose values make pairs, e.g. seed; else runs are independent")
+    paired: str | None = flag(None, "the axis whose values make pairs, e.g. seed (default: none, runs are independent)")
     base: list[str] | None = flag(
         None, "the arm that the others are compared with (default: the first)", nargs="+", metavar="NAME=VALUE"
     )

@@ -30,8 +30,6 @@ def get_options(argv: list[str] | None = None) -> tuple[SweepOptions, list[list[
     """(options, the words of each stage's line)."""
     own, *stages = split_lines(sys.argv[1:] if argv is None else argv)
     options = get_args_parser().options(own)
-    if not options.sweep.grid:
-        raise UserError("--grid: give at least one axis, e.g. --grid alpha_blend=0,15 seed=0..4")
     if not stages or not all(stages):
         raise UserError("main_sweep.py: give the line to run behind ` -- `, e.g. -- main_finetune.py @recipe.args")
     if not options.sweep.output_dir:
