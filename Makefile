@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo_out
 
-.PHONY: install demo test quick lint types docs format bench gpu clean
+.PHONY: install demo test quick coverage mutants lint types docs format bench gpu clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,18 @@ test: install
 # What `make test` runs, without the tests that are marked as slow: about a minute.
 quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Lines and branches that no test of `make test` runs, in this process or in those that it starts.
+coverage: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+# SAMPLE faults, drawn with SEED, one at a time: which ones do the quick tests notice? Two at a time; bench/mutants.md.
+SAMPLE ?= 200
+SEED ?= 1
+mutants: install
+	SAMPLE=$(SAMPLE) SEED=$(SEED) $(BIN)/python -m bench.mutants
 
 # Small settings, some eight minutes on an idle machine; rewrites bench/BENCH.md.
 bench: install

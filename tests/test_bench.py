@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import common, gpu, run_all
+from bench.mutants import Mutant, statement
 
 KEYS = {"name", "product_s", "baseline_s", "ratio", "product_peak_gb", "baseline_peak_gb", "machine", "torch"}
 MINIATURES = {
@@ -183,3 +184,12 @@ def test_share_and_milliseconds_of_the_page_are_those_of_the_numbers(tmp_path):
     page = (tmp_path / "GPU.md").read_text()
     assert "| eager | 40 | 200.0 | 20 to 80 images/s | 3.00 | 500 | 50.0 % | 9 s |" in page
     assert "| --compile | 80 | 100.0 | 20 to 80 images/s | 3.00 | 1e+03 | 100.0 % | 9 s |" in page
+
+
+def test_a_mutant_is_of_its_whole_statement():
+    """A line within a call has no tests of its own: they are those of the statement; of a block, its head alone."""
+    text = "def f(a):\n    if (a\n            > 1):\n        return [\n            a,\n            2]\n    return 0\n"
+    mutant = Mutant("x.py", text, text.replace("2]", "3]"))
+    assert mutant.change == (6, ["            2]"], ["            3]"]) and mutant.where == "x.py:6"
+    for line, lines in ((1, range(1, 8)), (3, range(2, 4)), (5, range(4, 7)), (6, range(4, 7)), (7, range(7, 8))):
+        assert statement(text, line, line) == lines
