@@ -113,6 +113,7 @@ def test_weights_that_cannot_be_are_refused(tmp_path, small_model):
     for content, word in [
         ({"model": {**state, "pos_embed": torch.zeros(1, 0, 12)}}, "positions"),
         ({"model": {**state, "pos_embed": torch.zeros(5, 5, 12)}}, "positions"),
+        ({"model": {**state, "patch_embed.proj.weight": torch.zeros(12, 3, 4, 4)}}, "in_chans"),
         ({"model": {"other": torch.zeros(2)}}, "shares no parameter"),
         ({1: torch.zeros(2)}, "shares no parameter"),
         ({"model": {}}, "no tensors"),

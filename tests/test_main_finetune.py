@@ -288,15 +288,6 @@ def test_deterministic_refuses_what_is_not_and_on_a_cpu_changes_no_bit(tmp_path,
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains_on_this_device(tmp_path, amp):
-    assert finetune(*TINY, "--epochs", 1, "--amp", amp, "--output_dir", tmp_path) == 0
-    line = read_log(str(tmp_path / "log.txt"))[0]
-    assert line["bad_steps"] == 0 and line["val_loss"] < 2.5
-    assert bool(read_checkpoint(str(tmp_path / "checkpoint-last.pth"))["scaler"]) == (amp == "fp16")
-
-
 def test_evaluating_incomplete_weights_is_an_error(tmp_path):
     """A file without the head would score at chance without a word."""
     state = create_model(

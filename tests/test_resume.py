@@ -26,13 +26,6 @@ from util.train.interrupts import Interrupts
 from util.train.run import Found
 
 
-@pytest.mark.slow
-def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
-    copy_first_epoch(uninterrupted, tmp_path)
-    assert finetune(*TINY, "--output_dir", tmp_path, "--resume", "auto") == 0
-    assert_same_run(tmp_path, uninterrupted)
-
-
 def test_resumed_checkpoint_does_not_stay_in_memory(uninterrupted, tmp_path, monkeypatch):
     copy_first_epoch(uninterrupted, tmp_path)
     real, held = main_finetune.find_checkpoint, []
