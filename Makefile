@@ -14,14 +14,20 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-# The whole path on scikit-learn's 1,797 digits, no download: pretrain, fine-tune with DiffNoise, score.
+# The three stages on scikit-learn's 1,797 digits, no download: pretrain, fine-tune with noise, predict the held-out fifth; and the
+# same fine-tuning from scratch, to compare with.
+ENCODER := --model vit_custom_patch2 --model_kwargs embed_dim=96 depth=6 num_heads=3
 demo: install
 	$(BIN)/python main_pretrain_noprop.py @recipes/digits_pretrain.args --resume auto --output_dir $(DEMO)/pretrain
 	$(BIN)/python main_finetune.py @recipes/digits_finetune.args --resume auto --output_dir $(DEMO)/finetune \
 	    --finetune $(DEMO)/pretrain/checkpoint-last.pth
-	$(BIN)/python main_finetune.py --eval --resume $(DEMO)/finetune/checkpoint-best.pth
-	@echo "pictures and tables: $(DEMO)/pretrain/report.md $(DEMO)/finetune/report.md"
-	@ls $(DEMO)/*/*.png
+	$(BIN)/python main_finetune.py @recipes/digits_finetune.args --resume auto --output_dir $(DEMO)/from_scratch $(ENCODER)
+	@echo "without pretraining:"
+	$(BIN)/python main_finetune.py --eval --resume $(DEMO)/from_scratch/checkpoint-best.pth
+	@echo "with pretraining:"
+	$(BIN)/python main_predict.py --checkpoints $(DEMO)/finetune --views 1 --output_dir $(DEMO)/predict
+	@echo "pictures and tables: $(DEMO)/pretrain/report.md $(DEMO)/finetune/report.md $(DEMO)/predict/report.md"
+	@ls $(DEMO)/*/*.png $(DEMO)/predict/predictions.csv
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -418,7 +418,7 @@ class Noise:
         "noise (default: 15, without --noise_snr and --noise_strength)",
         type=number(int, 0, 999),
     )
-    noise_kind: str = flag("alpha_blend", "what noise; see README, section Noise", choices=tuple(NOISE_KINDS))
+    noise_kind: str = flag("alpha_blend", "what noise; see docs/noise.md", choices=tuple(NOISE_KINDS))
     noise_units: str | None = flag(
         None,
         "absolute: as the released code, another ratio for every network; relative: the noise is scaled by the root "
