@@ -209,7 +209,7 @@ def test_evaluation_takes_the_data_from_the_checkpoint_unless_a_flag_names_them(
     assert data("--data_path", other, data_path="/gone") == ("folder", other, 0.2, 0, "0", 3)  # they were moved
     assert data("--kfold", 2, "--fold", 1) == ("folder", here, 0.0, 2, "1", 0)
     assert data("--dataset", "digits") == ("digits", ".", 0.0, 0, "0", 0)
-    with pytest.raises(UserError, match=r"--data_path: give it; .* /gone, which is not there"):
+    with pytest.raises(UserError, match=r"--data_path: give it; .* /gone, which does not exist"):
         data(data_path="/gone")
     for hostile in ({"val_split": [1] * 9999}, {"val_split": 2}, {"kfold": 5, "fold": "7", "val_split": 0}):
         with pytest.raises(UserError, match=r"should be") as caught:

@@ -18,7 +18,7 @@ from util.dist import Precision
 
 
 def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
-    """Bytes autograd keeps for one image's backward: measured on a batch of two, weights not counted."""
+    """Bytes that autograd saves per image for the backward pass, without weights; measured on a batch of two."""
     owned = {p.untyped_storage().data_ptr() for p in net.parameters()}
     seen: dict[int, int] = {}
 
@@ -37,7 +37,7 @@ def saved_bytes(net, forward, image_shape: tuple[int, ...], precision) -> int:
 
 
 def noise_table(net: torch.nn.Module, noise: AlphaBlend, loader: Loader, precision: Precision) -> str:
-    """Signal to noise in dB where the noise goes in, for the first batch of training, at some timesteps t."""
+    """Signal-to-noise ratio in dB where the noise is added, for the first training batch, at some timesteps t."""
     seen: list[torch.Tensor] = []
     hook = noise.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().square().mean()))
     with torch.no_grad(), precision.autocast():
@@ -46,7 +46,7 @@ def noise_table(net: torch.nn.Module, noise: AlphaBlend, loader: Loader, precisi
     power, abar = float(torch.stack(seen).mean()), alphas_cumprod(noise.config.beta_power).tolist()
     steps = (5, 15, 50, 150, 400)
     lines = [
-        f"noise: root mean square {power**0.5:.3g} where it goes in; signal to noise in dB:",
+        f"noise: root mean square {power**0.5:.3g} where it is added; signal to noise in dB:",
         "  t             " + "".join(f"{t:>8}" for t in steps),
     ]
     for units, signal in (("absolute", power), ("relative", 1.0)):
@@ -67,7 +67,7 @@ def describe(
 ) -> str:
     """The resolved values, parameter groups, effective batch, steps per epoch and estimated memory.
 
-    forward(images) -> outputs: what a step computes and keeps at a time, where it is less than net(images).
+    forward(images) -> outputs: what a step keeps in memory at a time, if that is less than net(images).
     """
     optimizer = options.optimizer
     n = sum(p.numel() for p in net.parameters())
@@ -97,7 +97,7 @@ def describe(
 
 
 def resolved_values(options: Options, meta: dict, origin: Source, precision: Precision, lr: float) -> list[str]:
-    """Each flag with the value that it comes to, by groups as --help has them."""
+    """Each flag with its resolved value, in the groups of --help."""
     flat = options.flat()
     known = {
         "lr": f"{lr:.4g}" + (f" (from --blr {flat['blr']:g})" if flat["lr"] is None else ""),
@@ -130,7 +130,7 @@ def resolved_values(options: Options, meta: dict, origin: Source, precision: Pre
 
 
 def shown(value: Any, flag: Flag) -> str:
-    """A value as text; of one that is still open, what --help says of it."""
+    """A value as text; for one that is not resolved, the default that --help gives."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value in (None, "", []):

@@ -25,7 +25,7 @@ from util.meta import check_model_kwargs
 
 @dataclass(frozen=True)
 class FinetuneOptions(Options):
-    """What a fine-tuning run is told."""
+    """All options of a fine-tuning run."""
 
     MAIN = "finetune"
     DESCRIPTION = (
@@ -48,7 +48,7 @@ class FinetuneOptions(Options):
 
     @property
     def weights(self) -> str:
-        """The file that the weights come from; '' for none."""
+        """The file of weights; '' for none."""
         return (self.run.resume if self.selection.eval else "") or self.model.finetune
 
 
@@ -62,9 +62,9 @@ def get_options(argv: list[str] | None = None) -> FinetuneOptions:
 
 
 def check(options: FinetuneOptions) -> FinetuneOptions:
-    """UserError for flags that do not go together; the options with what follows from others filled in."""
+    """The options with defaults that depend on other flags. UserError for flags that conflict."""
     evaluating = options.selection.eval
-    if not evaluating:  # else the checkpoint's: see resolve_data
+    if not evaluating:  # otherwise the checkpoint's, see resolve_data
         dataset = options.data.dataset or "folder"
         path = default_path(dataset) if options.data.data_path is None else options.data.data_path
         options = options.having(dataset=dataset, data_path=path)
@@ -80,9 +80,9 @@ def check(options: FinetuneOptions) -> FinetuneOptions:
     if data.kfold and data.fold == "all" and not run.output_dir:
         raise UserError("--output_dir: k-fold needs one, for its out-of-fold files")
     if evaluating and data.kfold and data.fold == "all":
-        raise UserError(f"--kfold {data.kfold}: with --eval give the --fold whose network it is")
+        raise UserError(f"--kfold {data.kfold}: with --eval give the --fold of the checkpoint")
     if data.kfold and run.resume not in ("", "auto") and not evaluating:
-        raise UserError(f"--resume {run.resume}: with --kfold give `auto`; every fold has its own checkpoints")
+        raise UserError(f"--resume {run.resume}: with --kfold give `auto`; each fold has its own checkpoints")
     if model.finetune and not os.path.isfile(model.finetune):
         raise UserError(f"--finetune {model.finetune}: no such file")
     if model.partial_load and not model.finetune:
@@ -96,7 +96,7 @@ def check(options: FinetuneOptions) -> FinetuneOptions:
     reprob = {"mae": 0.25, "photo": 0.2}.get(aug.aug, 0.0) if aug.reprob is None else aug.reprob
     noise, alpha_blend = options.noise, options.noise.alpha_blend
     if alpha_blend is None and noise.noise_snr is None and noise.noise_strength is None:
-        alpha_blend = 15  # the released code's
+        alpha_blend = 15  # the released code's default
     return options.having(
         fold=data.fold if data.kfold else "0",
         reprob=reprob,

@@ -1,4 +1,4 @@
-"""Flags as fields: a settings group is a frozen dataclass whose fields are flags, a main's options are its groups.
+"""Flags as dataclass fields: a settings group is a frozen dataclass of flags; a main's options are its groups.
 
     @dataclass(frozen=True)
     class Noise:
@@ -10,7 +10,7 @@
         MAIN = "finetune"
         noise: Noise
 
-`flag` says all there is to say of a flag: the parser, a resume's comparison and the dry run read it from here.
+`flag` declares everything about a flag; the parser, the comparison on resume and the dry run read it.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ Own = TypeVar("Own", bound="Options")
 
 
 class by_main(dict):
-    """A value for each of the mains that have the flag: by_main(finetune=64, pretrain=128)."""
+    """A value for each main that has the flag: by_main(finetune=64, pretrain=128)."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as one main has it. `argparse`: the keywords of add_argument; `also`: further flags for the same value.
+    """A flag of one main. `argparse`: keywords of add_argument; `also`: more flags that set the same value.
 
-    changes_results: with another value the run would end with other numbers. free_at_resume: a run may go on with
-    another value, which holds from there on: the schedule and what goes with it.
+    changes_results: another value leads to different numbers. free_at_resume: a resumed run may use another value from
+    then on (the schedule and related flags).
     """
 
     dest: str
@@ -60,12 +60,12 @@ def flag(
     also: dict[str, dict] | None = None,
     **argparse: Any,
 ) -> Any:
-    """A field that is a flag: `--` and the field's name, unless `names` has others.
+    """A field that is a flag, named `--` and the field's name unless `names` is given.
 
-    mains: those that have it, all of the group's if empty. default: one value, or by_main(...), which tells the mains
-    as well. help: text, or by_main(...); it says what the default is where no value can: "(default: the data set's)".
-    names: a tuple, or by_main(...) for mains that call it otherwise. also: further flags that set the same value, with
-    their keywords of add_argument.
+    mains: the mains that have it; empty for all mains with the group. default: one value, or by_main(...), which also
+    names the mains. help: text, or by_main(...); it states the default if that is not a fixed value: "(default: the
+    data set's)". names: a tuple, or by_main(...). also: more flags that set the same value, with their keywords of
+    add_argument.
     """
     if isinstance(default, by_main):
         mains = " ".join(default)
@@ -103,9 +103,9 @@ def flags_of_group(group: type, main: str) -> Iterator[Flag]:
 
 @dataclass(frozen=True)
 class Options:
-    """The whole command line of a main: each field a settings group, each field of that a flag.
+    """The command line of a main: each field is a settings group, whose fields are flags.
 
-    NETWORK_FROM: the argument whose file says what the network is, for a main without flags of its own for that.
+    NETWORK_FROM: for mains without flags for the network, the argument whose file describes it.
     """
 
     MAIN: ClassVar[str] = ""
@@ -119,12 +119,12 @@ class Options:
     @classmethod
     @cache
     def flags(cls) -> dict[str, Flag]:
-        """By the names of their values."""
+        """Flags by field name."""
         return {one.dest: one for group in cls.groups().values() for one in flags_of_group(group, cls.MAIN)}
 
     @classmethod
     def of(cls: type[Own], **values: Any) -> Own:
-        """Options with these values, and the defaults for all others. TypeError for a name that is no flag's."""
+        """Options with these values and defaults for the others. TypeError for an unknown name."""
         if unknown := set(values) - set(cls.flags()):
             raise TypeError(f"{cls.__name__}: has no {', '.join(sorted(unknown))}")
         values = {
@@ -138,7 +138,7 @@ class Options:
         return cls(**built)
 
     def flat(self) -> dict[str, Any]:
-        """Every flag's value by name, in one dict: what args.json and checkpoints keep."""
+        """Every flag's value by field name, as stored in args.json and checkpoints."""
         return {
             k: getattr(getattr(self, name), k)
             for name, group in self.groups().items()
@@ -146,7 +146,7 @@ class Options:
         }
 
     def words(self, *dests: str) -> list[str]:
-        """A command line's words for these flags, by the names of their values, unless at their defaults."""
+        """Command-line words that set the flags of these fields; none for defaults."""
         words = []
         for flag, value in ((self.flags()[k], self.flat()[k]) for k in dests):
             if value != flag.default:
@@ -155,13 +155,13 @@ class Options:
         return words
 
     def having(self: Own, **values: Any) -> Own:
-        """The same options with other values of some flags."""
+        """A copy with other values for some flags."""
         return type(self).of(**{**self.flat(), **values})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A flag that changes results, its value in a run that was saved and in this command line, as text."""
+    """A flag that changes results, with its value in a saved run and on this command line, as text."""
 
     flag: Flag
     before: str
@@ -169,8 +169,8 @@ class Difference:
 
 
 def differences(flags: dict[str, Flag], before: dict, now: dict) -> list[Difference]:
-    """Flags that change results and differ. `before`, `now`: options by argparse's names; what one of them lacks, as a
-    run of an earlier version does, is not compared."""
+    """Flags that change results and differ. `before`, `now`: values by field name; what one of them lacks (a run of an
+    earlier version) is not compared."""
     return [
         Difference(flag, _show(before[k]), _show(now[k]))
         for k, flag in flags.items()
@@ -179,15 +179,15 @@ def differences(flags: dict[str, Flag], before: dict, now: dict) -> list[Differe
 
 
 def refusal(found: list[Difference], where: str, advice: str) -> str:
-    """The line that names the first difference with both values, and the other flags."""
+    """A line with both values of the first difference, and the names of the other flags."""
     first, others = found[0], [d.flag.name for d in found[1:]]
     also = f" (other values of {', '.join(others[:6])}{', ...' if len(others) > 6 else ''}, too)" if others else ""
     return f"{first.flag.name} {first.now}: {where} {first.before}{also}; {advice}"
 
 
 def _plain(value):
-    """As it comes back from a checkpoint or from JSON: tuples are lists there. Keywords have no order."""
-    if isinstance(value, (list, tuple)) and len(value) == 1:  # of a flag that took one value, and takes several now
+    """The value as read from a checkpoint or JSON, where tuples are lists; keywords sorted."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:  # the flag took one value in earlier versions
         value = value[0]
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, (list, tuple)) for v in value):
         value = {str(name): v for name, v in value}
@@ -196,7 +196,7 @@ def _plain(value):
 
 def _same(a, b) -> bool:
     if isinstance(a, str) and isinstance(b, str):
-        return a == b or os.path.realpath(a) == os.path.realpath(b)  # another way to write the same path
+        return a == b or os.path.realpath(a) == os.path.realpath(b)  # the same path, written differently
     return _plain(a) == _plain(b)
 
 

@@ -12,11 +12,11 @@ from util.meta import check_model_kwargs
 
 @dataclass(frozen=True)
 class LinprobeOptions(Options):
-    """What a probe of a frozen encoder is told."""
+    """All options of a probe of a frozen encoder."""
 
     MAIN = "linprobe"
     DESCRIPTION = (
-        "What a frozen encoder knows: weighted k-NN and a linear probe on features that are computed once, without "
+        "Evaluate a frozen encoder: weighted k-NN and a linear probe on features that are computed once, without "
         "augmentation."
     )
 

@@ -1,4 +1,4 @@
-"""The parser of a main's options: flags from their declarations, recipes, one-line errors."""
+"""The argument parser of a main: its flags, recipes (@file), one-line errors."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ MAES = {
 
 
 class Formatter(argparse.HelpFormatter):
-    """Every help text with its default once. A switch is off by default, unless its text says otherwise."""
+    """Adds the default to each help text that does not state it. A switch is off unless its text says otherwise."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=max(80, min(120, shutil.get_terminal_size().columns)))
@@ -39,7 +39,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 def described(text: str, default: Any) -> str:
-    """A flag's help, with its default where that is a value and the text does not say it."""
+    """A flag's help, with the default if that is a value and the text does not state it."""
     if "(default" in text or isinstance(default, bool) or default in (None, "", [], argparse.SUPPRESS):
         return text
     values = default if isinstance(default, (list, tuple)) else [default]
@@ -47,8 +47,8 @@ def described(text: str, default: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser, Generic[O]):
-    """The flags of a main's Options, with one-line errors, no abbreviations, and recipes: @file holds flags, several a
-    line, and comments."""
+    """The flags of a main's Options, with one-line errors, no abbreviations, and recipes: @file contains flags, several
+    per line, and comments."""
 
     def __init__(self, options: type[O]):
         self.kind = options
@@ -64,21 +64,21 @@ class Parser(argparse.ArgumentParser, Generic[O]):
             section = self.add_argument_group((group.__doc__ or "").strip())
             for flag in flags_of_group(group, options.MAIN):
                 keywords = dict(flag.argparse)
-                if flag.name.startswith("-"):  # argparse takes neither for a positional argument
+                if flag.name.startswith("-"):  # not allowed for a positional argument
                     keywords |= {"dest": flag.dest, "default": flag.default}
                 section.add_argument(*flag.names, **keywords)
                 for name, more in flag.also.items():
                     section.add_argument(name, dest=flag.dest, default=argparse.SUPPRESS, **more)
 
     def options(self, argv: list[str] | None = None) -> O:
-        """The options that a command line gives (default: this process's)."""
+        """The options of a command line (default: this process's)."""
         return self.kind.of(**vars(self.parse_args(argv)))
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         return words_of(line)
 
     def error(self, message: str):
-        raise UserError(re.sub(r"(\S{200})\S+", r"\1...", message))  # a value of 5000 digits is no line to read
+        raise UserError(re.sub(r"(\S{200})\S+", r"\1...", message))  # cut values of thousands of characters
 
     def parse_args(self, args=None, namespace=None):
         try:
@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser, Generic[O]):
         except UserError:
             raise
         except RecursionError:
-            raise UserError("@file: a recipe names itself") from None
-        except (ValueError, OSError) as error:  # a quote without its end, bytes that are no text, a loop of files
+            raise UserError("@file: a recipe includes itself") from None
+        except (ValueError, OSError) as error:  # an unclosed quote, a file that is not text, a loop of files
             raise UserError(f"@file: cannot be read ({error})") from None
         if unknown:
             name = unknown[0].split("=")[0]
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser, Generic[O]):
 
 
 def flags_of_the_network() -> set[str]:
-    """What other mains say of a network and its input by flags."""
+    """Flags of other mains that describe a network and its input."""
     flags = [flag for group in (Input, Model) for flag in flags_of_group(group, "finetune")]
     return {name for flag in flags for name in (*flag.names, *flag.also)}
 
@@ -113,27 +113,27 @@ _QUOTED = re.compile(r"""^\\(#)|\\([\s"'])|"([^"]*)"|'([^']*)'""")
 
 
 def words_of(line: str) -> list[str]:
-    """The words of a recipe's line. A `#` at a word's start begins a comment; in quotes everything is literal.
+    """The words of a line of a recipe. A `#` at the start of a word begins a comment; everything in quotes is literal.
 
-    A backslash takes the meaning from the space or quote after it, or from a word's first `#`; before anything else, as
-    in a path of Windows, it is itself. ValueError for a quote without its end.
+    A backslash escapes a space, a quote, or a `#` at the start of a word; elsewhere, as in a Windows path, it is
+    literal. ValueError for an unclosed quote.
     """
     if "\0" in line:
         raise ValueError("not UTF-8 text; save it as UTF-8")
-    words, rest = [], line.removeprefix("\ufeff").strip()  # editors on Windows begin a file with a byte-order mark
+    words, rest = [], line.removeprefix("\ufeff").strip()  # editors on Windows write a byte-order mark
     while rest and not rest.startswith("#"):
         word = _WORD.match(rest)
         rest = rest[word.end() :] if word else rest
         if rest and not rest[0].isspace():
-            raise ValueError(f"a quote without its end: {rest[:40]}")
+            raise ValueError(f"unclosed quote: {rest[:40]}")
         if word:
             words.append(_QUOTED.sub(lambda m: "".join(g or "" for g in m.groups()), word[0]))
         rest = rest.lstrip()
-    return words[:-1] if words[-1:] == ["\\"] else words  # the end of a shell's line that goes on
+    return words[:-1] if words[-1:] == ["\\"] else words  # a backslash at the end continues a line in a shell
 
 
 def check_training(options) -> None:
-    """What both trainings' flags must fulfil together; needs no data."""
+    """Checks shared by both trainings, which need no data."""
     run, data = options.run, options.data
     if run.resume and run.resume != "auto" and not os.path.isfile(run.resume):
         raise UserError(f"--resume {run.resume}: no such file; give a checkpoint or `auto`")
@@ -147,5 +147,5 @@ def check_training(options) -> None:
 
 
 def default_path(dataset: str) -> str:
-    """--data_path where nothing else tells it."""
+    """The default --data_path."""
     return "." if dataset == "digits" else "data"

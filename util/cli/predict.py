@@ -12,7 +12,7 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class PredictOptions(Options):
-    """What a prediction is told."""
+    """All options of a prediction."""
 
     MAIN = "predict"
     DESCRIPTION = (
@@ -40,7 +40,7 @@ def get_options(argv: list[str] | None = None) -> PredictOptions:
         if not os.path.exists(path):
             raise UserError(f"--checkpoints {path}: no such file or folder")
     if data.dataset is None and (data.data_path is not None or asked.labels is not None):
-        options = options.having(dataset="folder")  # of any images, whatever the networks were trained on
+        options = options.having(dataset="folder")  # any images, whatever the networks were trained on
     if asked.labels is not None and options.data.dataset != "folder":
         raise UserError(f"--labels {asked.labels}: --dataset {data.dataset} has its own labels")
     if asked.labels is not None and not os.path.isfile(asked.labels):
@@ -51,9 +51,9 @@ def get_options(argv: list[str] | None = None) -> PredictOptions:
 
 
 def check_data(options: PredictOptions, *, of_checkpoint: bool = False) -> PredictOptions:
-    """UserError unless the options say which images to predict, and write elsewhere.
+    """UserError unless the options name the images to predict and an output folder elsewhere.
 
-    of_checkpoint: the data are those that it was trained on; of a folder, they are predicted out of fold only.
+    of_checkpoint: the data are the checkpoint's training data; those of a folder can only be predicted out of fold.
     """
     data = options.data
     lacking = data.data_path is None or of_checkpoint

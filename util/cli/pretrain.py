@@ -9,12 +9,12 @@ from util.cli.settings import Augmentation, Data, Input, Machine, Masking, NoPro
 
 @dataclass(frozen=True)
 class PretrainOptions(Options):
-    """What a pretraining run is told."""
+    """All options of a pretraining run."""
 
     MAIN = "pretrain"
     DESCRIPTION = (
-        "Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, no propagation between "
-        "them."
+        "Pretrain a masked ViT encoder with T decoders, each a denoiser for one noise level, without propagation "
+        "between them."
     )
 
     optimizer: Optimizer

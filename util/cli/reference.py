@@ -1,4 +1,4 @@
-"""docs/flags.md: every flag of every main, of the same declarations as --help.
+"""docs/flags.md: every flag of every main, from the same declarations as --help.
 
 python -m util.cli.reference        # or `make docs`: writes docs/flags.md
 """
@@ -27,8 +27,9 @@ MAINS: dict[str, type[Options]] = {
 }
 HEAD = """# Flags
 
-What each script's `--help` prints; `make docs` writes this file. Flags that MAE's scripts have, too, keep their names
-and come first in each group. `@FILE` reads flags from a file, as in `@recipes/photos_first.args`; later flags win.
+The flags of each script, as in its `--help`; `make docs` writes this file. Flags that MAE's scripts also have keep
+their names and come first in each group. `@FILE` reads flags from a file, as in `@recipes/photos_first.args`; later
+flags win.
 """
 
 

@@ -1,6 +1,6 @@
-"""What the flags leave open, decided from the checkpoint, the model's own configuration and the data set.
+"""Resolves what the flags leave open from the checkpoint, the model's configuration and the data set.
 
-The result is `meta`: all that rebuilds a classifier without a flag. It goes into every checkpoint.
+The result is `meta`, which every checkpoint stores: it is enough to rebuild a classifier without flags.
 """
 
 import argparse
@@ -23,19 +23,19 @@ Own = TypeVar("Own", bound=Options)
 DEFAULT_MODEL = "vit_large_patch16"  # MAE's default
 
 
-# Of the weights that MAE, and DeiT for the small sizes, published under MAE's names.
+# For the weights published under MAE's names, by MAE and, for the small sizes, DeiT.
 MAE_CONFIG = {"input_size": (3, 224, 224), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a network's input comes from: its size, and the mean and standard deviation of its pixels."""
+    """Where a network's input size, and the mean and standard deviation of its pixels, come from."""
 
     size: str
     values: str
 
     def words(self, meta: dict) -> str:
-        """For a run's first line."""
+        """Text for a run's first line."""
         mean, std = (" ".join(f"{v:.4g}" for v in meta[key]) for key in ("mean", "std"))
         shape = " x ".join(map(str, (meta["in_chans"], *meta["img_size"])))
         return f"input {shape} ({self.size}), mean {mean}, std {std} ({self.values})"
@@ -51,11 +51,11 @@ def resolve_meta(
     weights: str = "",
     evaluating: bool = False,
 ) -> tuple[dict, Source]:
-    """(meta, where its input comes from): model, input and classes of a run on images of `classes`.
+    """(meta, source of its input): model, input and classes of a run on images of `classes`.
 
-    source: the meta of the checkpoint that the weights come from. weights: the file that they come from, '' for none.
-    Order of precedence: the flag; `source`; for the input, the configuration that the weights of another origin were
-    trained with; the data set.
+    source: the meta of the checkpoint with the weights. weights: the file of the weights, '' for none.
+    Precedence: the flag; `source`; for the input, the configuration that weights from elsewhere were trained with; the
+    data set.
     """
     source = source or {}
     name = model.model or source.get("model") or DEFAULT_MODEL
@@ -69,7 +69,7 @@ def resolve_meta(
             f"--model: is not given, and the default {DEFAULT_MODEL} does not take {size[0]} x {size[1]} pixels "
             f"({dataset}'s); give for instance --model vit_tiny_patch{fits}, or --input_size 224"
         )
-    # What evaluation sees of a file stays what it was for the checkpoint, at another size when it is only evaluated.
+    # Evaluation crops files as it did for the checkpoint; at another input size only if nothing is trained.
     crop_pct = given.crop_pct
     if crop_pct is None and (evaluating or size == _pair(source.get("img_size"))):
         crop_pct = source.get("crop_pct")
@@ -94,7 +94,7 @@ def resolve_meta(
 
 
 def resolve_input(given: Input, model: str, dataset: str, source: dict, *, foreign_weights: bool):
-    """((height, width), channels, mean, std, where that comes from)."""
+    """((height, width), channels, mean, std, their source)."""
     spec = DATASETS[dataset]
     config: dict = {}
     if is_mae_name(model):
@@ -102,7 +102,7 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
     elif timm.is_model(model):
         try:
             pretrained_cfg = timm.get_pretrained_cfg(model)
-        except RuntimeError as error:  # the name is timm's, its tag is not
+        except RuntimeError as error:  # timm has the name but not the tag
             raise UserError(f"--model {model}: {error}") from None
         config = pretrained_cfg.to_dict() if pretrained_cfg else {}
     own_size = config["input_size"][1:] if config else None
@@ -131,10 +131,10 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
 
 
 def resolve_data(options: Own, content: dict) -> Own:
-    """The options, with the data that the run of a checkpoint had where no flag says otherwise.
+    """The options with the checkpoint's data settings where flags give none.
 
-    content: the checkpoint's meta and args, or {}. Its folder is taken where it still exists; how it divided train/,
-    where the data are the same and no flag divides them.
+    content: the checkpoint's meta and args, or {}. Its folder is used if it still exists; its split of train/, if the
+    data are the same and no flag splits them.
     """
     known, saved, given = (content.get("meta") or {}).get("dataset"), content.get("args") or {}, options.flat()
     known = known if isinstance(known, str) and known in DATASETS else None
@@ -143,7 +143,7 @@ def resolve_data(options: Own, content: dict) -> Own:
     before = before if isinstance(before, str) else ""
     exists = os.path.isdir(before)
     if path is None and before and not exists and dataset not in IN_MEMORY:
-        raise UserError(f"--data_path: give it; the checkpoint was trained on {before}, which is not there")
+        raise UserError(f"--data_path: give it; the checkpoint was trained on {before}, which does not exist")
     if path is None:
         path = before if exists else default_path(dataset)
     options = options.having(dataset=dataset, data_path=path)

@@ -12,7 +12,7 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class SampleOptions(Options):
-    """What a look at a pretraining checkpoint is told."""
+    """All options of main_sample.py."""
 
     MAIN = "sample"
     DESCRIPTION = (

@@ -1,4 +1,4 @@
-"""How a main starts and ends: the command line is answered before torch is imported, mistakes end in one line."""
+"""Start and end of a main: the command line is checked before torch is imported, mistakes end in one line."""
 
 import functools
 import importlib.util
@@ -12,10 +12,10 @@ from util.files import printable
 
 
 def check_command_line(get_options) -> None:
-    """Answer --help and whatever the command line alone shows to be wrong. The mains call it before they import torch.
+    """Answer --help and report mistakes in the command line. Mains call it before they import torch.
 
-    get_options() -> Options, checked; main() calls it again: between the two, nothing is kept. Until run_main begins, a
-    package that is not installed and an interrupt end the script in one line as well.
+    get_options() -> checked Options; main() calls it again. Until run_main begins, a missing package or an interrupt
+    also ends the script in one line.
     """
     try:
         options = get_options()
@@ -38,7 +38,7 @@ def _failed_import(kind, error, trace) -> None:
     sys.__excepthook__(kind, error, trace)
 
 
-# What `import` calls a package of requirements.txt where pip calls it otherwise.
+# Import names of packages in requirements.txt that pip names differently.
 PIP_NAMES = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -48,18 +48,18 @@ PIP_NAMES = {
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:
-    """One line that names the package of requirements.txt that is not installed; None for a module of our own."""
+    """The error to report if a package of requirements.txt is not installed; None for a module of this project."""
     name = (error.name or "").partition(".")[0]
     if name and importlib.util.find_spec(name) is not None:
         return None  # part of an installed package
     if not name:
-        return UserError(str(error))  # torchmetrics tells in its own words what it lacks
+        return UserError(str(error))  # torchmetrics' own text
     name = PIP_NAMES.get(name, name)
     return UserError(f"the package {name} is not installed; `pip install {name}`, or all of requirements.txt")
 
 
 def require_package(name: str, flag: str) -> None:
-    """UserError unless the package that one mode needs is there: before any work is done."""
+    """UserError if a package that only one mode needs is missing, before any work is done."""
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{flag}: needs the package {name}; `pip install {name}`, or all of requirements.txt")
 
@@ -68,7 +68,7 @@ def print_error(error: BaseException) -> None:
     print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-# Flags of networks' keywords that are called otherwise.
+# Keywords of networks whose flags have other names.
 FLAG_OF = {
     "img_size": "--input_size",
     "num_classes": "--nb_classes",
@@ -78,7 +78,7 @@ FLAG_OF = {
 
 
 def says_flags(main):
-    """A main whose errors name flags where the networks' name keywords."""
+    """Decorator for a main: errors about a network's keywords name the flags instead."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -91,12 +91,12 @@ def says_flags(main):
 
 
 def run_main(main) -> None:
-    """Call a script's main(); the user's mistakes end in one line and exit code 2, an interrupt in 130."""
+    """Call a script's main(). Mistakes of the user end in one line and exit code 2, an interrupt in 130."""
     from util.dist import shutdown
     from util.files import TolerantStream
     from util.folder import remove_empty_folders
 
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal has no letters for must not end a run
+    for stream in (sys.stdout, sys.stderr):  # print names that the terminal cannot encode
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
@@ -104,25 +104,25 @@ def run_main(main) -> None:
     try:
         code = main()
     except (UserError, RuntimeError, ModuleNotFoundError) as error:
-        mended = error if isinstance(error, UserError) else known_failure(error)
-        if mended is None:
+        reported = error if isinstance(error, UserError) else known_failure(error)
+        if reported is None:
             raise
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again while all is torn down
-        print_error(mended)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again during shutdown
+        print_error(reported)
         code = 2
         remove_empty_folders()
     except KeyboardInterrupt:
         code = 130
         remove_empty_folders()
     if code == 2 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(2)  # other ranks may wait in a collective that this one left: no orderly goodbye
+        os._exit(2)  # an orderly shutdown would wait for other ranks in a collective
     shutdown()
     sys.exit(code)
 
 
 def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None:
-    """What the user can do about a failure that torch reports where it happens to notice it; None for any other."""
+    """The error to report for a failure inside torch that the user can act on; None for any other."""
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     from util.data.loader import file_of_process
@@ -135,13 +135,13 @@ def known_failure(error: RuntimeError | ModuleNotFoundError) -> UserError | None
         return UserError(f"--deterministic: {text[:120]}; leave the flag out, or use another device")
     if (
         "DataLoader worker (pid" in text
-    ):  # one that died; what one raised is told as "Caught ... in DataLoader worker process"
+    ):  # it died; an exception in a worker reads "Caught ... in DataLoader worker process"
         pid = re.search(r"DataLoader worker \(pid\D*(\d+)", text)
         path = file_of_process(int(pid.group(1))) if pid else None
         at = f" at {printable(path)}" if path else ""
         return UserError(
-            f"--num_workers: a loader process died{at} ({text[:160]}); was it killed for want of memory? Run the line "
-            "again (training goes on from its last checkpoint by --resume auto), with fewer --num_workers if it "
+            f"--num_workers: a loader process died{at} ({text[:160]}); was it out of memory? Run the command "
+            "again (training continues from the last checkpoint with --resume auto), with fewer --num_workers if it "
             "happens again"
         )
     return None

@@ -1,7 +1,7 @@
-"""The settings of all mains, by group. Each field is a flag, declared here and nowhere else (see flags.py).
+"""The settings of all mains, by group. Each field is a flag, declared only here (see flags.py).
 
-A flag keeps the name and default that it has in MAE's scripts. Where the default is None, the checkpoint or the data
-set decides; what was decided is printed and stored in args.json.
+Flags of MAE's scripts keep their names and defaults. If the default is None, the checkpoint or the data set decides;
+the result is printed and stored in args.json.
 """
 
 from dataclasses import dataclass
@@ -47,19 +47,19 @@ from util.errors import UserError
 TRAINING = "finetune pretrain"
 of_finetune = partial(flag, mains="finetune")
 of_training = partial(flag, mains=TRAINING)
-keeps_results = partial(flag, mains=TRAINING, changes_results=False)  # a run comes to the same numbers
+keeps_results = partial(flag, mains=TRAINING, changes_results=False)  # the numbers of a run do not depend on it
 scheduled = partial(flag, free_at_resume=True)
 
 
 def of_source(text: str, otherwise: str = "the data set's") -> by_main:
-    """A text whose default is the checkpoint's, where a main starts from one."""
+    """Help texts for a flag whose default is the checkpoint's in mains that start from one."""
     started = f"{text} (default: the checkpoint's, else {otherwise})"
     return by_main(finetune=started, linprobe=started, pretrain=f"{text} (default: the data set's)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """run: where it is saved, how it goes on"""
+    """run: output, resuming"""
 
     output_dir: str = flag(
         by_main(finetune="./output_dir", pretrain="./output_dir", linprobe="", predict="./predictions", sample=None),
@@ -80,25 +80,25 @@ class Run:
     resume: str = keeps_results(
         "",
         by_main(
-            finetune="checkpoint to go on from, or `auto`: the newest in --output_dir; with --eval the checkpoint to "
-            "evaluate (default: start anew)",
-            pretrain="checkpoint to go on from, or `auto`: the newest in --output_dir (default: start anew)",
+            finetune="checkpoint to resume from, or `auto`: the newest in --output_dir; with --eval the checkpoint to "
+            "evaluate (default: a new run)",
+            pretrain="checkpoint to resume from, or `auto`: the newest in --output_dir (default: a new run)",
         ),
     )
     start_epoch: int = of_training(
-        0, "number of the first epoch of a new run; --resume finds it by itself", free_at_resume=True, type=count
+        0, "first epoch of a new run, counted from 0; --resume sets it by itself", free_at_resume=True, type=count
     )
     force_resume: bool = keeps_results(
-        False, "resume although flags that change the results, or the images per step, differ from the checkpoint's"
+        False, "resume even if flags that change the results, or the images per step, differ from the checkpoint's"
     )
     save_freq: int = keeps_results(
         20, "keep a checkpoint-{epoch}.pth every N epochs and at the end; 0: none", type=count
     )
     keep: int = keeps_results(0, "keep only the newest N of these; 0: all", type=count)
     save_every_minutes: float = keeps_results(
-        0.0, "save in the middle of an epoch, too, every N minutes; 0: never", type=non_negative
+        0.0, "also save in the middle of an epoch, every N minutes; 0: never", type=non_negative
     )
-    print_freq: int = keeps_results(20, "steps between two lines of progress", type=positive_int)
+    print_freq: int = keeps_results(20, "steps between progress lines", type=positive_int)
     max_bad_steps: int = keeps_results(
         10,
         "end the run after this many non-finite steps in a row, each of which is skipped; fp16's first "
@@ -111,7 +111,7 @@ class Run:
         type=count,
         metavar="N",
     )
-    overwrite: bool = keeps_results(False, "start anew in an --output_dir that holds a run; its files are deleted")
+    overwrite: bool = keeps_results(False, "start over in an --output_dir that contains a run; its files are deleted")
     dry_run: bool = keeps_results(
         False, "print every resolved value, the parameter groups and an estimate of the memory, then stop"
     )
@@ -123,7 +123,7 @@ class Machine:
 
     device: str = flag(
         "auto",
-        "auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+        "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one",
         changes_results=False,
         type=device_name,
     )
@@ -134,7 +134,10 @@ class Machine:
         type=number(int, 0, 2**62),
     )
     dist_url: str = flag(
-        "env://", "where torchrun's processes meet", mains="finetune pretrain linprobe predict", changes_results=False
+        "env://",
+        "rendezvous address of torchrun's processes",
+        mains="finetune pretrain linprobe predict",
+        changes_results=False,
     )
     amp: str | None = scheduled(
         None,
@@ -148,7 +151,7 @@ class Machine:
     )
     deterministic: bool = flag(
         False,
-        "on CUDA, use only operations that repeat their bits, which is slower; a CPU repeats them anyway",
+        "on CUDA, use only deterministic operations, which are slower; a CPU is deterministic anyway",
         mains="finetune pretrain linprobe",
         changes_results=False,
     )
@@ -156,9 +159,7 @@ class Machine:
         False, "run the network through torch.compile: needs a C++ compiler and takes minutes to start"
     )
     timeout_minutes: float = keeps_results(
-        10.0,
-        "end the job when a process has waited this long for another one",
-        type=number(float, 0, 1e6, open_low=True),
+        10.0, "end the job when a process has waited this long for another", type=number(float, 0, 1e6, open_low=True)
     )
 
 
@@ -170,7 +171,7 @@ class Optimizer:
         by_main(finetune=64, pretrain=128), "images per process and micro-step", type=positive_int
     )
     epochs: int = scheduled(by_main(finetune=50, pretrain=1600), "passes over the training set", type=count)
-    accum_iter: int = flag(1, "micro-steps per update of the weights, at most an epoch's", type=positive_int)
+    accum_iter: int = flag(1, "micro-steps per update of the weights, at most those of an epoch", type=positive_int)
     lr: float | None = scheduled(None, "peak learning rate (default: from --blr)", type=rate)
     blr: float = scheduled(
         by_main(finetune=1e-3, pretrain=3e-4),  # 3e-4 is the method's lr of 1.5e-4 at batch 128
@@ -181,7 +182,7 @@ class Optimizer:
     warmup_epochs: float = scheduled(
         by_main(finetune=5, pretrain=10), "epochs in which the learning rate rises linearly from 0", type=non_negative
     )
-    weight_decay: float = scheduled(0.05, "AdamW's weight decay; vectors such as biases and norms have none", type=rate)
+    weight_decay: float = scheduled(0.05, "AdamW's weight decay; biases, norms and other vectors have none", type=rate)
     layer_decay: float = of_finetune(
         0.75,
         "factor on the learning rate from each layer to the one below it",
@@ -226,20 +227,20 @@ class Data:
     )
     val_split: float = flag(
         0.0,
-        "hold out this share of train/, the same of each class, where there is no val/; 0: none",
+        "hold out this share of each class of train/ if there is no val/; 0: none",
         mains="finetune linprobe",
         type=number(float, 0, 1, open_high=True),
     )
     train_subset: int | None = flag(
         None,
-        "train on this many of the images, the same share of each class (default: all)",
+        "train on this many images, the same share of each class (default: all)",
         mains="finetune linprobe",
         type=positive_int,
     )
     kfold: int = of_finetune(
         0, "train on each of K stratified folds of train/ in turn; 0: off", type=number(int, 0, 1000)
     )
-    fold: str = of_finetune("all", "with --kfold, train this one only: 0 to K - 1, or all", changes_results=False)
+    fold: str = of_finetune("all", "with --kfold, train only this fold: 0 to K - 1, or all", changes_results=False)
     split_seed: int = flag(
         0, "seed of --val_split, --kfold and --train_subset", mains="finetune linprobe", type=number(int, 0, 2**32 - 1)
     )
@@ -286,7 +287,7 @@ class Input:
         return None if self.input_size is None else (self.input_size[0], self.input_size[-1])
 
     def normalisation(self, in_chans: int, default: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std), a value per channel: --mean and --std over the default's."""
+        """(mean, std), a value per channel: --mean and --std, else the default's."""
         result = []
         for name, own, values in (("--mean", self.mean, default[0]), ("--std", self.std, default[1])):
             values = tuple(own) if own is not None else tuple(values)
@@ -316,19 +317,19 @@ class Reading:
     loader: str | None = of_training(
         None,
         "how training reads JPEG files: fast decodes and resizes them with OpenCV at the scale that their "
-        "crop needs, with the same crops and pixels within a few levels; evaluation is always pil (default: "
-        "fast where OpenCV can be imported, else pil)",
+        "crop needs, with the same crops and pixels within a few levels; evaluation always uses pil (default: "
+        "fast if OpenCV can be imported, else pil)",
         choices=("pil", "fast"),
     )
     on_bad_image: str = scheduled(
         "error",
-        "an unreadable image ends the run, or is skipped: training replaces it, evaluation leaves it out, "
+        "error: an unreadable image ends the run; skip: training replaces it, evaluation leaves it out, "
         "predictions.csv has an empty row for it",
         choices=("error", "skip"),
     )
     max_pixels: int = scheduled(
         178956970,
-        "refuse image files of more pixels before they are decoded, against decompression bombs",
+        "refuse image files with more pixels before they are decoded, against decompression bombs",
         type=positive_int,
         metavar="N",
     )
@@ -351,14 +352,14 @@ class Model:
         "",
         by_main(
             finetune="start from the weights in this .pth or .safetensors file: a checkpoint of this project, or "
-            "weights of another origin with their --model (default: none)",
-            linprobe="the weights, in a .pth or .safetensors file: a checkpoint of this project, or weights of another "
-            "origin with their --model (default: none)",
+            "weights from elsewhere with their --model (default: none)",
+            linprobe="the weights, in a .pth or .safetensors file: a checkpoint of this project, or weights from "
+            "elsewhere with their --model (default: none)",
         ),
         names=by_main(linprobe=("--checkpoint", "--finetune")),
         metavar="FILE",
     )
-    # True where neither flag is given: then a checkpoint's own pooling goes before it.
+    # True if neither flag is given; a checkpoint's pooling then takes precedence.
     global_pool: bool | str = of_finetune(
         True,
         "average the patch tokens for the classifier (default: the checkpoint's, else on)",
@@ -393,9 +394,9 @@ class Model:
         nargs="*",
         metavar="NAME=VALUE",
     )
-    pretrained: bool = flag(False, "start from timm's weights of that name, which are downloaded")
-    random_init: bool = flag(False, "probe the same architecture untrained, to compare with", mains="linprobe")
-    partial_load: bool = of_finetune(False, "take what fits of --finetune's file and initialise the rest anew")
+    pretrained: bool = flag(False, "start from timm's weights for the model, which are downloaded")
+    random_init: bool = flag(False, "probe the same architecture untrained, for comparison", mains="linprobe")
+    partial_load: bool = of_finetune(False, "load what fits from --finetune's file and initialise the rest")
     pos_grid: list[int] | None = flag(
         None,
         "patch grid of the position embeddings in --finetune's file (default: what the file says, else a square)",
@@ -414,43 +415,45 @@ class Noise:
 
     alpha_blend: int | None = flag(
         None,
-        "strength as a timestep t of the schedule, 1 to 999: the ratio of signal to noise is abar / (1 - abar); 0: no "
+        "strength as a timestep t of the schedule, 1 to 999: the signal-to-noise ratio is abar / (1 - abar); 0: no "
         "noise (default: 15, without --noise_snr and --noise_strength)",
         type=number(int, 0, 999),
     )
-    noise_kind: str = flag("alpha_blend", "what noise; see docs/noise.md", choices=tuple(NOISE_KINDS))
+    noise_kind: str = flag("alpha_blend", "kind of noise; see docs/noise.md", choices=tuple(NOISE_KINDS))
     noise_units: str | None = flag(
         None,
-        "absolute: as the released code, another ratio for every network; relative: the noise is scaled by the root "
-        "mean square of what it is added to, and t is the same ratio everywhere (default: absolute for MAE's ViTs, "
+        "absolute: as in the released code, where the ratio differs between networks; relative: the noise is scaled by "
+        "the root mean square of its input, so that t is the same ratio everywhere (default: absolute for MAE's ViTs, "
         "else relative)",
         choices=UNITS,
     )
     noise_snr: float | None = flag(
         None,
-        "strength as the ratio of signal to noise in dB; --alpha_blend 15 has 31.1 (default: from --alpha_blend)",
+        "strength as the signal-to-noise ratio in dB; --alpha_blend 15 is 31.1 dB (default: from --alpha_blend)",
         type=number(float, -100, 100),
         metavar="DB",
     )
     noise_strength: float | None = flag(
         None,
-        "strength of the kinds that have no ratio; neftune and manifold_mixup: alpha; token_drop: the share of patches "
+        "strength of kinds that have no ratio; neftune and manifold_mixup: alpha; token_drop: the share of patches "
         "left out (default: none)",
         type=number(float, 0, 1e6, open_low=True),
     )
-    noise_colour: str = flag("red", "of --noise_kind colour: low, middle or high frequencies", choices=COLOURS)
+    noise_colour: str = flag("red", "for --noise_kind colour: low, middle or high frequencies", choices=COLOURS)
     noise_timestep: str = flag(
         "fixed", "fixed: t for all samples; uniform: t drawn from 1 to --alpha_blend per sample", choices=SCHEDULES
     )
     noise_prob: float = flag(1.0, "share of samples that get noise", type=fraction)
     noise_anneal: str = flag("none", "lower t towards 0 over the epochs", choices=ANNEALS)
     noise_tokens: str = flag("all", "all tokens, or patches: class and register tokens stay clean", choices=TOKENS)
-    noise_space: str = flag("embedding", "where: the patch embedding, or the normalised pixels", choices=SPACES)
+    noise_space: str = flag(
+        "embedding", "what gets the noise: the patch embedding, or the normalised pixels", choices=SPACES
+    )
     noise_layer: list[int] = flag([0], "blocks whose input gets the noise; 0: the first", nargs="+", type=count)
     noise_beta_power: float = flag(
         1.2, "exponent on DDPM's linear betas; 1: DDPM's schedule", type=number(float, 0, 100, open_low=True)
     )
-    noise_eval: bool = flag(False, "keep the noise in evaluation, as the released code did")
+    noise_eval: bool = flag(False, "keep the noise in evaluation, as the released code does")
 
     def __post_init__(self):
         own = self.noise_kind in ("token_drop", "manifold_mixup")
@@ -466,21 +469,23 @@ class Noise:
         if len(given) > 1 and self.alpha_blend != 0:
             raise UserError(f"{given[0]}: not together with {given[1]}; give the strength once")
         if own and self.noise_strength is None and self.alpha_blend != 0:
-            raise UserError(f"--noise_kind {self.noise_kind}: give its --noise_strength; it has no ratio in dB")
+            raise UserError(
+                f"--noise_kind {self.noise_kind}: give its --noise_strength; its strength is not a ratio in dB"
+            )
         if self.noise_strength is not None and not (own or self.noise_kind == "neftune"):
             raise UserError(
                 f"--noise_strength {self.noise_strength:g}: --noise_kind {self.noise_kind} takes --noise_snr or "
                 "--alpha_blend"
             )
         if self.noise_kind == "token_drop" and self.noise_strength is not None and self.noise_strength >= 1:
-            raise UserError(f"--noise_strength {self.noise_strength:g}: of token_drop, should be below 1")
+            raise UserError(f"--noise_strength {self.noise_strength:g}: token_drop needs less than 1")
 
     def units_for(self, model: str) -> str:
-        """--noise_units; where it is not given, the released code's for the networks that it was written for."""
+        """--noise_units; by default absolute, as in the released code, for the networks that it was written for."""
         return self.noise_units or ("absolute" if is_mae_name(model) else "relative")
 
     def describe(self, model: str) -> str:
-        """Kind and strength, for a run's first line and its report."""
+        """Kind and strength, for a run's first line and report."""
         if self.alpha_blend == 0:
             return "no noise"
         how = f"t = {self.alpha_blend} in {self.units_for(model)} units"
@@ -497,12 +502,12 @@ class Augmentation:
 
     color_jitter: float | None = of_finetune(
         None,
-        "strength of the colour jitter; --aug mae uses it without --aa only (default: none; --aug photo: 0.3)",
+        "strength of the colour jitter; --aug mae uses it only without --aa (default: none; --aug photo: 0.3)",
         type=number(float, 0, 10),
     )
     aa: str | None = of_finetune(
         "rand-m9-mstd0.5-inc1",
-        "timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with its numbers, or none",
+        "timm's policy for --aug mae: rand, original, originalr, v0, v0r, 3a or augmix with numbers, or none",
         type=policy_or_none,
     )
     reprob: float | None = of_finetune(
@@ -510,10 +515,10 @@ class Augmentation:
     )
     remode: str = of_finetune(
         "pixel",
-        "what fills an erased box; const: the mean colour, rand: one random colour, pixel: random pixels",
+        "fill of an erased box; const: the mean colour, rand: one random colour, pixel: random pixels",
         choices=("const", "rand", "pixel"),
     )
-    recount: int = of_finetune(1, "boxes erased in an image, at most", type=positive_int)
+    recount: int = of_finetune(1, "maximum number of boxes erased in an image", type=positive_int)
     aug: str = of_finetune(
         "mae",
         "mae: crop, flip and RandAugment; photo: for a folder of photos; light: crop and flip; none",
@@ -533,10 +538,10 @@ class Augmentation:
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"--scale {self.scale[0]} {self.scale[1]}: should be MIN MAX above 0")
         if self.aug == "none" and (self.scale or self.vflip):
-            raise UserError("--aug none: neither crops nor flips; leave --scale and --vflip away")
+            raise UserError("--aug none: neither crops nor flips; omit --scale and --vflip")
         if self.color_jitter is not None and self.aug in ("light", "none"):
             raise UserError(
-                f"--color_jitter {self.color_jitter}: --aug {self.aug} leaves colours alone; use --aug photo, or mae "
+                f"--color_jitter {self.color_jitter}: --aug {self.aug} changes no colours; use --aug photo, or mae "
                 "with --aa none"
             )
 
@@ -549,13 +554,13 @@ class Loss:
     cutmix: float = flag(0.0, "alpha of cutmix; 0: off", type=number(float, 0, 1e6))
     cutmix_minmax: list[float] | None = flag(
         None,
-        "range of the box's side as a share of the image's, in place of --cutmix (default: none)",
+        "range of the box's side as a share of the image's, instead of --cutmix (default: none)",
         type=fraction,
         nargs=2,
         metavar=("MIN", "MAX"),
     )
     mixup_prob: float = flag(1.0, "probability of mixing a batch", type=fraction)
-    mixup_switch_prob: float = flag(0.5, "probability of cutmix where both are on", type=fraction)
+    mixup_switch_prob: float = flag(0.5, "probability of cutmix if both are on", type=fraction)
     mixup_mode: str = flag(
         "batch", "draw one lambda per batch, per pair or per image", choices=("batch", "pair", "elem")
     )
@@ -565,7 +570,7 @@ class Loss:
         type=number(float, 0, 1, open_high=True),
     )
     class_weights: str = flag(
-        "none", "balanced: weigh a sample by images / (classes * images of its class)", choices=("none", "balanced")
+        "none", "balanced: weight a sample by images / (classes * images of its class)", choices=("none", "balanced")
     )
 
     def __post_init__(self):
@@ -580,12 +585,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class Phases:
-    """phases: the head first, layers that stay as they are"""
+    """phases: head first, frozen layers"""
 
-    head_epochs: int = flag(0, "epochs that train the head alone on a frozen backbone, before --epochs", type=count)
-    head_lr: float = scheduled(1e-3, "constant learning rate of these epochs", type=rate)
-    freeze_layers: int = flag(0, "keep the first N layers as they are, the embedding being the first", type=count)
-    freeze_bn: bool = flag(False, "keep the pretrained statistics of BatchNorm")
+    head_epochs: int = flag(0, "epochs that train only the head on a frozen backbone, before --epochs", type=count)
+    head_lr: float = scheduled(1e-3, "constant learning rate of the head epochs", type=rate)
+    freeze_layers: int = flag(0, "freeze the first N layers, counting the embedding", type=count)
+    freeze_bn: bool = flag(False, "freeze BatchNorm's pretrained statistics")
 
 
 @dataclass(frozen=True)
@@ -600,20 +605,19 @@ class Selection:
     )
     dist_eval: bool = flag(
         True,
-        "share the evaluation among the processes, each image once, so that the accuracy is the same number "
-        "(default: on)",
+        "split the evaluation over the processes, each image once; the accuracy is the same (default: on)",
         changes_results=False,
         also={"--no_dist_eval": dict(action="store_false", help="let every process evaluate all images")},
     )
     eval_metric: str = flag(
         "acc1",
-        "what checkpoint-best.pth and --patience go by; loss: plain cross entropy",
+        "metric for checkpoint-best.pth and --patience; loss: plain cross entropy",
         choices=("acc1", "balanced_acc", "macro_f1", "loss"),
     )
     patience: int = scheduled(0, "stop after this many epochs without a better value; 0: never", type=count)
     ema_decay: float = flag(
         0.0,
-        "decay of an average of the weights, which is then validated, selected and used; 0: off",
+        "decay of an average of the weights (EMA), which is then validated and saved as best; 0: off",
         type=number(float, 0, 1, open_high=True),
     )
 
@@ -623,7 +627,9 @@ class NoProp:
     """NoProp-MAE"""
 
     patch_size: int | None = flag(
-        None, "pixels of a patch's side (default: 2 for images below 16 pixels, 4 up to 64, else 16)", type=positive_int
+        None,
+        "side of a patch in pixels (default: 2 for images below 16 pixels, 4 up to 64, else 16)",
+        type=positive_int,
     )
     embed_dim: int = flag(192, "width of the encoder", type=positive_int)
     depth: int = flag(12, "blocks of the encoder", type=positive_int)
@@ -652,7 +658,7 @@ class NoProp:
         "latent: all losses train the encoder; none: the encoder learns from a head of its own",
         choices=PROPAGATE,
     )
-    loss_weighting: str = flag("none", "edm: 1 / c_out^2, which makes the levels count alike", choices=LOSS_WEIGHTINGS)
+    loss_weighting: str = flag("none", "edm: 1 / c_out^2, which weights the levels equally", choices=LOSS_WEIGHTINGS)
     use_checkpoint: bool = flag(
         False, "recompute activations in the backward pass: less memory, more time", changes_results=False
     )
@@ -666,16 +672,14 @@ class NoProp:
 class Masking:
     """masking and pictures"""
 
-    mask_ratio: float = flag(0.75, "share of the patches that is hidden", type=number(float, 0, 1, open_low=True))
+    mask_ratio: float = flag(0.75, "share of patches that are masked", type=number(float, 0, 1, open_low=True))
     mask_ratio_max: float | None = flag(
         None,
-        "draw each batch's share from [--mask_ratio, this]; 1 trains generation from nothing (default: --mask_ratio)",
+        "draw each batch's ratio from [--mask_ratio, this]; 1 also trains generation (default: --mask_ratio)",
         type=number(float, 0, 1, open_low=True),
     )
-    vis_freq: int = flag(
-        50, "epochs between two pictures of reconstructions; 0: none", changes_results=False, type=count
-    )
-    vis_type: str = flag("stochastic", "sampler of these pictures", changes_results=False, choices=SAMPLERS)
+    vis_freq: int = flag(50, "epochs between pictures of reconstructions; 0: none", changes_results=False, type=count)
+    vis_type: str = flag("stochastic", "sampler for these pictures", changes_results=False, choices=SAMPLERS)
 
     def __post_init__(self):
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
@@ -689,8 +693,8 @@ class Probe:
     """probe"""
 
     batch_size: int = flag(256, "images per process", type=positive_int)
-    knn_k: int = flag(20, "neighbours that vote", type=positive_int)
-    knn_t: float = flag(0.07, "temperature of their votes", type=number(float, 1e-4, 1e4))
+    knn_k: int = flag(20, "number of neighbours", type=positive_int)
+    knn_t: float = flag(0.07, "temperature of the neighbours' votes", type=number(float, 1e-4, 1e4))
 
 
 @dataclass(frozen=True)
@@ -700,13 +704,13 @@ class Sampling:
     checkpoint: str = flag("", "a checkpoint of main_pretrain_noprop.py", names=("checkpoint",))
     mode: list[str] = flag(
         ["reconstruct"],
-        "what to draw and measure, one or several",
+        "what to draw and measure, one or more",
         nargs="+",
         choices=("reconstruct", "generate", "attention", "frechet"),
     )
-    sampler: list[str] = flag(list(SAMPLERS), "how to denoise, one or several", nargs="+", choices=SAMPLERS)
+    sampler: list[str] = flag(list(SAMPLERS), "how to denoise, one or more", nargs="+", choices=SAMPLERS)
     mask_ratio: float | None = flag(
-        None, "share of the patches that is hidden (default: that of training)", type=number(float, 0, 1, open_low=True)
+        None, "share of patches that are masked (default: as in training)", type=number(float, 0, 1, open_low=True)
     )
     images: list[str] | None = flag(
         None,
@@ -718,8 +722,8 @@ class Sampling:
     num_samples: int = flag(1000, "held-out images to measure PSNR and Frechet distance on", type=positive_int)
     inception_weights: str | None = flag(
         None,
-        "torch-fidelity's Inception file for the Frechet distance, or `download` (default: one that was "
-        "downloaded before, else the encoder's own features)",
+        "torch-fidelity's Inception file for the Frechet distance, or `download` (default: an earlier "
+        "download, else the encoder's own features)",
         metavar="FILE|download",
     )
     batch_size: int = flag(100, "images per batch", type=positive_int)
@@ -731,7 +735,7 @@ class Prediction:
 
     checkpoints: list[str] = flag(
         [],
-        "the members: .pth files, folders of runs, folders of k-fold runs, whose folds are one member",
+        "the members: .pth files, run folders, or k-fold run folders, whose folds are one member",
         nargs="+",
         required=True,
         metavar="PATH",
@@ -750,21 +754,20 @@ class Prediction:
     )
     margin: int | None = flag(
         None,
-        "pixels that the centre views cut off in all, of the image resized to cover input + margin; 0: "
-        "whole images (default: what each checkpoint was evaluated on, its --crop_pct)",
+        "the image is resized to cover input + margin, and the centre views cut these pixels off; 0: "
+        "whole images (default: as each checkpoint was evaluated, its --crop_pct)",
         type=count,
     )
     batch_size: int = flag(64, "images times views per process", type=positive_int)
     labels: str | None = flag(
         None,
-        "table of the labels of some or all images, with the columns ID (path or file name) and label "
+        "CSV file with labels of some or all images, columns ID (path or file name) and label "
         "(default: the folders' names)",
         metavar="CSV",
     )
     out_of_fold: bool = flag(
         False,
-        "--data_path is what the k-fold members were trained on: predict each image by the networks that "
-        "had not seen it",
+        "--data_path is the k-fold members' training set: predict each image with the networks that have not seen it",
     )
     spreadsheet_safe: bool = flag(
         False,

@@ -1,4 +1,4 @@
-"""Checked values of flags, for argparse's `type`: text -> value, or an error that says what would be right."""
+"""Types of flags for argparse: text -> checked value, or an error that says what is expected."""
 
 import argparse
 import difflib
@@ -7,7 +7,7 @@ import re
 
 from util.choices import MAE_NAMES, VIEW_NAMES, is_mae_name, is_policy, timm_names
 
-MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: beyond, arithmetic with floats overflows
+MAX_COUNT = 2**31 - 1  # default bound of whole numbers: larger ones overflow in arithmetic with floats
 
 
 def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_high=False):
@@ -40,7 +40,7 @@ def number(kind=float, low=-math.inf, high=math.inf, *, open_low=False, open_hig
             raise argparse.ArgumentTypeError(f"{shown!r} should be {wanted}{most}")
         return value
 
-    parse.__name__ = word  # what --help shows for a value: see Formatter
+    parse.__name__ = word  # shown by --help, see Formatter
     return parse
 
 
@@ -49,7 +49,7 @@ count = number(int, 0, MAX_COUNT)
 
 
 def device_name(text: str) -> str:
-    """--device, as far as it can be judged without torch."""
+    """--device, checked as far as possible without torch."""
     if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
     return text
@@ -58,14 +58,14 @@ def device_name(text: str) -> str:
 fraction = number(float, 0.0, 1.0)
 non_negative = number(float, 0.0)
 positive = number(float, 0.0, open_low=True)
-# Bounds beyond which float32 only overflows, far from any value of use.
+# Bounds far from useful values; beyond them float32 overflows.
 rate = number(float, 0.0, 1e3)
 sigma = number(float, 1e-6, 1e6)
 pixel_mean, pixel_std = number(float, -1e6, 1e6), number(float, 1e-6, 1e6)
 
 
 def keyword(text: str) -> tuple[str, object]:
-    """NAME=VALUE for --model_kwargs; numbers, True/False/None and tuples are read as such."""
+    """NAME=VALUE for --model_kwargs; numbers, True/False/None and tuples are parsed."""
     import ast
 
     name, sep, value = text.partition("=")
@@ -78,7 +78,7 @@ def keyword(text: str) -> tuple[str, object]:
 
 
 def model_name(text: str) -> str:
-    """--model: one of MAE's names, or of timm's, with or without the tag of its weights."""
+    """--model: one of MAE's names or timm's, with or without a tag of weights."""
     known = timm_names()
     if is_mae_name(text) or text.partition(".")[0] in known or not known:
         return text
@@ -88,7 +88,7 @@ def model_name(text: str) -> str:
 
 
 def policy_or_none(text: str) -> str | None:
-    """--aa: an augmentation policy as timm writes it, or `none` (None)."""
+    """--aa: an augmentation policy in timm's notation, or `none` (None)."""
     if text.lower() in ("", "none", "off"):
         return None
     if not is_policy(text):
@@ -100,12 +100,12 @@ def policy_or_none(text: str) -> str | None:
 
 
 def sigma_data(text: str) -> float | None:
-    """A number as --sigma_max takes, or `auto` (None)."""
+    """A noise level, or `auto` (None)."""
     return None if text == "auto" else sigma(text)
 
 
 def view_list(text: str) -> list[int]:
-    """--views: 1 is the centre crop, 12 is all; a list has numbers 1 to 12 or names -> numbers from 0 on."""
+    """--views: 1 is the centre crop, 12 is all; or a list of numbers 1 to 12 or names -> numbers from 0."""
     if text in ("1", "12"):
         return list(range(int(text)))
     views = []

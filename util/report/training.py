@@ -51,7 +51,7 @@ def write_finetune_report(
         ]
 
     snr = best.get("train_noise_snr")
-    noise = options.noise.describe(meta["model"]) + (f", {snr:.1f} dB where it goes in" if snr is not None else "")
+    noise = options.noise.describe(meta["model"]) + (f", {snr:.1f} dB where it is added" if snr is not None else "")
     text = [
         f"{_epochs(lines)}; {noise}; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "

@@ -235,12 +235,12 @@ class Run:
         self.save(training, finished_epoch=epoch, is_best=is_best)
 
     def tell_noise(self, snr: float) -> None:
-        """snr: dB where the noise goes in, measured; told once, and kept in args.json."""
+        """snr: measured signal-to-noise ratio in dB where the noise is added; logged once, stored in args.json."""
         if "noise_snr_measured" in self.args:
             return
         self.args["noise_snr_measured"] = round(snr, 2)
         self.log.write_args(self.args)
-        self.log.say(f"noise: {snr:.1f} dB, signal to noise where it goes in")
+        self.log.say(f"noise: {snr:.1f} dB, signal to noise where it is added")
         if snr < LOUD:
             self.log.say(
                 f"warning: the noise is loud: below {LOUD:g} dB it has cost accuracy; a smaller --alpha_blend, or "
