@@ -237,7 +237,7 @@ def test_names_are_written_as_they_are_or_safe_for_spreadsheets_and_pictures_of_
     assert predict(*line) == 0 and set(read_csv(out)[1]) == {"=cmd().png", "-1.png"} | others
     assert predict(*line, "--spreadsheet_safe") == 0 and set(read_csv(out)[1]) == {"'=cmd().png", "'-1.png"} | others
     assert not (out / "confusion.png").exists() and (out / "least_certain.png").exists()
-    assert "No labels, no scores" in (out / "report.md").read_text()
+    assert "No scores without labels" in (out / "report.md").read_text()
 
 
 def test_labels_file_scores_the_images_that_it_names(ensemble, photo_folder, tmp_path):

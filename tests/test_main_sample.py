@@ -116,7 +116,7 @@ def test_files_without_decoders_are_refused(checkpoint, tmp_path):
     for path, message in (
         (change(checkpoint, tmp_path / "classifier.pth", meta=classifier), "a finetune checkpoint, without decoders"),
         (change(checkpoint, tmp_path / "encoder.pth", model=encoder), "a pretrain checkpoint, without decoders"),
-        (str(tmp_path / "mae.pth"), "weights of another origin, without decoders"),
+        (str(tmp_path / "mae.pth"), "weights from elsewhere, without decoders"),
         (str(tmp_path / "nothing.pth"), "no such checkpoint file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""How good and how honest probabilities are: scores, calibration error, the reliability diagram."""
+"""Scores and calibration of probabilities: accuracy, log loss, calibration error, the reliability diagram."""
 
 import numpy as np
 from scipy.stats import binomtest
@@ -9,8 +9,8 @@ BINS = 15
 
 
 def scores(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Of probabilities [n, C] against class numbers [n]: accuracy, balanced accuracy, macro F1 and ECE in percent, and
-    the mean log loss in nats (probabilities cut at float64's epsilon, as scikit-learn does)."""
+    """Scores of probabilities [n, C] for class numbers [n]: accuracy, balanced accuracy, macro F1 and ECE in percent,
+    and the mean log loss in nats (probabilities clipped at float64's epsilon, as in scikit-learn)."""
     confusion = confusion_counts(probabilities, targets)
     balanced, f1 = scores_from_confusion(confusion)
     true = probabilities[np.arange(len(targets)), targets]
@@ -24,20 +24,20 @@ def scores(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 
 def accuracy_interval(right: int, images: int) -> tuple[float, float]:
-    """The 95 % interval in percent of an accuracy of right / images, Wilson's, which holds at 0 and 100 % too."""
+    """Wilson's 95 % interval, in percent, of the accuracy right / images; also valid at 0 and 100 %."""
     interval = binomtest(right, images).proportion_ci(0.95, method="wilson")
     return 100.0 * interval.low, 100.0 * interval.high
 
 
 def interval_sentence(accuracy: float, images: int) -> str:
-    """For a report: the interval of an accuracy in percent on so many images."""
+    """A report's sentence with the interval of an accuracy in percent."""
     right = round(accuracy / 100.0 * images)
     low, high = accuracy_interval(right, images)
     return f"{right} of {images} images are right: 95 % interval {low:.1f} to {high:.1f} % (Wilson)."
 
 
 def confusion_counts(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[C, C] counts, rows the true class."""
+    """Counts [C, C], one row per true class."""
     C = probabilities.shape[1]
     return np.bincount(targets * C + probabilities.argmax(1), minlength=C * C).reshape(C, C)
 

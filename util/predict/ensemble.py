@@ -1,4 +1,4 @@
-"""Ways to weigh the members' voices: equally, by their validation scores, or stacked on out-of-fold predictions.
+"""Ways to combine members: equal weights, weights by validation score, or stacking on out-of-fold predictions.
 
 Probabilities are float64 [M, N, C]: members, images, classes in the first member's order.
 """
@@ -18,8 +18,10 @@ from util.files import composed
 from util.log import read_log
 from util.predict.members import Member
 
-VAL_SCORES = ("balanced_acc", "acc1")  # what --weights val goes by: the first that every member has
-SMALLEST = 1e-6  # no logarithm of less: a single view or network that is sure and wrong does not outvote the others
+VAL_SCORES = ("balanced_acc", "acc1")  # scores for --weights val: the first that every member has
+SMALLEST = (
+    1e-6  # probabilities are clipped here: one view or network that is sure and wrong must not outvote the others
+)
 
 
 def log_probabilities(p: np.ndarray) -> np.ndarray:
@@ -27,10 +29,10 @@ def log_probabilities(p: np.ndarray) -> np.ndarray:
 
 
 def geometric_mean(p: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Probabilities [..., C] averaged as logarithms over `axis`, and made to add up to 1 again.
+    """Normalised geometric mean of probabilities [..., C] over `axis`.
 
     For stacking: its regression is linear in log-probabilities, so the mean of its logits over views and networks
-    equals its logits of this mean. The arithmetic mean is flatter than the single networks that it was fitted on.
+    equals its logits for this mean. The arithmetic mean is flatter than the single networks it was fitted on.
     """
     return softmax(log_probabilities(p).mean(axis), axis=-1)
 
@@ -48,10 +50,10 @@ class Weighted:
 class Stacked:
     """Logistic regression on the members' log-probabilities, fitted on out-of-fold predictions: [M, N, C] -> [N, C].
 
-    softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened as a whole (w),
-    each class raised or lowered (b). A matrix per member in place of one weight would learn the habits of single
-    networks, and be far off where it is applied: to means over views and folds. Penalty 1/2 |(w, b)|^2, scikit-learn's
-    default. balanced: classes weigh alike whatever their number.
+    softmax_c(sum_m w_m log p_mc + b_c): the members' weighted geometric mean, sharpened or softened (w), with a bias
+    per class (b). A matrix per member instead of one weight would overfit single networks and fail where it is applied:
+    on means over views and folds. Penalty 1/2 |(w, b)|^2, scikit-learn's default. balanced: each class has the same
+    total weight.
     """
 
     def __init__(self, probabilities: np.ndarray, targets: np.ndarray, *, balanced: bool):
@@ -84,25 +86,25 @@ class Stacked:
 
 @dataclass
 class Combiners:
-    """The members, every way to combine them that their files allow, and why others are missing."""
+    """The members, every way to combine them that their files allow, and notes on why others are missing."""
 
     members: list[Member]
     classes: list[str]
-    wanted: str  # the way that predictions.csv goes
+    wanted: str  # the way used for predictions.csv
     ways: dict[str, Weighted | Stacked]  # equal, val, stacked
     notes: list[str]
-    val_score: str = ""  # which score the weights of `val` are, and its percent per member
+    val_score: str = ""  # the score behind the weights of `val`, and its percent per member
     val_scores: list[float] | None = None
     oof: "OutOfFold | None" = None
-    balanced: bool = False  # of the stacked regression
-    cross_stacked: np.ndarray | None = None  # [N, C] of oof's images, each fold by a regression fitted on the others
+    balanced: bool = False  # class weights of the stacked regression
+    cross_stacked: np.ndarray | None = None  # [N, C] for oof's images, each fold by a regression fitted on the others
 
     def cross_fit(self, ids: list[str], folds: np.ndarray, probabilities: np.ndarray) -> None:
-        """For images of the folds themselves: the regression must not have seen what it predicts.
+        """Fit stacking for training images, so that no regression predicts images it was fitted on.
 
         ids, folds int64 [n], probabilities [M, n, C]: what will be combined. Each fold's regression is fitted on the
-        other folds' part of it, so on the same views. Where that is impossible, stacking is a UserError if it is the
-        `wanted` way, else it leaves the comparison.
+        other folds' probabilities, with the same views. If that is impossible, a UserError if stacking is `wanted`;
+        otherwise it is dropped from the comparison.
         """
         if "stacked" not in self.ways or self.oof is None:
             return
@@ -117,10 +119,10 @@ class Combiners:
 
 
 def build_combiners(members: list[Member], classes: list[str], wanted: str) -> Combiners:
-    """UserError if the files do not allow the `wanted` one; others just stay out of the comparison.
+    """UserError if the files do not allow the `wanted` way; others are dropped from the comparison.
 
-    The stacked regression weighs classes alike if a member was trained so (--class_weights balanced): without, it would
-    learn the classes' frequencies back into the probabilities.
+    The stacked regression balances classes if a member was trained with --class_weights balanced: otherwise it would
+    learn the class frequencies again.
     """
     balanced = any(head["args"].get("class_weights") == "balanced" for m in members for head in m.heads)
     result = Combiners(members, classes, wanted, {"equal": Weighted([1.0] * len(members))}, [], balanced=balanced)
@@ -151,9 +153,9 @@ def build_combiners(members: list[Member], classes: list[str], wanted: str) -> C
 
 
 def validation_scores(members: list[Member]) -> tuple[str, list[float]]:
-    """(which score, percent per member): of each checkpoint's best epoch, the mean over folds.
+    """(name of the score, percent per member): each checkpoint's best epoch, averaged over folds.
 
-    From log.txt beside the checkpoint, else from the checkpoint itself, which holds the score it was selected by.
+    From log.txt beside the checkpoint, else from the checkpoint, which stores the score it was selected by.
     """
     found = [[_scores_beside(path, head) for path, head in zip(m.paths, m.heads)] for m in members]
     for name in VAL_SCORES:
@@ -179,33 +181,33 @@ def _scores_beside(path: str, head: dict) -> dict[str, float]:
 
 @dataclass
 class OutOfFold:
-    """What each member said of training images that it had not seen. probabilities [M, N, C], targets and folds [N]."""
+    """Out-of-fold predictions of the members: probabilities [M, N, C], targets and folds [N]."""
 
     ids: list[str]
     folds: np.ndarray
     targets: np.ndarray
     probabilities: np.ndarray
     classes: list[str]
-    same_folds: bool = True  # every member held the same images out together
+    same_folds: bool = True  # all members have the same folds
 
     def rows(self, ids: list[str]) -> np.ndarray:
-        """Where each image stands here, int64 [n]; -1 for one that does not. Copies may have changed Unicode's form."""
+        """Row of each image, int64 [n], -1 if missing. Compares composed names: copying may change Unicode's form."""
         exact = {name: i for i, name in enumerate(self.ids)}
         same = {composed(name): i for name, i in exact.items()}
         return np.array([exact.get(name, same.get(composed(name), -1)) for name in ids])
 
     def stack(self, *, balanced: bool, without: int | None = None) -> Stacked:
-        """Fitted on all images, or on those of the other folds than `without`. UserError where these lack a class."""
+        """Stacking fitted on all images, or on all but fold `without`. UserError if they lack a class."""
         rows = self.folds != without
         for c, name in enumerate(self.classes):
             if c not in self.targets[rows]:
-                where = "" if without is None else f" outside of fold {without}"
+                where = "" if without is None else f" outside fold {without}"
                 raise UserError(f"--weights stacked: no out-of-fold image of class {name}{where}")
         return Stacked(self.probabilities[:, rows], self.targets[rows], balanced=balanced)
 
 
 class CrossStacked(Stacked):
-    """Stacking that has not seen what it predicts: each fold of `oof` by the regression fitted on its other folds.
+    """Stacking for out-of-fold scores: each fold of `oof` is predicted by a regression fitted on the others.
 
     [M, N, C] -> [N, C], rows in the order of oof.
     """
@@ -215,7 +217,7 @@ class CrossStacked(Stacked):
         self.fitted = {fold: oof.stack(balanced=balanced, without=fold) for fold in sorted(set(oof.folds.tolist()))}
 
     def __str__(self) -> str:
-        return "each fold's fitted on the other folds with the same views"
+        return "fitted for each fold on the other folds with the same views"
 
     def __call__(self, probabilities: np.ndarray) -> np.ndarray:
         out = np.empty(probabilities.shape[1:])
@@ -226,15 +228,15 @@ class CrossStacked(Stacked):
 
 
 def read_oof(members: list[Member], classes: list[str], flag: str = "--weights stacked") -> OutOfFold:
-    """The members' oof.csv files, matched by image; all must be of the same images with the same labels."""
+    """The members' oof.csv files, matched by image; all must have the same images and labels."""
     tables = [_oof_of(member, classes, flag) for member in members]
     first = tables[0]
     for member, table in zip(members[1:], tables[1:]):
         differing = sorted(set(first) ^ set(table))
         if differing:
             raise UserError(
-                f"{flag}: oof.csv of {members[0].name} and {member.name} are of different images "
-                f"({len(differing)} in one only, e.g. {differing[0]}); train both on the same --data_path"
+                f"{flag}: oof.csv of {members[0].name} and {member.name} have different images "
+                f"({len(differing)} in only one, e.g. {differing[0]}); train both on the same --data_path"
             )
         relabelled = [i for i in first if first[i][1] != table[i][1]]
         if relabelled:
@@ -263,7 +265,7 @@ def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[in
         try:
             for name, fold, true, p in _rows_of(path, classes, meta.get("num_classes", len(classes))):
                 if name in table:
-                    raise ValueError(f"{name} is in it twice")
+                    raise ValueError(f"{name} is listed twice")
                 table[name] = fold, true, p
         except (ValueError, KeyError, csv.Error) as error:
             reason = f"unknown class {error}" if isinstance(error, KeyError) else error
@@ -276,8 +278,8 @@ def _oof_of(member: Member, classes: list[str], flag: str) -> dict[str, tuple[in
 def _rows_of(path: str, classes: list[str], outputs: int) -> Iterator[tuple[str, int, int, list[float]]]:
     """(image, fold, class number, probabilities in the order of `classes`) per line of an oof.csv.
 
-    Older versions wrote six decimals, an apostrophe before names such as -1, and all `outputs` of a network with more
-    outputs than classes.
+    Earlier versions wrote six decimals, an apostrophe before names such as -1, and all `outputs` of a network that has
+    more outputs than classes.
     """
     with open(path, encoding="utf-8", newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
@@ -290,7 +292,7 @@ def _rows_of(path: str, classes: list[str], outputs: int) -> Iterator[tuple[str,
     for name, fold, true, *values in rows:
         p = np.array([float(value) for value in values])
         if len(p) not in (len(order), outputs) or not ((p >= 0) & (p <= 1)).all() or p[: len(order)].sum() == 0:
-            raise ValueError(f"{plain(name)} has not a probability for each class")
+            raise ValueError(f"{plain(name)} lacks a probability for some class")
         if len(p) > len(order):
             p = p[: len(order)] / p[: len(order)].sum()
         yield plain(name), int(fold), number[plain(true)], p[np.argsort(order)].tolist()

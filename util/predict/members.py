@@ -1,4 +1,4 @@
-"""The members of an ensemble: from paths to networks that agree on their classes."""
+"""The members of an ensemble: finds their checkpoints and loads their networks."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from util.train.folds import RESULT
 
 @dataclass
 class Member:
-    """One voice: a checkpoint, or all folds of a k-fold run, whose probabilities are averaged as one model's.
+    """A checkpoint, or all folds of a k-fold run, whose probabilities are averaged and count as one model.
 
-    heads: per checkpoint, its meta, args and progress (see util/checkpoint.py).
+    heads: meta, args and progress of each checkpoint (see util/checkpoint.py).
     """
 
-    name: str  # --checkpoints as the user wrote it
+    name: str  # the argument of --checkpoints
     paths: list[str]
     heads: list[dict]
 
@@ -41,7 +41,7 @@ class Member:
 
 @dataclass
 class Net:
-    """One checkpoint's network on its device. order: int64 [C], its logits in the ensemble's order of classes."""
+    """One checkpoint's network on its device. order: int64 [C], puts its logits in the ensemble's order of classes."""
 
     module: nn.Module
     member: int
@@ -51,7 +51,7 @@ class Net:
 
     @property
     def input(self) -> tuple:
-        """(height, width, channels, crop_pct): what it takes of an image."""
+        """(height, width, channels, crop_pct) of its input."""
         return (*self.meta["img_size"], self.meta["in_chans"], crop_pct_of(self.meta))
 
     @property
@@ -61,9 +61,9 @@ class Net:
 
 
 def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
-    """(members, classes in the first one's order) of --checkpoints: files, run folders, k-fold folders.
+    """(members, classes in the first member's order) of --checkpoints: files, run folders, k-fold folders.
 
-    UserError in one line where one is missing, damaged, unfinished, given twice, or of other classes.
+    UserError if one is missing, damaged, unfinished, given twice, or has other classes.
     """
     members: list[Member] = []
     seen: dict[str, str] = {}
@@ -89,7 +89,7 @@ def find_members(arguments: list[str]) -> tuple[list[Member], list[str]]:
 
 
 def checkpoints_in(argument: str) -> list[str]:
-    """The checkpoint file(s) that an argument means; a k-fold folder means every fold's best."""
+    """The checkpoint file(s) of an argument; for a k-fold folder, every fold's best."""
     if os.path.isfile(argument):
         return [argument]
     if not os.path.isdir(argument):
@@ -102,7 +102,9 @@ def checkpoints_in(argument: str) -> list[str]:
                 f"--checkpoints {argument}: no {BEST} in {folder}; give a run's --output_dir or a .pth file"
             )
         if folds and not os.path.isfile(os.path.join(folder, RESULT)):
-            raise UserError(f"--checkpoints {argument}: {folder} is not finished; run its main_finetune.py line again")
+            raise UserError(
+                f"--checkpoints {argument}: {folder} is not finished; run its main_finetune.py command again"
+            )
     if folds:
         path = os.path.join(folders[0], RESULT)
         try:
@@ -118,7 +120,7 @@ def checkpoints_in(argument: str) -> list[str]:
 
 
 def read_head(path: str) -> dict:
-    """A classifier's meta, args and progress, every checksum of its file verified."""
+    """A classifier's meta, args and progress, after verifying all checksums of its file."""
     if path.endswith(".safetensors"):
         raise UserError(
             f"--checkpoints {path}: holds weights only; give a checkpoint of main_finetune.py, which has classes"
@@ -129,7 +131,7 @@ def read_head(path: str) -> dict:
 
 
 def load_nets(members: list[Member], classes: list[str], device: torch.device, amp: str | None) -> list[Net]:
-    """Every network, in eval mode, EMA weights where there are any, each in `amp` or the precision of its own kind."""
+    """All networks in eval mode, with EMA weights if any, in `amp` or the default precision for their kind."""
     nets = []
     for m, member in enumerate(members):
         for path in member.paths:
@@ -145,12 +147,12 @@ def load_nets(members: list[Member], classes: list[str], device: torch.device, a
 
 
 def crop_pct_of(meta: dict) -> float:
-    """The share of a resized file that evaluation sees; older checkpoints lack it and were evaluated by their size."""
+    """The share of a resized file that evaluation keeps; earlier checkpoints do not store it and used the default."""
     return float(meta.get("crop_pct") or default_crop_pct(meta["img_size"]))
 
 
 def short_names(members: list[Member]) -> list[str]:
-    """Names for tables: the run's folder, with as much of the path as tells the members apart."""
+    """Names for tables: the run's folder, with as much of the path as needed to make the names distinct."""
     paths = [os.path.normpath(m.name).removesuffix(os.sep + BEST) for m in members]
     ends = [os.path.basename(p) for p in paths]
     return [printable(name) for name in (ends if len(set(ends)) == len(ends) else paths)]

@@ -1,6 +1,6 @@
-"""k-fold members on their own training images: each image is predicted by the networks that had not seen it.
+"""k-fold members on their own training images: each image is predicted by networks that have not seen it.
 
-What the views, the weights and the ensemble are worth on new images, without a test set.
+This shows what views, weights and the ensemble gain on new images, without a test set.
 """
 
 import os
@@ -16,7 +16,7 @@ from util.predict.members import Member
 
 
 def fold_of_nets(members: list[Member]) -> list[int]:
-    """The fold that each network was validated on, in the order of load_nets."""
+    """Validation fold of each network, in the order of load_nets."""
     folds = []
     for member in members:
         for path in member.paths:
@@ -31,21 +31,20 @@ def fold_of_nets(members: list[Member]) -> list[int]:
 
 
 def fold_of_images(members: list[Member], classes: list[str], data: FileDataset, ids: list[str]) -> np.ndarray:
-    """Per image the fold it was held out in, int64 [N]; -1 for one that cannot be read, which the run had left out.
+    """Validation fold of each image, int64 [N]; -1 for unreadable images, which training left out.
 
-    UserError if the members were split differently, or an image that can be read is in none of their folds.
+    UserError if the members have different folds, or a readable image is in no fold.
     """
     oof = read_oof(members, classes, "--out_of_fold")
     if not oof.same_folds:
-        raise UserError("--out_of_fold: the members were split into different folds; train them with one --split_seed")
+        raise UserError("--out_of_fold: the members have different folds; train them with the same --split_seed")
     rows = oof.rows(ids)
     folds = np.where(rows < 0, -1, oof.folds[rows])
     reader = ViewReader(data, [(8, 8, 3)], [0])
     for i in np.flatnonzero(folds < 0).tolist():
         if reader[i][1]:
             raise UserError(
-                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be what it was "
-                "trained on"
+                f"--out_of_fold: {ids[i]} is in no fold of {members[0].name}; --data_path should be its training set"
             )
     if folds.max() < 0:
         raise UserError(f"--data_path: none of its {len(ids)} images can be read")

@@ -1,4 +1,4 @@
-"""What prediction computes."""
+"""The result of a prediction."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ import numpy as np
 class Prediction:
     """Probabilities float64 [M, n, C] of the n readable images.
 
-    one_view, all_views: each member's mean over its networks, with view 1 alone and over `views`, numbers 0..11
-    (augment/views.py). geometric: the geometric mean over networks and views, for stacking. index: int64 [n],
-    ascending, into the data. bad: image number -> why it cannot be read.
+    one_view, all_views: each member's mean over its networks, with view 1 only and over all `views` (numbers 0..11, see
+    augment/views.py). geometric: the geometric mean over networks and views, for stacking. index: int64 [n],
+    ascending indices into the data. bad: image number -> why it cannot be read.
     """
 
     views: list[int]
@@ -23,7 +23,7 @@ class Prediction:
 
     @classmethod
     def joined(cls, views: list[int], parts: list[tuple[np.ndarray, ...]], bad: dict[int, str]) -> "Prediction":
-        """Of parts (index, one_view, all_views, geometric) in any order."""
+        """From parts (index, one_view, all_views, geometric) in any order."""
         index = np.concatenate([part[0] for part in parts])
         order = np.argsort(index)
         one, many, geometric = (np.concatenate([part[k] for part in parts], axis=1)[:, order] for k in (1, 2, 3))

@@ -1,4 +1,4 @@
-"""k-NN and the linear probe on features that are computed once."""
+"""k-NN and the linear probe on precomputed features."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 
 from util.probe.features import ELEMENTS
 
-L2 = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # penalties the linear probe tries, strong to weak
+L2 = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # penalties that the linear probe tries, strong to weak
 
 
 def knn_predict(
@@ -26,7 +26,7 @@ def knn_predict(
     predicted = []
     for chunk in queries.split(max(1, ELEMENTS // len(bank))):
         similarity, index = (chunk @ bank.T).topk(k, dim=1)  # [q, k]
-        # softmax is the votes up to a factor per query, and has no overflow at low temperatures.
+        # softmax equals the votes up to a factor per query, and does not overflow at low temperatures.
         votes = torch.zeros(len(chunk), num_classes, device=bank.device)
         votes.scatter_add_(1, labels[index], (similarity / temperature).softmax(dim=1))
         predicted.append(votes.argmax(dim=1))
@@ -36,15 +36,15 @@ def knn_predict(
 def linear_probe(
     features: torch.Tensor, targets: torch.Tensor, num_classes: int, l2: float, max_iter: int = 60
 ) -> nn.Sequential:
-    """BatchNorm1d without affine and a linear layer, MAE's probe, fitted to features [N, D], targets [N]; in eval mode.
+    """MAE's probe, BatchNorm1d without affine and a linear layer, fitted to features [N, D], targets [N]; in eval mode.
 
-    MAE takes 90 epochs of LARS over augmented images (appendix A.1). On features that stay the same, the BatchNorm's
-    statistics are the features' own, and what is left is convex: it is solved, by L-BFGS, without a learning rate:
+    MAE uses 90 epochs of LARS on augmented images (appendix A.1). With fixed features, the BatchNorm's statistics are
+    those of the features and the rest is convex: L-BFGS solves it without a learning rate:
 
         minimise mean cross entropy + l2 / 2 |W|^2
 
-    The variance differs by many orders between the features' directions. L-BFGS therefore works on the weights of the
-    decorrelated features, where all directions curve alike; the problem and its solution stay the same.
+    The variance of the features differs by orders of magnitude between directions. L-BFGS therefore optimises the
+    weights of decorrelated features, where the curvature is similar in all directions; the solution is the same.
     """
     N, D = features.shape
     norm, linear = nn.BatchNorm1d(D, affine=False, eps=1e-6), nn.Linear(D, num_classes)
@@ -52,7 +52,7 @@ def linear_probe(
     head = nn.Sequential(norm, linear).to(features.device).eval()
     x = norm(features)  # [N, D]
     variance, basis = torch.linalg.eigh((x.T @ x / N).double().cpu())
-    # Softmax regression curves by up to p (1 - p), about 0.1, times the variance, and by l2.
+    # The curvature of softmax regression is at most p (1 - p), about 0.1, times the variance, plus l2.
     to_weights = (basis * (variance.clamp(min=0.0) + 10.0 * l2 + 1e-9).rsqrt()).to(x)  # [D, D]
     z = x @ to_weights  # [N, D]
     v = torch.zeros(D, num_classes, device=x.device, requires_grad=True)
@@ -80,7 +80,7 @@ def linear_probe(
 
 
 def choose_l2(features: torch.Tensor, targets: torch.Tensor, num_classes: int, seed: int = 0) -> float:
-    """The penalty of L2 with the lowest cross entropy on a random tenth of the features, fitted to the other nine."""
+    """The penalty of L2 with the lowest cross entropy on a random tenth of the features, fitted to the rest."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     held_out, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
     losses = []

@@ -1,4 +1,4 @@
-"""Frozen features, computed once, and two readings of what they know: a weighted k-NN and a linear probe."""
+"""Features of a frozen network, computed once for k-NN and the linear probe."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from util.errors import UserError
 from util.progress import Progress
 
 POOLS = ("mean", "cls", "head")
-ELEMENTS = 2**26  # of the largest temporary matrix: 256 MiB of float32
+ELEMENTS = 2**26  # size limit of temporary matrices: 256 MiB of float32
 
 
 def pooled_features(model: nn.Module, images: torch.Tensor, pool: str) -> torch.Tensor:
     """One vector per image, [B, D], from a timm model.
 
-    `mean`: average of the final patch tokens; `cls`: the final class token; `head`: what the model's own classifier
-    reads. UserError where a model has no such tokens.
+    `mean`: average of the final patch tokens; `cls`: the final class token; `head`: the input of the
+    model's classifier. UserError if the model has no such tokens.
     """
-    net: Any = model  # nn.Module's attributes are tensors and modules for a type checker
+    net: Any = model  # for the type checker: nn.Module's attributes are tensors and modules
     z = net.forward_features(images)
     if pool == "head":
         return net.forward_head(z, pre_logits=True)
@@ -38,8 +38,8 @@ def extract(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(features float32 [N, D], targets int64 [N]) of all images of an evaluation loader, on rank 0's CPU.
 
-    Each rank computes its share, keeps only that and returns it. Unreadable images (--on_bad_image skip) are left out.
-    UserError on NaN or inf.
+    Each rank computes and returns its share. Unreadable images (--on_bad_image skip) are left out. UserError on NaN or
+    inf.
     """
     model.eval()
     features, index, done = torch.empty(0, 0), torch.empty(0, dtype=torch.long), 0
@@ -57,22 +57,22 @@ def extract(
     features, index = features[:done], index[:done]
     if not all_reduce(torch.tensor(done)):
         raise UserError(f"--data_path: none of the {len(loader.data)} images {name} can be read".replace("  ", " "))
-    finite = all_reduce(torch.tensor(int(torch.isfinite(features).all())), "min")  # all ranks stop, or none
+    finite = all_reduce(torch.tensor(int(torch.isfinite(features).all())), "min")  # all ranks stop together
     if not finite:
-        raise UserError("the encoder's features hold NaN or infinite values; are its weights sound?")
+        raise UserError("the encoder's features contain NaN or infinite values; check its weights")
     features, index = gather_rows(features, index)
     return features, loader.data.targets[index]
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """On rank 0 the rows [n, D] of all ranks with their index [n], in its order; on the others, what they gave.
+    """Rank 0: the rows [n, D] of all ranks and their index [n], sorted by index. Other ranks: their own rows.
 
-    index ascends. One rank after the other, in pieces, so that rank 0 holds the result and one piece more.
+    index ascends. Ranks send in turn, in pieces, so that rank 0 needs memory for the result and one piece.
     """
     shapes = gather_objects(tuple(rows.shape))
     if len(shapes) == 1:
         return rows, index
-    rank, D = dist.get_rank(), max(d for _, d in shapes)  # a rank of a tiny set may have seen no image, and so no D
+    rank, D = dist.get_rank(), max(d for _, d in shapes)  # with a tiny set, a rank may have no image and thus no D
     step = max(1, ELEMENTS // max(1, D))
     pieces = [(r, at, min(at + step, n)) for r, (n, _) in enumerate(shapes) for at in range(0, n, step)]
     if rank:

@@ -1,4 +1,4 @@
-"""Frechet distance between sets of images, through torchmetrics: on Inception's features, or on the encoder's own."""
+"""Frechet distance between sets of images, by torchmetrics, on Inception's features or the encoder's own."""
 
 import os
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from models.noprop_mae import NoPropMAE
 from util.checkpoint import read_file
 from util.errors import UserError, reason_of
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name for it
 
 
 class EncoderFeatures(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, D]: the mean of the encoder's patch tokens, nothing masked."""
+    """uint8 [B, C, H, W] -> float32 [B, D]: the mean of the encoder's patch tokens, without masking."""
 
     def __init__(self, net: NoPropMAE, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -30,7 +30,7 @@ class EncoderFeatures(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torch-fidelity's pooled Inception-v3 features of grey or colour: uint8 [B, 1 or 3, H, W] -> float32 [B, 2048]."""
+    """torch-fidelity's pooled Inception-v3 features: uint8 [B, 1 or 3, H, W] -> float32 [B, 2048]."""
 
     num_features = 2048
 
@@ -45,7 +45,7 @@ class InceptionFeatures(nn.Module):
 
 
 def find_inception(weights: str | None) -> str | None:
-    """The file that --inception_weights names; without the flag, an earlier download in torch's cache; else None."""
+    """The file of --inception_weights; without the flag, an earlier download in torch's cache; else None."""
     if weights and weights != "download":
         if not os.path.isfile(weights):
             raise UserError(f"--inception_weights {weights}: no such file; give torch-fidelity's, or `download`")
@@ -59,7 +59,7 @@ def load_inception(path: str | None) -> InceptionFeatures:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     if path is not None:
-        read_file(path)  # torch-fidelity would execute what is pickled in it; this refuses such a file
+        read_file(path)  # refuses pickled code, which torch-fidelity would execute
     try:
         return InceptionFeatures(NoTrainInceptionV3("inception-v3-compat", ["2048"], path))
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -72,11 +72,11 @@ def load_inception(path: str | None) -> InceptionFeatures:
 
 
 def frechet_metric(features: nn.Module, device: torch.device):
-    """torchmetrics' |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), mu and S of the features of two sets.
+    """torchmetrics' |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), mu and S: mean and covariance of features.
 
-    update(images uint8, real=True) adds to the first set, real=False to the second; reset() forgets the second only.
+    update(images uint8, real=True) adds to the first set, real=False to the second; reset() clears only the second.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import, and few runs need it
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds, and few runs need it
 
     metric = FrechetInceptionDistance(features.to(device), reset_real_features=False)
     return metric if device.type == "mps" else metric.to(device)

@@ -1,4 +1,4 @@
-"""Checkpoints that are read to be looked at: their encoder, their denoisers."""
+"""Loads pretrained networks for probing and sampling: an encoder, or a whole NoPropMAE."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from util.seed import seed_all
 def read_content(path: str) -> dict:
     """The checkpoint's dict without what only training needs; {} for no path.
 
-    Its `meta` is that of a checkpoint of this project, checked, or None; `args` the options of its run, or {}; `epoch`
+    `meta`: checked if it is a checkpoint of this project, else None. `args`: the options of its run, or {}. `epoch`:
     the epochs it was trained for, or 0.
     """
     if not path:
@@ -36,7 +36,7 @@ def load_noprop(path: str) -> tuple[NoPropMAE, dict]:
     content = read_content(path)
     meta, names = content["meta"], tensor_names(content)
     if not meta or "noprop" not in meta or not any(key.startswith("decoders.") for key in names):
-        kind = f"a {meta.get('kind')} checkpoint" if meta else "weights of another origin"
+        kind = f"a {meta.get('kind')} checkpoint" if meta else "weights from elsewhere"
         raise UserError(f"{path}: {kind}, without decoders; give a checkpoint of main_pretrain_noprop.py")
     net = _noprop(path, meta)
     load_exactly(net, find_weights(content, path, net.state_dict()).state, path)
@@ -46,21 +46,21 @@ def load_noprop(path: str) -> tuple[NoPropMAE, dict]:
 def _noprop(path: str, meta: dict, **changes) -> NoPropMAE:
     try:
         return NoPropMAE(**{**meta["noprop"], "use_checkpoint": False, **changes})
-    except (TypeError, RuntimeError) as error:  # keywords of another version, sizes beyond memory
+    except (TypeError, RuntimeError) as error:  # keywords of another version, sizes that do not fit in memory
         raise UserError(f"{path}: its meta describes no model ({reason_of(error)})") from None
 
 
 def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) -> tuple[nn.Module, dict, str, str]:
-    """(model, meta, pooling, words for the input) that the options and the checkpoint `content` ({}: none) describe.
+    """(model, meta, pooling, description of the input) from the options and the checkpoint's `content` ({}: none).
 
-    UserError where the model would lack some of its weights.
+    UserError if some of the model's weights are missing.
 
-    Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for an encoder from pretraining, which has
-    no classifier; for any other model `head`, what its classifier reads.
+    Pooling, without --global_pool or --cls_token: `mean` of the patch tokens for a pretrained encoder, which has no
+    classifier; for any other model `head`, the input of its classifier.
     """
     source, given = content.get("meta"), options.model
     names = tensor_names(content)
-    # MAE's classifiers with average pooling normalise after it; then the tokens themselves are not normalised.
+    # MAE's classifiers with average pooling normalise after pooling, so their tokens are not normalised.
     described = replace(given, global_pool="fc_norm.weight" in names)
     meta, origin = resolve_meta(
         described, options.input, options.data.dataset, classes, source, weights=given.finetune, evaluating=True
@@ -73,7 +73,7 @@ def load_encoder(options: LinprobeOptions, classes: list[str], content: dict) ->
     model = create_from_meta({**meta, "model_kwargs": keywords}, num_classes=(source or {}).get("num_classes") or None)
     if given.random_init:
         if source and "noprop" in source and not (given.model or given.model_kwargs):
-            # Untrained, but as its pretraining started: MAE's initialisation, sines and cosines for positions.
+            # Untrained, initialised as before pretraining: MAE's initialisation, sine-cosine positions.
             start = _noprop(given.finetune, source, img_size=meta["img_size"], in_chans=meta["in_chans"]).state_dict()
             model.load_state_dict({k: v for k, v in start.items() if k in model.state_dict()}, strict=False)
     elif content:

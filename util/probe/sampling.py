@@ -1,4 +1,4 @@
-"""What main_sample.py draws and measures: reconstructions, generated images, attention, Frechet distances."""
+"""The pictures and measurements of main_sample.py: reconstructions, generated images, attention, Frechet distances."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from util.report.pictures import denormalize
 from util.seed import mix
 
 GENERATED_COLUMNS = 8
-ATTENTION_BLOCKS = 6  # shown of a deep encoder, evenly spaced, first and last among them
+ATTENTION_BLOCKS = 6  # shown for a deep encoder, evenly spaced, including first and last
 _MASKS, _NOISE, _GENERATED = 0, 1, 2  # streams of counted seeds
 
 
 @dataclass
 class Study:
-    """A pretrained model under fixed masks and noise: batch `step` has the same ones for every sampler and every run.
+    """A pretrained model with fixed masks and noise: the same ones at batch `step` for every sampler and run.
 
-    mean, std: the normalisation of its images. Every method draws to, or reads, normalised images of net's size.
+    mean, std: the normalisation of its images. Methods take and return normalised images of net's size.
     """
 
     net: NoPropMAE
@@ -37,19 +37,19 @@ class Study:
         return torch.Generator(self.net.pos_embed.device).manual_seed(mix(self.seed, *counters))
 
     def hide_and_sample(self, images: torch.Tensor, step: int, sampler: str) -> tuple[dict, tuple]:
-        """NoPropMAE.reconstruct's result for batch `step`, and the (ids_keep, ids_mask) it hid."""
+        """NoPropMAE.reconstruct's result for batch `step`, and its (ids_keep, ids_mask)."""
         ids = self.net.random_masking(len(images), self.mask_ratio, self._generator(_MASKS, step))
         return self.net.reconstruct(images, ids=ids, sampler=sampler, generator=self._generator(_NOISE, step)), ids
 
     def generate(self, n: int, step: int, sampler: str) -> torch.Tensor:
-        """Batch `step` of images from nothing, [n, C, H, W]."""
+        """Batch `step` of generated images, [n, C, H, W]."""
         return self.net.generate(n, sampler=sampler, generator=self._generator(_GENERATED, step))["final"]
 
     def reconstruct(self, loader: Loader, num: int, path: str) -> dict[str, float]:
-        """PSNR in dB on the hidden patches of all images, by what fills them; pictures of the first `num`.
+        """PSNR in dB on the masked patches of all images, per sampler and baseline; pictures of the first `num`.
 
-        The mean squared error of all images goes into one PSNR, on the [0, 1] scale of clipped pixels. path: with
-        {} for the sampler's name.
+        One PSNR from the mean squared error over all images, for pixels clipped to [0, 1]. path: with {} for the
+        sampler's name.
         """
         norm = self.mean, self.std
         errors: dict[str, list[torch.Tensor]] = {n: [] for n in ("mean colour", "mean visible patch", *self.samplers)}
@@ -66,7 +66,9 @@ class Study:
                 hidden = pictures.pixel_mask(out["mask"], *images.shape[-2:])
                 for name, picture in filled.items():
                     score = pictures.psnr(denormalize(picture, *norm), target, 1.0, hidden)
-                    errors[name].append(10.0 ** (-score / 10.0))  # back to errors; every image hides as many pixels
+                    errors[name].append(
+                        10.0 ** (-score / 10.0)
+                    )  # back to squared errors; every image has as many masked pixels
                 if step == 0:
                     first = {k: out[k][:num] for k in ("masked", "final", "mask")}
                     first["steps"] = [x[:num] for x in out["steps"]]
@@ -80,7 +82,7 @@ class Study:
             pictures.image_grid(images, self.mean, self.std, path.format(sampler), columns=GENERATED_COLUMNS)
 
     def draw_attention(self, images: torch.Tensor, path: str) -> None:
-        """What the class token attends to in whole images: heads of the last block, and the mean head of the blocks.
+        """Attention of the class token in whole images: heads of the last block, and the mean over heads per block.
 
         path: with {} for `heads` and `blocks`.
         """
@@ -99,7 +101,7 @@ class Study:
             pictures.draw_grid(rows, path.format(name), titles=["original", *titled])
 
     def frechet(self, features: torch.nn.Module, loader: Loader, others: Loader | None) -> dict[str, float]:
-        """Distance of loader's images to `others`, also real, to their own reconstructions, to as many generated."""
+        """Distances from loader's images to `others` (real), to their reconstructions, to as many generated images."""
         metric = frechet_metric(features, self.net.pos_embed.device)
 
         def distance(batches: Iterable[torch.Tensor]) -> float:
@@ -126,7 +128,7 @@ class Study:
 
 
 def mean_visible_patch(net: NoPropMAE, images: torch.Tensor, ids: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The baseline: every hidden patch of an image is the mean of its visible ones (0, if none is), [B, C, H, W]."""
+    """Baseline: every masked patch is the mean of the image's visible patches (0 if there are none), [B, C, H, W]."""
     ids_keep, ids_mask = ids
     patches = net.patchify(images)  # [B, N, P]
     fill = take(patches, ids_keep).mean(dim=1, keepdim=True) if ids_keep.shape[1] else torch.zeros_like(patches[:, :1])

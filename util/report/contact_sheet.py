@@ -1,4 +1,4 @@
-"""Contact sheets: thumbnails of the images a person should look at, with what was predicted and how surely."""
+"""Contact sheets: thumbnails of images worth checking, with their predictions and probabilities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from util.report.pictures import font, save_png
 
 COLUMNS = 6
 THUMB, PAD, BAR = 200, 12, 6  # pixels
-LINE = 19  # of text
+LINE = 19  # pixels of a line of text
 INK, FAINT, PAPER, TILE = (28, 28, 30), (120, 120, 126), (255, 255, 255), (240, 240, 242)
-# Blue and vermilion, which the colour-blind can tell apart; a mark says the same.
+# Blue and vermilion, safe for the colour-blind; a mark shows the same.
 RIGHT, WRONG, TRACK, FIRST = (0, 92, 158), (190, 66, 0), (222, 222, 226), (96, 96, 102)
 
 
 @dataclass
 class Entry:
-    """One image of a sheet. ranking: (class, probability), most probable first; truth: the label, None if unknown."""
+    """One image of a sheet. ranking: (class, probability), most probable first; truth: the label, or None."""
 
     image: int
     name: str
@@ -27,14 +27,14 @@ class Entry:
 
 
 def draw_sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title: str, path: str) -> None:
-    """A grid of the entries in their order, as PNG. open_image(number) -> RGB, decoded one at a time."""
+    """Save the entries as a PNG grid. open_image(number) -> RGB, decoded one at a time."""
     with survive(path):
         save_png(_sheet(entries, open_image, title), path)
 
 
 def _sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title: str) -> Image.Image:
     thumbs = [thumbnail(open_image(entry.image)) for entry in entries]
-    tile = (THUMB, max(thumb.height for thumb in thumbs))  # a folder of wide photos leaves no empty bands
+    tile = (THUMB, max(thumb.height for thumb in thumbs))  # no empty bands for wide photos
     columns = min(COLUMNS, len(entries))
     lines = 4 if any(e.truth is not None for e in entries) else 3
     cell = (tile[0] + PAD, tile[1] + BAR + 8 + lines * LINE + PAD)
@@ -52,7 +52,7 @@ def _sheet(entries: list[Entry], open_image: Callable[[int], Image.Image], title
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The whole image within THUMB x THUMB; tiny ones enlarged with their pixels as squares."""
+    """The whole image within THUMB x THUMB; tiny images are enlarged with square pixels."""
     scale = THUMB / max(image.size)
     size = [max(1, round(side * scale)) for side in image.size]
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.LANCZOS)
@@ -75,12 +75,12 @@ def _caption(draw: ImageDraw.ImageDraw, entry: Entry, x: int, y: int) -> None:
 
 
 def percent(p: float) -> str:
-    """Never 100 % for less than certain."""
+    """In percent, but 100 % only if p is 1."""
     return f"{100 * p:.1f} %" if p < 0.9995 else f"{100 * min(p, 0.99999):.3f} %"
 
 
 def _line(draw, x: int, y: int, left: str, right: str, color, face, keep_end: bool = False) -> None:
-    """Text on the left, shortened with an ellipsis to what fits beside the text on the right."""
+    """Text on the left, shortened with an ellipsis to fit beside the text on the right."""
     room = THUMB - (face.getlength(right) + 8 if right else 0)
     left = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in left)
     draw.text((x, y), shorten(left, room, face, keep_end), color, face)
@@ -89,7 +89,7 @@ def _line(draw, x: int, y: int, left: str, right: str, color, face, keep_end: bo
 
 
 def shorten(text: str, room: float, face, keep_end: bool) -> str:
-    """`text` as wide as `room` pixels allow; keep_end: the middle goes, since file names differ at their ends."""
+    """Shorten `text` to `room` pixels; keep_end: cut in the middle, because file names differ at their ends."""
     if face.getlength(text) <= room:
         return text
     for kept in range(len(text) - 1, 0, -1):

@@ -1,6 +1,6 @@
-"""Pictures of pretraining: grids of images with titles and captions, drawn pixel by pixel, and PSNR.
+"""Pictures of pretraining: grids of images with titles and captions, and PSNR.
 
-Images come normalised, float [B, C, H, W] with C 1 or 3, as the model sees them; mean and std are the data set's own.
+Images are normalised, float [B, C, H, W] with C 1 or 3, as the model sees them; mean and std are the data set's.
 """
 
 import os
@@ -15,14 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from util.files import survive, write_atomic
 
-CELL = 96  # pixels; smaller images are enlarged by a whole factor until they reach it, and titles fit
+CELL = 96  # pixels; smaller images are enlarged by a whole factor to at least this size, so that titles fit
 GAP, MARGIN = 6, 10
 TITLE_SIZE, CAPTION_SIZE = 14, 11
 INK, FAINT = (20, 20, 20), (90, 90, 90)
 
 
 def denormalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Normalised [B, C, H, W] -> float32 in [0, 1], what lies outside clipped. mean, std: per channel."""
+    """Normalised [B, C, H, W] -> float32 clipped to [0, 1]. mean, std: per channel."""
     m, s = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(-1, 1, 1) for v in (mean, std))
     if x.shape[1] != len(m):
         raise ValueError(f"images have {x.shape[1]} channels, mean has {len(m)}")
@@ -36,7 +36,7 @@ def to_pixels(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Patch mask [B, N], 1 = removed, patches square and row by row -> bool [B, 1, H, W]."""
+    """Mask of square patches [B, N], row by row, 1 = removed -> bool [B, 1, H, W]."""
     side = round((height * width / mask.shape[1]) ** 0.5)
     rows, cols = height // side, width // side
     if (rows * side, cols * side, rows * cols) != (height, width, mask.shape[1]):
@@ -47,7 +47,7 @@ def pixel_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def psnr(a: torch.Tensor, b: torch.Tensor, data_range: float = 1.0, mask: torch.Tensor | None = None) -> torch.Tensor:
     """10 log10(data_range^2 / mean squared difference) in dB of each image: [B, C, H, W] twice -> float64 [B].
 
-    mask: bool [B, 1, H, W]; only its True pixels count. Equal images give inf, an image without such pixels NaN.
+    mask: bool [B, 1, H, W]; only True pixels count. Equal images give inf, an image without True pixels NaN.
     """
     error = (a.double() - b.double()).square()
     weight = torch.ones_like(error) if mask is None else mask.expand_as(error).double()
@@ -65,8 +65,8 @@ def reconstruction_grid(
 ) -> np.ndarray:
     """A row per image: original | masked | the estimate of each step | final -> uint8 [H, W, 3], also saved as PNG.
 
-    originals: [B, C, H, W]; out: NoPropMAE.reconstruct's result for them. If it has their `mask`, the PSNR on masked
-    patches stands below each step and the final image. step_labels: each step's sigma, or a title of your own. path:
+    originals: [B, C, H, W]; out: NoPropMAE.reconstruct's result for them. If it has a `mask`, the PSNR on masked
+    patches is shown below each step and the final image. step_labels: sigma of each step, or a title. path:
     None saves nothing.
     """
     columns = [originals, out["masked"], *out["steps"], out["final"]]
@@ -97,14 +97,14 @@ def image_grid(
 
 
 def heat_overlay(pixels: np.ndarray, maps: torch.Tensor, strength: float = 0.65) -> np.ndarray:
-    """Maps [B, rows, cols] as heat, each stretched to its own range, over grey images: uint8 [B, H, W, 3] twice."""
+    """Overlay maps [B, rows, cols], each scaled to its own range, on grey images: uint8 [B, H, W, 3] -> same."""
     import matplotlib
 
     maps = maps.float().cpu()
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = (maps - low) / (high - low).clamp(min=1e-12)
     height, width = pixels.shape[1] // maps.shape[1], pixels.shape[2] // maps.shape[2]
-    maps = repeat(maps, "b r c -> b (r h) (c w)", h=height, w=width)  # a patch is one colour
+    maps = repeat(maps, "b r c -> b (r h) (c w)", h=height, w=width)  # one colour per patch
     heat = np.asarray(matplotlib.colormaps["inferno"](maps.numpy()))[..., :3]
     grey = pixels.mean(axis=3, keepdims=True) / 255.0
     return (255.0 * (strength * heat + (1.0 - strength) * grey)).round().astype(np.uint8)
@@ -117,9 +117,9 @@ def draw_grid(
     titles: Sequence[str] | None = None,
     captions: Sequence[Sequence[str]] | None = None,
 ) -> np.ndarray:
-    """Images uint8 [h, w, 3], all of one size, on white: uint8 [H, W, 3], also saved as PNG unless path is None.
+    """Images uint8 [h, w, 3] of equal size on white: uint8 [H, W, 3], also saved as PNG unless path is None.
 
-    Small images are enlarged by a whole factor, every pixel a square. titles are above columns, captions below images.
+    Small images are enlarged by a whole factor, with square pixels. titles: above columns; captions: below images.
     """
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // max(height, width)))
@@ -149,7 +149,7 @@ def draw_grid(
 
 
 def save_png(image: Image.Image, path: str) -> None:
-    """Written whole or not at all; a full disk costs the picture, not the run."""
+    """Save atomically; if that fails, warn and continue."""
     with survive(path):
         buffer = BytesIO()
         image.save(buffer, format="png", optimize=True)
@@ -158,7 +158,7 @@ def save_png(image: Image.Image, path: str) -> None:
 
 @lru_cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib carries with it: it has many scripts, where Pillow's own font has Latin only."""
+    """DejaVu Sans, which comes with Matplotlib: it covers many scripts, Pillow's default font only Latin."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -1,4 +1,4 @@
-"""The pictures a run leaves behind. Matplotlib without a display."""
+"""Plots of a run, with Matplotlib and without a display."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ from util.log import read_log
 from util.predict.calibration import BINS, expected_calibration_error, reliability
 from util.report.pictures import sigma_name
 
-NAMES = dict(parse_math=False)  # of tick labels: a class named $a$ is no formula
-# Okabe and Ito's, which the colour-blind can tell apart.
+NAMES = dict(parse_math=False)  # for tick labels: a class named $a$ is not a formula
+# Okabe and Ito's colours, safe for the colour-blind.
 COLORS = ("#0072b2", "#e69f00", "#000000", "#009e73", "#cc79a7", "#d55e00")
 LEVELS = "loss of each noise level"
 STYLES = ("-", "--", ":", "-.")
@@ -26,7 +26,7 @@ STYLES = ("-", "--", ":", "-.")
 
 @contextmanager
 def drawing(path: str, rows: int = 1, columns: int = 1, **how):
-    """Axes to draw on, as plt.subplots gives them; at the end the PNG is written whole or not at all."""
+    """Axes as from plt.subplots; the PNG is written atomically at the end."""
     figure, axes = plt.subplots(rows, columns, **how)
     try:
         with survive(path):
@@ -65,13 +65,13 @@ def plot_curves(log_path: str, path: str, sigmas: Sequence[float] = ()) -> None:
                 axis.set_xticks([lines[0]["epoch"]])
             axis.set(xlabel="epoch", title=title)
             axis.grid(alpha=0.3)
-            if len(names) > 1:  # below, where no curve is
+            if len(names) > 1:  # below the axes, clear of the curves
                 where = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
                 axis.legend(**where, fontsize=9, frameon=False, handlelength=3, columnspacing=1.2)
 
 
 def curve_panels(keys: list[str], sigmas: Sequence[float] = ()) -> dict[str, dict[str, str]]:
-    """{title: {key of log.txt: label}}; curves of one panel have one scale, so acc5 and sums of losses stand alone."""
+    """{title: {key of log.txt: label}}; curves of a panel share a scale, so acc5 and sums of losses have their own."""
     parts = {k: loss_name(k, sigmas) for k in keys if k.startswith("train_loss_")}
     panels = {
         LEVELS: parts,
@@ -85,13 +85,13 @@ def curve_panels(keys: list[str], sigmas: Sequence[float] = ()) -> dict[str, dic
 
 
 def loss_name(key: str, sigmas: Sequence[float]) -> str:
-    """Of a loss in pretraining's log.txt: train_loss_2 is that of the third level."""
+    """Label of a loss in pretraining's log.txt: train_loss_2 is the loss of the third level."""
     name = key.removeprefix("train_loss_")
     return sigma_name(sigmas[int(name)]) if name.isdigit() and int(name) < len(sigmas) else name
 
 
 def curve_styles(n: int) -> list[dict]:
-    """Of n curves that may coincide: each is thinner than those it is drawn over, and broken in another way."""
+    """Styles for n curves that may coincide: each is thinner than those below it and has its own dashes."""
     colors = COLORS if n <= len(COLORS) else [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.95, n)]
     widths = np.linspace(2.6, 1.3, n) if n > 1 else [1.8]
     return [
@@ -101,15 +101,15 @@ def curve_styles(n: int) -> list[dict]:
 
 
 def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None:
-    """confusion.png: counts [C, C], rows the true class, shaded by row; numbers up to 20 classes."""
+    """confusion.png: counts [C, C], one row per true class, shaded by row; with numbers for up to 20 classes."""
     C, right, images = len(classes), np.trace(confusion), confusion.sum()
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = min(16, max(4, 0.45 * C + 2))
     with drawing(path, figsize=(side, side)) as axis:
-        # By the square root: confusions of a few percent can be seen.
+        # Shaded by the square root, so that confusions of a few percent are visible.
         shades = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         if C <= 50:
-            fits = 0.1 * max(map(len, classes)) < 0.75 * side / C  # inches of a name, of a cell
+            fits = 0.1 * max(map(len, classes)) < 0.75 * side / C  # inches: a name, a cell
             rotation = 0 if fits else 90
             axis.set_xticks(range(C), classes, rotation=rotation, **NAMES)
             axis.set_yticks(range(C), classes, **NAMES)
@@ -125,7 +125,7 @@ def plot_confusion(confusion: np.ndarray, classes: list[str], path: str) -> None
 
 
 def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) -> None:
-    """reliability.png: share right against confidence, the gap between them shaded; below, the images in each bin."""
+    """reliability.png: accuracy against confidence with the gap shaded; below, the number of images in each bin."""
     count, confidence, right = reliability(probabilities, targets)
     ece = expected_calibration_error(probabilities, targets)
     left, width, seen = np.arange(BINS) / BINS, 1 / BINS, count > 0

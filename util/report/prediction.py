@@ -1,4 +1,4 @@
-"""What main_predict.py leaves behind: predictions.csv, the tables, the pictures, report.md."""
+"""The output of main_predict.py: predictions.csv, tables, pictures, report.md."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PICTURES = (
     "most_confidently_wrong.png",
 )
 SHEET = 24  # images on a contact sheet
-LONGEST = 50  # rows of a table in report.md; results.json has all
+LONGEST = 50  # rows of a table in report.md; results.json has all rows
 COLUMNS = {
     "accuracy": "accuracy %",
     "balanced_accuracy": "balanced %",
@@ -37,7 +37,7 @@ COLUMNS = {
     "log_loss": "log loss",
     "ece": "ECE %",
     "confidence": "mean confidence %",
-    "agreement": "same class as the chosen %",
+    "agreement": "same class as in bold %",
 }
 ENSEMBLES = {"equal": "equal weights", "val": "weights by validation", "stacked": "stacked"}
 
@@ -45,9 +45,9 @@ ENSEMBLES = {"equal": "equal weights", "val": "weights by validation", "stacked"
 def write_predictions(
     path: str, ids: list[str], prediction: Prediction, final: np.ndarray, classes: list[str], *, safe: bool = False
 ) -> None:
-    """ID, Predict, a probability per class, sorted by ID. An unreadable image has its row, with nothing predicted.
+    """ID, Predict and a probability per class, sorted by ID. Unreadable images have a row without a prediction.
 
-    safe: names that a spreadsheet would take for formulas get an apostrophe.
+    safe: put an apostrophe before names that a spreadsheet would read as formulas.
     """
     names, ids = ([spreadsheet_safe(t) if safe else t for t in texts] for texts in (classes, ids))
     rows = [[name, *[""] * (1 + len(classes))] for name in ids]
@@ -57,9 +57,9 @@ def write_predictions(
 
 
 def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:
-    """The rows of the results table: name, views, probabilities [n, C], chosen.
+    """Rows of the results table: name, views, probabilities [n, C], chosen.
 
-    Every member and every ensemble, each with view 1 and with all of them.
+    Every member and every ensemble, each with view 1 and with all views.
     """
     members, chosen, views = combiners.members, combiners.wanted, len(prediction.views)
     one, many = prediction.one_view, prediction.all_views
@@ -69,7 +69,7 @@ def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:
         rows += [{"name": name, "views": v, "probabilities": p[m]} for v, p in sets]
     for key, way in combiners.ways.items():
         if len(members) == 1 and not isinstance(way, Stacked):
-            continue  # any weights of one member are that member
+            continue  # with one member, the weights do not matter
         if isinstance(way, Stacked):
             kept = [(views, prediction.geometric)]
         else:
@@ -83,7 +83,7 @@ def compare(combiners: Combiners, prediction: Prediction) -> list[dict]:
 
 
 def score_rows(rows: list[dict], targets: np.ndarray, final: np.ndarray) -> list[dict]:
-    """Rows with numbers in place of probabilities: scores on the labelled images, or what holds without labels."""
+    """Rows with numbers in place of probabilities: scores on labelled images, else confidence and agreement."""
     labelled = targets >= 0
     scored = []
     for row in rows:
@@ -98,7 +98,7 @@ def score_rows(rows: list[dict], targets: np.ndarray, final: np.ndarray) -> list
 
 
 def out_of_fold_rows(combiners: Combiners) -> list[dict]:
-    """The same scores on the training images, each predicted by networks that had not seen it."""
+    """The same scores on the training images, each predicted by networks that have not seen it."""
     oof = combiners.oof
     if oof is None:
         return []
@@ -113,7 +113,7 @@ def out_of_fold_rows(combiners: Combiners) -> list[dict]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Markdown lines; the chosen row in bold."""
+    """A Markdown table; the chosen row in bold."""
     keys = [k for k in COLUMNS if k in rows[0]]
     lines = ["| | views | " + " | ".join(COLUMNS[k] for k in keys) + " |", "|---" * (2 + len(keys)) + "|"]
     for row in rows:
@@ -127,7 +127,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def class_rows(classes: list[str], final: np.ndarray, targets: np.ndarray) -> list[dict]:
-    """Per class: images predicted as it, and where there are labels, images of it and the share of them found."""
+    """Per class: number of predictions and, if there are labels, number of images and recall."""
     predicted = np.bincount(final.argmax(1), minlength=len(classes))
     rows = [{"class": c, "predicted": int(n)} for c, n in zip(classes, predicted)]
     labelled = targets >= 0
@@ -163,7 +163,7 @@ def draw_pictures(
     final: np.ndarray,
     targets: np.ndarray,
 ) -> list[str]:
-    """Writes those of PICTURES that there is something to show on; returns their names. Older ones go."""
+    """Draw the PICTURES that apply and return their names; delete earlier ones."""
     path = {name: os.path.join(output_dir, name) for name in PICTURES}
     for stale in filter(os.path.exists, path.values()):
         with survive(stale, "not removed"):
@@ -213,11 +213,11 @@ def write_all(
     seconds: float,
     spreadsheet_safe: bool = False,
 ) -> str:
-    """Every file of the run; returns the results table as text."""
+    """Write all files; returns the results table as text."""
     members, classes = combiners.members, combiners.classes
     rows = compare(combiners, prediction)
     final = next(row["probabilities"] for row in rows if row["chosen"])
-    targets = data.targets.numpy()[prediction.index]  # of the readable images
+    targets = data.targets.numpy()[prediction.index]  # for the readable images
     n_labelled = int((targets >= 0).sum())
     path = os.path.join(output_dir, "predictions.csv")
     write_predictions(path, ids, prediction, final, classes, safe=spreadsheet_safe)
@@ -235,11 +235,11 @@ def write_all(
         )
     else:
         results.append(
-            "No labels, no scores: --labels FILE.csv (ID,label) or class folders give them. In bold: predictions.csv."
+            "No scores without labels; give --labels FILE.csv (ID,label) or class folders. In bold: predictions.csv."
         )
     if oof and combiners.oof is not None:
         n = len(combiners.oof.ids)
-        about = f"Out of fold, on {n} training images (one view: what to expect of new images):"
+        about = f"Out of fold, on {n} training images (one view; what to expect on new images):"
         results += ["", about, "", *table(oof)]
     write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
     views = [VIEW_NAMES[v] for v in prediction.views]
@@ -294,7 +294,7 @@ def member_table(combiners: Combiners) -> list[str]:
         line = f"| {cell(f['name'])} | {f['model']} | {len(f['checkpoints'])} | {size} |"
         lines.append(line + (f" {f[score]:.2f} | {f['weight']:.4f} |" if score else ""))
     if "stacked" in combiners.ways:
-        how = "alike, as the members were trained" if combiners.balanced else "by their frequency"
+        how = "equally, as in the members' training" if combiners.balanced else "by frequency"
         lines += [
             "",
             f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, classes weighted {how}.",

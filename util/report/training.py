@@ -1,4 +1,4 @@
-"""report.md: what ran, what came out, with the pictures; result.json: the same for programs."""
+"""report.md of training: settings, results and pictures; result.json: the same for programs."""
 
 import json
 import os
@@ -19,19 +19,19 @@ from util.train.folds import RESULT
 from util.train.run import Position
 
 LOWEST = (
-    "The loss of {sigma} stays near {loss}, that of a level which predicts nothing: noise this weak cannot be told "
+    "The loss of {sigma} stays near {loss}, that of a level that predicts nothing: noise this weak cannot be told "
     "from texture."
 )
 PSNR = (
     "Below the steps: PSNR on masked patches. It can fall while the steps add detail: the first estimate is the mean "
-    "of all images that fit, which has the least squared error; the later ones settle for one of these images."
+    "of all images that fit, which has the least squared error; later estimates choose one of these images."
 )
 
 
 def write_finetune_report(
     output_dir: str, options: FinetuneOptions, meta: dict, position: Position, notes: list[str], images: int
 ) -> None:
-    """images: those that each epoch was validated on."""
+    """images: number of validation images."""
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines, has_best = read_log(log_path), position.best is not None
@@ -74,7 +74,7 @@ def write_finetune_report(
         text += [
             "![confusion matrix of the best epoch](confusion.png)",
             "",
-            "checkpoint-best.pth holds these weights. This scores them again:",
+            "checkpoint-best.pth has these weights. To score them again:",
             "",
             *command_block(evaluation_command(output_dir, options)),
         ]
@@ -82,7 +82,7 @@ def write_finetune_report(
 
 
 def evaluation_command(output_dir: str, options: FinetuneOptions) -> list[str]:
-    """What scores a run's best weights as the run did: the flags that the checkpoint does not tell."""
+    """The command that scores a run's best weights as the run did, with flags that the checkpoint does not store."""
     flags = ["batch_size", "amp", "on_bad_image", "max_pixels"]
     if options.noise.noise_eval:
         flags += ["seed", *(one.name for one in fields(options.noise))]
@@ -100,11 +100,11 @@ def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict,
         f"{_epochs(lines)}; T = {len(sigmas)} levels.",
         "",
         *note_lines(notes),
-        *_loss_table(lines, meta),  # none of a finished run whose log.txt is gone
+        *_loss_table(lines, meta),  # empty for a finished run whose log.txt is gone
         "![curves](curves.png)",
         "",
         *(line for name in pictures[-1:] for line in (f"![original, masked, each step, final]({name})", "", PSNR, "")),
-        "What can follow: fine-tuning, a probe of the frozen features, samples.",
+        "Next: fine-tuning, a probe of the frozen features, samples.",
         "",
         *command_block(
             command_of("main_finetune.py", "--finetune", checkpoint, "--dataset", data.dataset, *path),
@@ -116,7 +116,7 @@ def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict,
 
 
 def _loss_table(lines: list[dict], meta: dict) -> list[str]:
-    """The losses of the first and the last epoch, and why the lowest level's hardly falls."""
+    """Table of the losses of the first and last epoch, and why the lowest level's hardly falls."""
     if not lines:
         return []
     sigmas, last = meta["sigmas"][:-1], lines[-1]

@@ -157,9 +157,9 @@ def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp
             )
     combiners = build_combiners(members, CLASSES, "stacked")  # all images together have every class
     assert set(combiners.ways) == {"equal", "stacked"} and combiners.cross_stacked is None
-    assert "not scored out of fold" in combiners.notes[-1] and "class owl outside of fold 0" in combiners.notes[-1]
+    assert "not scored out of fold" in combiners.notes[-1] and "class owl outside fold 0" in combiners.notes[-1]
     said = (combiners.oof.ids, combiners.oof.folds, combiners.oof.probabilities)
-    with pytest.raises(UserError, match=r"--weights stacked: .* class owl outside of fold 0"):
+    with pytest.raises(UserError, match=r"--weights stacked: .* class owl outside fold 0"):
         combiners.cross_fit(*said)
     combiners.wanted = "equal"
     combiners.cross_fit(*said)
@@ -188,7 +188,7 @@ def test_out_of_fold_files_that_do_not_fit_are_one_line(tmp_path):
     where = tmp_path / "b" / "fold-1"
     text = (where / "oof.csv").read_text()
     for broken, words in (
-        (text.replace("x/01.jpg", "x/99.jpg"), "different images .2 in one only, e.g. x/01.jpg"),
+        (text.replace("x/01.jpg", "x/99.jpg"), "different images .2 in only one, e.g. x/01.jpg"),
         (
             text.replace(f"x/01.jpg,1,{CLASSES[targets[1]]}", f"x/01.jpg,1,{CLASSES[targets[1] - 1]}"),
             "x/01.jpg has different labels",

@@ -69,7 +69,7 @@ def test_a_report_without_log_has_no_table(report):
 def test_report_says_why_the_lowest_level_hardly_learns_where_it_does_not(report, weighting, lowest, said):
     text = report([(1.0, 2.0), (0.5, lowest)], weighting)
     assert (said is None) == ("cannot be told from texture" not in text)
-    assert said is None or f"The loss of σ = 0.002 {said} that of a level which predicts nothing" in text
+    assert said is None or f"The loss of σ = 0.002 {said} that of a level that predicts nothing" in text
 
 
 def test_report_says_what_the_numbers_below_the_picture_are(report):
