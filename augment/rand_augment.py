@@ -36,12 +36,12 @@ class RandAugmentPolicy:
     `increasing`: posterize, solarize and the enhancing operations grow stronger with the magnitude.
     """
 
-    magnitude: float = 10.0
-    layers: int = 2
-    prob: float = 0.5
-    std: float = 0.0
-    maximum: float = 10.0
-    increasing: bool = False
+    magnitude: float
+    layers: int
+    prob: float
+    std: float
+    maximum: float
+    increasing: bool
 
 
 def parse_rand_augment(config: str) -> RandAugmentPolicy:

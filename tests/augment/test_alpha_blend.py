@@ -109,8 +109,34 @@ def test_annealing_scales_the_timestep(anneal, half):
     assert noise.current_timestep == (100 if anneal == "none" else 0)
 
 
+def test_annealed_ratio_between_two_timesteps_is_interpolated():
+    """At 0.65 of the timestep of 25 dB, no whole number: decibels on the line between those of its neighbours."""
+    decibels = [10 * math.log10(abar / (1 - abar)) for abar in reference_abar(1.2)]
+    above = next(t for t, value in enumerate(decibels) if value < 25)
+    start = above - 1 + (decibels[above - 1] - 25) / (decibels[above - 1] - decibels[above])
+    low = math.floor(0.65 * start)
+    assert 0.1 < 0.65 * start - low < 0.9
+    noise = AlphaBlend(snr=25.0, anneal="linear").train()
+    noise.set_progress(0.35)
+    strength = noise.strength(torch.ones(2, 3))
+    expected = decibels[low] + (0.65 * start - low) * (decibels[low + 1] - decibels[low])
+    assert (20 * (strength.signal / strength.noise).log10()).flatten().tolist() == pytest.approx(
+        [expected] * 2, abs=1e-3
+    )
+
+
 @pytest.mark.parametrize(
-    "bad", [dict(timestep=1000), dict(timestep=-1), dict(prob=1.5), dict(schedule="x"), dict(space="x"), dict(layer=-1)]
+    "bad",
+    [
+        dict(timestep=1000),
+        dict(timestep=-1),
+        dict(prob=1.5),
+        dict(schedule="x"),
+        dict(space="x"),
+        dict(layer=-1),
+        dict(snr=201.0),
+        dict(snr=math.nan),
+    ],
 )
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match="must be"):

@@ -95,6 +95,8 @@ def test_keywords_that_make_no_network_are_one_line(name, kwargs, word):
         ("convnext_atto", dict(depths=(1, 1), dims=(8, 8))),
         ("crossvit_9_240", dict(depth=3)),
         ("levit_128s", dict(num_heads=0)),
+        ("vit_custom_patch4", dict(embed_dim=24, depth=1)),
+        ("vit_tiny_patch4", dict(pretrained=True)),
     ],
 )
 def test_sizes_that_a_family_has_no_use_for_are_one_line(name, kwargs):

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from augment.alpha_blend import AlphaBlend
 from models import create_model, list_models
+from models.vit import attach_noise, trunk_blocks
 from util.choices import MAE_NAMES
+from util.errors import UserError
 
 TINY = dict(num_classes=5, img_size=32, embed_dim=24, depth=2, num_heads=3)
 
@@ -67,3 +70,17 @@ def test_mae_names_have_the_papers_sizes(monkeypatch):
     assert n == 86_567_656  # ViT-B/16: 86.57 M with head and one final norm
     assert set(MAE_NAMES) <= set(list_models())
     assert "swinv2_base_window12to24_192to384" in list_models("swinv2*")
+
+
+def test_noise_that_a_network_has_no_place_for_is_one_line():
+    """No block, a block that is called without a tensor, no grid that a spectrum could be of."""
+    with pytest.raises(UserError, match="Linear: found no block"):
+        trunk_blocks(torch.nn.Linear(2, 2))
+    net = torch.nn.Module()
+    net.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    attach_noise(net, AlphaBlend(500))
+    with pytest.raises(UserError, match=r"Linear: its input is not a single tensor; use alpha_blend 0"):
+        net.blocks[0]((torch.zeros(1, 2), torch.zeros(1, 2)))
+    net.num_prefix_tokens = 1
+    with pytest.raises(UserError, match="noise_kind colour: Module has no grid of patches"):
+        attach_noise(net, AlphaBlend(500, kind="colour", colour="red"))

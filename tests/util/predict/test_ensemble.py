@@ -181,6 +181,7 @@ def test_out_of_fold_files_are_matched_by_image_and_class(tmp_path):
     np.testing.assert_array_equal(oof.targets, targets)
     np.testing.assert_array_equal(oof.folds, np.arange(60) % 2)
     np.testing.assert_allclose(oof.probabilities, p)
+    assert oof.rows(["x/07.jpg", "x/60.jpg", "x/00.jpg"]).tolist() == [7, -1, 0]
 
 
 def test_out_of_fold_files_that_do_not_fit_are_one_line(tmp_path):
