@@ -56,16 +56,23 @@ def test_logits_equal_maes_formulas(global_pool):
     assert torch.allclose(model(x).double(), expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_mae_names_have_the_papers_sizes(monkeypatch):
     # No memory for the 632 M weights of ViT-H; timm 1.0.15 asks a tensor for its value, which meta has not.
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, **kw: linspace(*args, **{**kw, "device": "cpu"}))
-    sizes = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768, "vit_large_patch16": 1024}
+    # Width, depth, heads: tiny and small of DeiT's table 1, the others of ViT's.
+    sizes = {
+        "vit_tiny_patch16": (192, 12, 3),
+        "vit_small_patch16": (384, 12, 6),
+        "vit_base_patch16": (768, 12, 12),
+        "vit_large_patch16": (1024, 24, 16),
+        "vit_huge_patch14": (1280, 32, 16),
+    }
     with torch.device("meta"):
-        for name, width in {**sizes, "vit_huge_patch14": 1280}.items():
+        for name, size in sizes.items():
             model = create_model(name, num_classes=1000)
-            assert model.embed_dim == width and model.num_prefix_tokens == 1
+            assert (model.embed_dim, len(model.blocks), model.blocks[-1].attn.num_heads) == size
+            assert model.num_prefix_tokens == 1
         n = sum(p.numel() for p in create_model("vit_base_patch16", num_classes=1000).parameters())
     assert n == 86_567_656  # ViT-B/16: 86.57 M with head and one final norm
     assert set(MAE_NAMES) <= set(list_models())
