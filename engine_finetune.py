@@ -1,16 +1,20 @@
 """One epoch of supervised fine-tuning, and evaluation."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from augment.alpha_blend import AlphaBlend, NoiseConfig
+from models.vit import noise_for_a_while
 from util.cli.settings import Loss
 from util.data.datasets import Dataset
 from util.data.loader import Loader
-from util.dist import all_reduce, gather_objects
+from util.dist import Precision, all_reduce, gather_objects
 from util.errors import UserError
 from util.lr_sched import set_lr
 from util.metrics import Evaluation, scores_from_confusion
@@ -166,3 +170,46 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         order = np.argsort(index)
         result.index, result.probabilities = index[order], np.concatenate([q for _, q in parts])[order]
     return result
+
+
+def noise_curve(
+    net: nn.Module, loader: Loader, precision: Precision, num_classes: int, config: NoiseConfig, levels: list[float]
+) -> list[dict[str, float]]:
+    """What noise in evaluation does, at each of `levels` (dB, relative units); the first point is without noise.
+
+    config: the run's noise, whose kind, tokens, layers and space are kept (alpha_blend where its kind has no ratio).
+    Points: snr; acc1 in percent; agreement, the percentage of images whose first class is that without noise; change,
+    the mean total variation between the probabilities with noise and without; distance |z' - z| / |z| where it goes in.
+    """
+    clean = evaluate(net, loader, precision, num_classes, collect=True)
+    assert clean is not None and clean.probabilities is not None  # nothing polls for a stop
+    points = [{"snr": math.inf, "acc1": clean.acc1, "agreement": 100.0, "change": 0.0, "distance": 0.0}]
+    kind = config.kind if config.kind not in ("token_drop", "manifold_mixup") else "alpha_blend"
+    for level in levels:
+        changed = replace(config, kind=kind, snr=level, strength=None, schedule="fixed", prob=1.0, anneal="none")
+        moved: list[torch.Tensor] = []
+        with noise_for_a_while(net, AlphaBlend(replace(changed, noise_eval=True))) as noise:
+            hook = noise.register_forward_hook(
+                lambda _, inputs, out, to=moved: to.append(relative_distance(inputs[0], out))
+            )
+            seed_all(0, 0)
+            noisy = evaluate(net, loader, precision, num_classes, collect=True)
+            hook.remove()
+        assert noisy is not None and noisy.probabilities is not None
+        p, q = noisy.probabilities, clean.probabilities
+        points.append(
+            {
+                "snr": level,
+                "acc1": noisy.acc1,
+                "agreement": 100.0 * float((p.argmax(1) == q.argmax(1)).mean()),
+                "change": float(np.abs(p - q).sum(1).mean() / 2),
+                "distance": float(torch.stack(moved).mean()),
+            }
+        )
+    return points
+
+
+def relative_distance(z: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """|other - z| / |z| over a batch, 0-d."""
+    z = z.float()
+    return ((other.float() - z).square().sum() / z.square().sum()).sqrt()

@@ -22,10 +22,10 @@ from torch import nn
 from augment.alpha_blend import AlphaBlend
 from augment.batch import BatchTransform, Erasing
 from augment.image import PHOTO_JITTER, SCALES, Geometry, build_train_transform
-from engine_finetune import build_criterion, evaluate, train_one_epoch
+from engine_finetune import build_criterion, evaluate, noise_curve, train_one_epoch
 from models import load_pretrained
 from models.loading import create_from_meta, require_complete, try_forward
-from models.vit import NoStochasticDepth, enable_grad_checkpointing
+from models.vit import NoStochasticDepth, attach_noise, enable_grad_checkpointing, has_batchnorm
 from util.checkpoint import peek, peek_meta
 from util.cli.dry_run import describe, noise_table
 from util.cli.resolve import Source, resolve_data, resolve_meta
@@ -69,23 +69,25 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     evaluating, dry_run = options.selection.eval, options.run.dry_run
     train, val, meta, origin = read_data(options, world)
     seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
-    noise = build_noise(options.noise, meta["model"]) if options.noise.noise_eval or not evaluating else None
     log = open_log(options.run, "finetune", world, writes=not (evaluating or dry_run))
-    net = build_model(options, meta, world, noise, log)
+    net = build_model(options, meta, world, log)
+    noise = build_noise(options.noise, meta["model"], net) if options.noise.noise_eval or not evaluating else None
+    if noise is not None:
+        attach_noise(net, noise.to(world.device))
     precision = Precision(options.machine.amp, world.device, net)
     loaders = build_loaders(options, meta, train, val, world)
     global_batch, batch_words = effective_batch(loaders[0], options.optimizer)
     lr = options.optimizer.lr_for(global_batch)
     log.say(
         f"{meta['model']} on {options.data.dataset}: {len(train)} train, {len(val)} val, {len(train.classes)} classes; "
-        f"{origin.words(meta)}; {options.noise.describe(meta['model'])}; {world.size} x {world.device}, {precision}"
+        f"{origin.words(meta)}; {words_of(noise)}; {world.size} x {world.device}, {precision}"
         + ("" if evaluating else f", {batch_words}, lr {lr:.3g}")
     )
     log.notes(notes_of(train, val))
     if evaluating:
         shown = ["dataset", "data_path", "val_split", "split_seed", *(["kfold", "fold"] if options.data.kfold else [])]
         log.notes([f"scored on {shlex.join(options.words(*shown))}"])
-        return evaluate_only(net, loaders[1], precision, meta, log)
+        return evaluate_only(options, net, loaders[1], precision, meta, log)
 
     freezing(options.phases, in_head_phase=not options.optimizer.epochs)(net.train())
     try_forward(net, meta, min(2, loaders[0].order.batch_size))
@@ -93,7 +95,8 @@ def run_one(options: FinetuneOptions, world: World) -> int:
     if dry_run:
         decays = options.optimizer.weight_decay, options.optimizer.layer_decay
         groups = param_groups(net, weight_decay=decays[0], layer_decay=decays[1])
-        resolved = options.having(noise_units=options.noise.units_for(meta["model"]))
+        settings = options.noise.resolved(meta["model"], has_batchnorm(net))
+        resolved = options.having(alpha_blend=settings.alpha_blend, noise_units=settings.noise_units)
         log.say(describe(resolved, meta, origin, net, groups, loaders[0], precision))
         if noise is not None:
             log.say(noise_table(net, noise, loaders[0], precision))
@@ -119,6 +122,7 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
     at_boundary = found is not None and 0 < head_epochs == start and found.content["step"] == 0
     in_head_phase = start < head_epochs
     training = enter_phase(options, net, in_head_phase, lr, world, precision, ema)
+    run.args["noise"] = words_of(noise)
     run.begin(training, head_epochs + epochs, found, lr=lr, new_optimizer=at_boundary)
     position = run.position
     if position.best_by not in ("", options.selection.eval_metric):  # --force_resume: of another metric
@@ -165,7 +169,9 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
         if stop_early:
             log.say(f"--patience {options.selection.patience}: no gain since epoch {position.best_epoch}, stopped")
     notes, validated = notes_of(train_loader.data, val_loader.data), len(val_loader.data) - len(val_loader.bad_images)
-    run.report(lambda folder: write_finetune_report(folder, options, meta, position, notes, validated))
+    words = words_of(noise)
+    curve = under_noise(options, best_net, val_loader, precision, meta, log) if run.speed else []
+    run.report(lambda folder: write_finetune_report(folder, options, meta, position, words, notes, validated, curve))
     return 0
 
 
@@ -185,14 +191,34 @@ def judge(run: Run, result: Evaluation) -> bool:
     return True
 
 
-def evaluate_only(net: nn.Module, loader: Loader, precision: Precision, meta: dict, log: RunLog) -> int:
-    """--eval: the scores of the weights as they are."""
+def evaluate_only(
+    options: FinetuneOptions, net: nn.Module, loader: Loader, precision: Precision, meta: dict, log: RunLog
+) -> int:
+    """--eval: the scores of the weights as they are; --noise_curve: and under noise."""
     try_forward(net.eval(), meta, 1)
     prepare_net(net, precision)
     result = evaluate(net, loader, precision, meta["num_classes"])
     log.say("  ".join(f"{k}: {v:.4f}" for k, v in result.scores().items()))
     log.say(f"Accuracy of the network on the {result.confusion.sum()} test images: {result.acc1:.2f}%")
+    under_noise(options, net, loader, precision, meta, log)
     return 0
+
+
+def under_noise(
+    options: FinetuneOptions, net: nn.Module, loader: Loader, precision: Precision, meta: dict, log: RunLog
+) -> list[dict[str, float]]:
+    """--noise_curve: its points, told one a line; [] without it."""
+    if not options.selection.noise_curve:
+        return []
+    noise = build_noise(options.noise, meta["model"], net) or AlphaBlend(tokens=options.noise.noise_tokens)
+    levels = sorted(options.selection.noise_curve, reverse=True)
+    points = noise_curve(net, loader, precision, meta["num_classes"], noise.config, levels)
+    for p in points:
+        log.say(
+            f"noise of {p['snr']:g} dB: acc1 {p['acc1']:.2f}, same class {p['agreement']:.1f} %, probability moved "
+            f"{p['change']:.3f}, distance where it goes in {p['distance']:.3f}"
+        )
+    return points
 
 
 def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset, dict, Source]:
@@ -220,16 +246,16 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
     return train, val, meta, origin
 
 
-def build_model(options: FinetuneOptions, meta: dict, world: World, noise: AlphaBlend | None, log: RunLog) -> nn.Module:
+def build_model(options: FinetuneOptions, meta: dict, world: World, log: RunLog) -> nn.Module:
     """The network on its device, with the weights that --finetune, --pretrained or, to evaluate, --resume name."""
     asked, evaluating = options.model, options.selection.eval
     extra = {"pretrained": True} if asked.pretrained else {}
     described = {**meta, "model_kwargs": {**meta["model_kwargs"], **extra}}
     try:
-        net = create_from_meta(described, drop_path=0.0 if evaluating else asked.drop_path, alpha_blend=noise)
+        net = create_from_meta(described, drop_path=0.0 if evaluating else asked.drop_path)
     except NoStochasticDepth:
         log.say(f"note: --drop_path {asked.drop_path}: does nothing, {meta['model']} has no stochastic depth")
-        net = create_from_meta(described, alpha_blend=noise)
+        net = create_from_meta(described)
     if options.weights:
         report = load_pretrained(
             net,
@@ -294,13 +320,18 @@ def build_loaders(
     return train_loader, evaluation_loader(val, meta, shared, batch_size=batch_size, reading=reading)
 
 
-def build_noise(noise: Noise, model: str) -> AlphaBlend | None:
+def words_of(noise: AlphaBlend | None) -> str:
+    return noise.config.words if noise is not None else "no noise"
+
+
+def build_noise(noise: Noise, model: str, net: nn.Module) -> AlphaBlend | None:
     """The AlphaBlend that the flags describe; None when it is off."""
+    noise = noise.resolved(model, has_batchnorm(net))
     if noise.alpha_blend == 0:
         return None
     keywords = {name.removeprefix("noise_"): value for name, value in asdict(noise).items()}
     timestep, schedule, layer, noise_eval = (keywords.pop(k) for k in ("alpha_blend", "timestep", "layer", "eval"))
-    keywords |= {"units": noise.units_for(model), "layer": tuple(layer), "noise_eval": noise_eval}
+    keywords |= {"layer": tuple(layer), "noise_eval": noise_eval}
     return AlphaBlend(timestep or 0, schedule=schedule, **keywords)
 
 

@@ -96,6 +96,17 @@ class NoiseConfig:
                 raise ValueError(f"noise {name} {getattr(self, name)!r}: must be one of {', '.join(known)}")
 
     @property
+    def words(self) -> str:
+        """Kind and strength, for a run's first line and its report."""
+        if self.strength is not None:
+            how = f"strength {self.strength:g}"
+        elif self.snr is not None:
+            how = f"{self.snr:g} dB"
+        else:
+            how = f"t = {self.timestep} in {self.units} units"
+        return f"noise {self.kind} {how}"
+
+    @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
 

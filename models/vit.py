@@ -2,6 +2,8 @@
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -243,19 +245,22 @@ class _BlendInput:
         return (self.noise(inputs[0], self.layer), *inputs[1:])
 
 
-def attach_noise(model: nn.Module, noise: AlphaBlend) -> None:
-    """Register `noise` as `model.alpha_blend` and run it at its layers' inputs; keys do not change."""
+def attach_noise(model: nn.Module, noise: AlphaBlend) -> list:
+    """Register `noise` as `model.alpha_blend` and run it at its layers' inputs; keys do not change.
+
+    Returns the handles of its hooks.
+    """
     c, name = noise.config, type(model).__name__
     model.alpha_blend = noise
-    blocks = trunk_blocks(model) if c.space == "embedding" else [model]
+    blocks, handles = trunk_blocks(model) if c.space == "embedding" else [model], []
     for layer in c.layers if c.space == "embedding" else (0,):
         if layer >= len(blocks):
             raise ParameterError(f"<noise_layer> {layer}: {name} has blocks 0 to {len(blocks) - 1}")
-        blocks[layer].register_forward_pre_hook(_BlendInput(noise, layer))
+        handles.append(blocks[layer].register_forward_pre_hook(_BlendInput(noise, layer)))
     if c.space == "pixel":
         if c.kind == "token_drop":
             raise ParameterError("<noise_kind> token_drop: leaves out tokens; pixels have none")
-        return
+        return handles
     noise.place(
         Layout(
             prefix=getattr(model, "num_prefix_tokens", 0),
@@ -270,6 +275,27 @@ def attach_noise(model: nn.Module, noise: AlphaBlend) -> None:
         raise ParameterError(
             f"<noise_kind> token_drop: {name} is no sequence of patches of which some could be left out"
         )
+    return handles
+
+
+@contextmanager
+def noise_for_a_while(model: nn.Module, noise: AlphaBlend) -> Iterator[AlphaBlend]:
+    """`noise` in place of the model's own, which must be off, until the end of the block."""
+    own = model._modules.pop("alpha_blend", None)
+    handles = attach_noise(model, noise.to(next(model.parameters()).device))
+    try:
+        yield noise
+    finally:
+        for handle in handles:
+            handle.remove()
+        del model.alpha_blend
+        if own is not None:
+            model.alpha_blend = own
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether its evaluation goes by statistics of training."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int] | None:

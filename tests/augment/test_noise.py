@@ -13,7 +13,7 @@ import main_finetune
 from augment.alpha_blend import AlphaBlend, alphas_cumprod, decibel
 from augment.noise import Layout, spectrum
 from models import create_model
-from models.vit import enable_grad_checkpointing
+from models.vit import enable_grad_checkpointing, noise_for_a_while
 from tests.harness.checks import assert_same_run
 from tests.harness.runs import NET, copy_first_epoch, finetune
 from util.choices import COLOURS, NOISE_KINDS
@@ -257,19 +257,21 @@ def test_a_resumed_run_has_the_same_noise(tmp_path):
     assert_same_run(tmp_path / "part", tmp_path / "whole")
 
 
-def test_units_are_the_released_codes_for_maes_networks_only():
-    noise = get_options(["--dataset", "digits"]).noise
+def test_units_are_the_released_codes_for_maes_networks_only_and_batchnorm_has_no_noise_by_default():
+    noise, net = get_options(["--dataset", "digits"]).noise, torch.nn.Linear(1, 1)
     for model, units in (
         ("vit_base_patch16", "absolute"),
-        ("vit_custom_patch2", "absolute"),
         ("vit_base_patch16_224", "relative"),
-        ("convnext_atto", "relative"),
+        ("swinv2_t", "relative"),
     ):
-        assert main_finetune.build_noise(noise, model).config.units == noise.units_for(model) == units
-    assert (
-        get_options(["--dataset", "digits", "--noise_units", "relative"]).noise.units_for("vit_base_patch16")
-        == "relative"
-    )
+        config = main_finetune.build_noise(noise, model, net).config
+        assert (config.units, config.timestep, config.snr) == (units, 15, None)
+    assert main_finetune.build_noise(noise, "resnet10t", torch.nn.BatchNorm2d(2)) is None
+    for flags in ("--alpha_blend 7", "--noise_snr 30"):
+        given = get_options(["--dataset", "digits", *flags.split()]).noise
+        assert main_finetune.build_noise(given, "resnet10t", torch.nn.BatchNorm2d(2)).config.units == "relative"
+    given = get_options(["--dataset", "digits", "--noise_units", "relative"]).noise
+    assert main_finetune.build_noise(given, "vit_base_patch16", net).config.units == "relative"
 
 
 def test_dry_run_prints_the_ratio_at_timesteps_for_this_model_and_data(tmp_path, capsys):
@@ -307,3 +309,36 @@ def test_a_noise_that_cannot_be_is_one_line(flags, words, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
         finetune(*line, *flags.split(), "--output_dir", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_noise_curve_is_what_evaluation_under_noise_gives(tmp_path, capsys):
+    """At 300 dB nothing moves; at -100 dB the network sees noise alone. The distance follows from the ratio."""
+    line = [*NET, "--epochs", 2, "--noise_curve", 10, -100, 100, "--output_dir", tmp_path]
+    assert finetune(*line) == 0
+    points = json.loads((tmp_path / "result.json").read_text())["noise_curve"]
+    assert [p["snr"] for p in points] == [math.inf, 100.0, 10.0, -100.0]
+    clean, soft, loud, blind = points
+    assert clean["acc1"] == pytest.approx(read_log(str(tmp_path / "log.txt"))[-1]["val_acc1"])
+    assert soft["acc1"] == clean["acc1"] and soft["agreement"] == 100.0 and soft["change"] < 1e-3
+    r = 10.0
+    distance = math.sqrt((1 - math.sqrt(r / (1 + r))) ** 2 + 1 / (1 + r))
+    assert loud["distance"] == pytest.approx(distance, rel=0.02) and blind["distance"] == pytest.approx(
+        2**0.5, rel=0.02
+    )
+    assert blind["agreement"] < 60
+    report = (tmp_path / "report.md").read_text()
+    assert "| -100 | " in report and "(noise_curve.png)" in report and (tmp_path / "noise_curve.png").is_file()
+    capsys.readouterr()
+    best = tmp_path / "checkpoint-best.pth"
+    assert finetune("--eval", "--resume", best, "--device", "cpu", "--num_workers", 0, "--noise_curve", 100) == 0
+    assert "noise of 100 dB: acc1 " in capsys.readouterr().out
+
+
+def test_noise_for_a_while_leaves_the_model_as_it_was():
+    model, size, keywords = FAMILIES["mae's vit"]
+    net = create_model(model, num_classes=2, img_size=size, alpha_blend=AlphaBlend(15), **keywords).eval()
+    images, own = torch.randn(2, 3, *size), net.alpha_blend
+    before = net(images)
+    with noise_for_a_while(net, AlphaBlend(snr=0.0, noise_eval=True)):
+        assert not torch.equal(net(images), before)
+    assert torch.equal(net(images), before) and net.alpha_blend is own

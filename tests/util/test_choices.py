@@ -38,7 +38,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("main", MAINS)
 def test_help_and_wrong_flags_are_answered_without_importing_torch(run, main):
     shown = run("-c", PROBE, main, "--help")
-    assert "--device" in shown.stdout and "heavy: []" in shown.stdout
+    assert "--output_dir" in shown.stdout and "heavy: []" in shown.stdout
     wrong = run("-c", PROBE, main, "--no_such_flag", check=2)
     assert wrong.stderr.strip().startswith(f"{main}: error: ") and wrong.stderr.count("\n") == 1
     assert "heavy: []" in wrong.stdout

@@ -94,12 +94,4 @@ def check(options: FinetuneOptions) -> FinetuneOptions:
     if evaluating and run.resume == "auto":
         raise UserError("--resume auto: with --eval name the checkpoint file")
     reprob = {"mae": 0.25, "photo": 0.2}.get(aug.aug, 0.0) if aug.reprob is None else aug.reprob
-    noise, alpha_blend = options.noise, options.noise.alpha_blend
-    if alpha_blend is None and noise.noise_snr is None and noise.noise_strength is None:
-        alpha_blend = 15  # the released code's default
-    return options.having(
-        fold=data.fold if data.kfold else "0",
-        reprob=reprob,
-        aa=aug.aa if aug.aug == "mae" else None,
-        alpha_blend=alpha_blend,
-    )
+    return options.having(fold=data.fold if data.kfold else "0", reprob=reprob, aa=aug.aa if aug.aug == "mae" else None)

@@ -4,7 +4,7 @@ Flags of MAE's scripts keep their names and defaults. If the default is None, th
 the result is printed and stored in args.json.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from util.choices import (
@@ -416,7 +416,7 @@ class Noise:
     alpha_blend: int | None = flag(
         None,
         "strength as a timestep t of the schedule, 1 to 999: the signal-to-noise ratio is abar / (1 - abar); 0: no "
-        "noise (default: 15, without --noise_snr and --noise_strength)",
+        "noise (default: 15; 0 for networks with BatchNorm)",
         type=number(int, 0, 999),
     )
     noise_kind: str = flag("alpha_blend", "kind of noise; see docs/noise.md", choices=tuple(NOISE_KINDS))
@@ -480,20 +480,18 @@ class Noise:
         if self.noise_kind == "token_drop" and self.noise_strength is not None and self.noise_strength >= 1:
             raise UserError(f"--noise_strength {self.noise_strength:g}: token_drop needs less than 1")
 
-    def units_for(self, model: str) -> str:
-        """--noise_units; by default absolute, as in the released code, for the networks that it was written for."""
-        return self.noise_units or ("absolute" if is_mae_name(model) else "relative")
+    def resolved(self, model: str, has_batchnorm: bool) -> "Noise":
+        """With the strength and units that this network has by default, where they are not given.
 
-    def describe(self, model: str) -> str:
-        """Kind and strength, for a run's first line and report."""
-        if self.alpha_blend == 0:
-            return "no noise"
-        how = f"t = {self.alpha_blend} in {self.units_for(model)} units"
-        if self.noise_snr is not None:
-            how = f"{self.noise_snr:g} dB"
-        elif self.noise_strength is not None:
-            how = f"strength {self.noise_strength:g}"
-        return f"noise {self.noise_kind} {how}"
+        MAE's ViTs: t = 15 in absolute units, as released. Others: t = 15 in relative units; with BatchNorm none, whose
+        statistics under noise are not those of evaluation (docs/noise.md has the measurements).
+        """
+        default = None if (self.noise_snr, self.noise_strength) != (None, None) else 0 if has_batchnorm else 15
+        return replace(
+            self,
+            alpha_blend=default if self.alpha_blend is None else self.alpha_blend,
+            noise_units=self.noise_units or ("absolute" if is_mae_name(model) else "relative"),
+        )
 
 
 @dataclass(frozen=True)
@@ -608,6 +606,15 @@ class Selection:
         "split the evaluation over the processes, each image once; the accuracy is the same (default: on)",
         changes_results=False,
         also={"--no_dist_eval": dict(action="store_false", help="let every process evaluate all images")},
+    )
+    noise_curve: list[float] | None = flag(
+        None,
+        "also evaluate with noise of these signal-to-noise ratios, after the last epoch or with --eval: accuracy, "
+        "agreement and change against dB (default: no)",
+        changes_results=False,
+        type=number(float, -100, 100),
+        nargs="+",
+        metavar="DB",
     )
     eval_metric: str = flag(
         "acc1",

@@ -143,6 +143,27 @@ def plot_reliability(probabilities: np.ndarray, targets: np.ndarray, path: str) 
         bottom.set(xlabel="confidence", ylabel="images")
 
 
+def plot_noise_curve(curve: list[dict[str, float]], path: str) -> None:
+    """noise_curve.png: accuracy and agreement against dB of noise in evaluation; below, what the noise moves."""
+    points = [point for point in curve if np.isfinite(point["snr"])]
+    snr, clean = [point["snr"] for point in points], curve[0]["acc1"]
+    with drawing(path, 2, figsize=(6, 5.6), sharex=True, height_ratios=[3, 2]) as (top, bottom):
+        top.plot(snr, [point["acc1"] for point in points], "o-", color="#0072B2", label="acc1")
+        top.plot(
+            snr, [point["agreement"] for point in points], "s--", color="#D55E00", label="same class as without noise"
+        )
+        top.axhline(clean, color="0.4", linestyle=":", label=f"acc1 without noise, {clean:.1f}")
+        top.set(ylabel="%", ylim=(0, 102))
+        top.legend(fontsize=8, frameon=False)
+        bottom.plot(snr, [point["change"] for point in points], "o-", color="#009E73", label="probability moved")
+        bottom.plot(
+            snr, [point["distance"] for point in points], "s--", color="#CC79A7", label="distance of the tokens"
+        )
+        bottom.set(xlabel="signal to noise where it goes in, dB", ylim=(0, None))
+        bottom.invert_xaxis()
+        bottom.legend(fontsize=8, frameon=False)
+
+
 def plot_class_distribution(
     classes: list[str], predicted: np.ndarray, true: np.ndarray | None, path: str, most: int = 40
 ) -> None:

@@ -14,7 +14,7 @@ from util.log import read_log
 from util.predict.calibration import interval_sentence
 from util.report.markdown import command_block, command_of, note_lines, write_report
 from util.report.pictures import sigma_name
-from util.report.plots import loss_name, plot_curves
+from util.report.plots import loss_name, plot_curves, plot_noise_curve
 from util.train.folds import RESULT
 from util.train.run import Position
 
@@ -29,9 +29,16 @@ PSNR = (
 
 
 def write_finetune_report(
-    output_dir: str, options: FinetuneOptions, meta: dict, position: Position, notes: list[str], images: int
+    output_dir: str,
+    options: FinetuneOptions,
+    meta: dict,
+    position: Position,
+    noise: str,
+    notes: list[str],
+    images: int,
+    curve: list[dict[str, float]] | None = None,
 ) -> None:
-    """images: number of validation images."""
+    """noise: in words. images: those that each epoch was validated on. curve: --noise_curve's, of the last epoch."""
     log_path = os.path.join(output_dir, "log.txt")
     plot_curves(log_path, os.path.join(output_dir, "curves.png"))
     lines, has_best = read_log(log_path), position.best is not None
@@ -42,6 +49,7 @@ def write_finetune_report(
         "options": options.flat(),
         "model": meta["model"],
         "notes": notes,
+        **({"noise_curve": curve} if curve else {}),
     }
     write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
 
@@ -51,7 +59,7 @@ def write_finetune_report(
         ]
 
     snr = best.get("train_noise_snr")
-    noise = options.noise.describe(meta["model"]) + (f", {snr:.1f} dB where it is added" if snr is not None else "")
+    noise += f", {snr:.1f} dB where it is added" if snr is not None else ""
     text = [
         f"{_epochs(lines)}; {noise}; "
         f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
@@ -69,6 +77,7 @@ def write_finetune_report(
         *([interval_sentence(best["val_acc1"], images), ""] if images and best.get("val_acc1") is not None else []),
         "![curves](curves.png)",
         "",
+        *noise_lines(curve, output_dir),
     ]
     if has_best:
         text += [
@@ -79,6 +88,25 @@ def write_finetune_report(
             *command_block(evaluation_command(output_dir, options)),
         ]
     write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", text)
+
+
+def noise_lines(curve: list[dict[str, float]] | None, output_dir: str) -> list[str]:
+    """The table and picture of --noise_curve; nothing without it."""
+    if not curve:
+        return []
+    plot_noise_curve(curve, os.path.join(output_dir, "noise_curve.png"))
+    names = {"snr": "noise, dB", "acc1": "acc1", "agreement": "same class, %", "change": "probability moved"}
+    rows = [" | ".join(f"{point[k]:.4g}" for k in (*names, "distance")) for point in curve]
+    return [
+        "Noise in evaluation, with the last epoch's weights (inf: without):",
+        "",
+        f"| {' | '.join(names.values())} | distance of the tokens |",
+        "|---" * 5 + "|",
+        *(f"| {row} |" for row in rows),
+        "",
+        "![accuracy against noise in evaluation](noise_curve.png)",
+        "",
+    ]
 
 
 def evaluation_command(output_dir: str, options: FinetuneOptions) -> list[str]:

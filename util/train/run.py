@@ -206,7 +206,7 @@ class Run:
                     f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the "
                     "learning rate does not reach its peak"
                 )
-            self.args = {**self.options.flat(), "resolved": self.meta, "lr": lr}
+            self.args |= {**self.options.flat(), "resolved": self.meta, "lr": lr}
             self.log.write_args(self.args)
         if settings.profile and self.log.output_dir:
             precision = training.precision

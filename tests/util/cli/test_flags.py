@@ -46,7 +46,10 @@ SCHEDULE = {
     "start_epoch",
 }
 OWN = {
-    "finetune": ({"grad_checkpointing", "dist_eval", "eval", "fold"}, {"layer_decay", "head_lr", "patience"}),
+    "finetune": (
+        {"grad_checkpointing", "dist_eval", "eval", "fold", "noise_curve"},
+        {"layer_decay", "head_lr", "patience"},
+    ),
     "pretrain": ({"use_checkpoint", "vis_freq", "vis_type"}, set()),
 }
 
