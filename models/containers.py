@@ -142,8 +142,7 @@ def plain(state: State, path: str) -> State:
 
 def family_filter(model: nn.Module):
     """timm's conversion of the publishers' names and shapes for this model's family, state -> state, or None."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    architecture = config.get("architecture", "") if isinstance(config, dict) else config.architecture
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     modules = [type(model).__module__]
     if architecture and timm.is_model(architecture):
         modules.insert(0, timm.model_entrypoint(architecture).__module__)  # hybrids and DeiT-3 are ViTs by class

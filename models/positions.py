@@ -155,8 +155,7 @@ def _several(readings: list[tuple[Grid, int]]) -> str:
 
 def _published_grid(model: nn.Module) -> Grid | None:
     """The grid of the family's published weights where it is a rectangle (Sapiens); None for the usual squares."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    size = config.get("input_size") if isinstance(config, dict) else config.input_size
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     embed: Any = model.patch_embed
     if not size or size[1] == size[2] or not getattr(embed, "img_size", None):
         return None

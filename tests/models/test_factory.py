@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import timm
 import torch
 from huggingface_hub import constants
 
@@ -119,6 +120,18 @@ def test_pretrained_weights_end_after_one_try_without_a_network_in_a_whole_line(
     with pytest.raises(UserError, match=r"pretrained: the weights of vit_tiny_patch16_224 are not .* with finetune$"):
         create_model("vit_tiny_patch16_224", num_classes=2, img_size=224, pretrained=True)
     assert tries == [urlsplit(constants.ENDPOINT).hostname]
+
+
+def test_weights_that_the_hub_does_not_give_end_with_its_reason(monkeypatch):
+    def refused(name, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("401 for this address")
+
+    monkeypatch.setattr(timm, "create_model", refused)
+    monkeypatch.setattr("models.vit.do_not_retry_offline", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 are not on this machine, and 401 for this address; give"):
+        create_model("vit_tiny_patch16_224", num_classes=2, img_size=224, pretrained=True)
 
 
 def test_errors_name_keywords_in_python_and_flags_in_a_main(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
-from models import create_model, load_pretrained
-from models.loading import require_complete
+from models import create_model, load_pretrained, loading
+from models.loading import _described, require_complete
 from tests.harness.checks import one_line
 from tests.harness.runs import NET, finetune, save_member
 from tests.harness.weights import NAME, PATCH, SIZES, as_file, vit
@@ -196,3 +197,18 @@ def test_class_count_change_reinitialises_only_the_head(tmp_path):
     report = load_pretrained(model, tmp_path / "w.safetensors")
     assert set(report.missing) == {"head.fc.weight", "head.fc.bias"} and not report.unexpected
     assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+def test_a_network_that_asks_tensors_for_their_values_is_described_all_the_same(monkeypatch):
+    """timm 1.0.15 does while it builds, and a tensor on meta has none; the random state stays as it was."""
+
+    def build(meta, num_classes):
+        torch.rand(1).item()
+        return nn.Linear(2, num_classes)
+
+    monkeypatch.setattr(loading, "create_from_meta", build)
+    before = torch.get_rng_state()
+    assert _described({"num_classes": 3}, "x.pth").weight.shape == (3, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(UserError, match=r"^x\.pth: its meta describes no model .*pos_grid ROWS COLUMNS"):
+        _described({"num_classes": "many"}, "x.pth")
