@@ -99,3 +99,12 @@ def test_safe_fields_never_start_a_formula(text):
     assert spreadsheet_safe(text) == "'" + text and spreadsheet_safe("'" + text) == "'" + text
     assert spreadsheet_safe("a" + text) == "a" + text and without_apostrophe("'a" + text) == "'a" + text
     assert without_apostrophe("'" + text) == text == without_apostrophe(text)
+
+
+def test_labels_that_are_not_there_and_other_classes_are_one_line(images):
+    with pytest.raises(UserError, match=r"--labels .*nowhere\.csv: cannot be read \(No such file"):
+        read_images("folder", str(images), CLASSES, str(images / "nowhere.csv"))
+    with pytest.raises(
+        UserError, match=r"--dataset digits: its classes differ from those of --checkpoints \(e\.g\. 0\)"
+    ):
+        read_images("digits", ".", CLASSES)

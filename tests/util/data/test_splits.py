@@ -26,6 +26,8 @@ def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
         kfold_split(targets, 30, 0, seed=0, classes=["common", "rare"])
     with pytest.raises(UserError, match=r"--val_split 0.5: class 'single' has 1 image; needs at least 2"):
         stratified_split(torch.tensor([0, 0, 1]), 0.5, seed=0, classes=["double", "single"])
+    with pytest.raises(UserError, match=r"--val_split 0.1: .*test_size = 1"):
+        stratified_split(torch.tensor([0, 1] * 4), 0.1, seed=0)
 
 
 def test_a_subset_has_each_class_by_its_share_and_is_drawn_by_the_seed():
@@ -38,5 +40,7 @@ def test_a_subset_has_each_class_by_its_share_and_is_drawn_by_the_seed():
     for number, words in ((2, "3 .* to 1000"), (1001, "3 .* to 1000"), (999, "--train_subset 999")):
         with pytest.raises(UserError, match=words):
             stratified_subset(targets, number, seed=0)
+    with pytest.raises(UserError, match="--train_subset 5: would leave no image of class 'rare'; give more"):
+        stratified_subset(torch.tensor([0] * 500 + [1] * 5), 5, seed=0, classes=["common", "rare"])
     train, _ = load_data(Data(dataset="digits", train_subset=100, split_seed=1), World())
     assert len(train) == 100 and torch.bincount(train.targets).min() >= 9

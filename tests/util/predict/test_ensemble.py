@@ -196,6 +196,8 @@ def test_out_of_fold_files_that_do_not_fit_are_one_line(tmp_path):
         ),
         (text.replace("cat", "cow"), "unknown class 'cow'"),
         (text[:-20], "not readable"),
+        (text + text.splitlines()[-1], r"not readable .*x/\d\d\.jpg .*twice"),
+        (text.replace("cat,dog", "cat,cat", 1), "not readable .*columns .* the members' classes"),
         (None, "has no out-of-fold file .*--kfold"),
     ):
         (where / "oof.csv").unlink(missing_ok=True)
