@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def toy_data(n=22, classes=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8, generator=g)
+    images = torch.randint(0, 256, (n, 1, 4, 6), dtype=torch.uint8, generator=g)
     return ArrayDataset(images, torch.randint(0, classes, (n,), generator=g), [str(c) for c in range(classes)])
 
 
@@ -42,7 +42,7 @@ def toy_loader(data, batch_size=4, train=True):
 
 def toy_net(classes=3):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(24, 8), nn.GELU(), nn.Linear(8, classes))
 
 
 def fit(
@@ -174,7 +174,7 @@ def test_balanced_weights_equal_scikit_learns_and_are_zero_for_classes_without_i
 def test_a_rare_class_is_learned_under_balanced_weights_and_smoothing(mixing):
     """Two classes that one threshold on the brightness separates, 25 to 1: all right. The weighted sum over smoothed
     targets has its minimum, for images of the frequent class, at 0.05 * 13 / (0.95 * 0.52 + 0.05 * 13) = 57 % rare."""
-    images, targets = torch.full((208, 1, 4, 4), 90, dtype=torch.uint8), torch.zeros(208, dtype=torch.long)
+    images, targets = torch.full((208, 1, 4, 6), 90, dtype=torch.uint8), torch.zeros(208, dtype=torch.long)
     images[::26], targets[::26] = 165, 1
     data = ArrayDataset(images, targets, ["common", "rare"])
     criterion = build_criterion(Loss(class_weights="balanced"), data, 2)
@@ -243,7 +243,7 @@ def norm_net(bad_calls=()):
         nn.Conv2d(4, 4, 1),
         BatchNormAct2d(4),
         nn.Flatten(),
-        nn.Linear(16, 3),
+        nn.Linear(32, 3),
     )
 
 
@@ -410,7 +410,7 @@ class Remembers(nn.Linear):
 
 
 def test_an_average_that_is_never_trained_is_evaluated_with_its_present_weights():
-    data, net = toy_data(), nn.Sequential(nn.Flatten(), Remembers(16, 3, bias=False))
+    data, net = toy_data(), nn.Sequential(nn.Flatten(), Remembers(24, 3, bias=False))
     loader, images = toy_loader(data, 8, train=False), (data.images.flatten(1).float() / 255 - 0.5) / 0.25
     for seed in range(2):
         torch.manual_seed(seed)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import kstest, uniform
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.ranks import Ranks
@@ -21,9 +22,9 @@ from util.seed import seed_all
 from util.train.run import Found
 
 SMALL = dict(
-    img_size=8,
+    img_size=(8, 12),
     patch_size=2,
-    in_chans=1,
+    in_chans=3,
     embed_dim=16,
     depth=2,
     num_heads=2,
@@ -40,8 +41,8 @@ def build(**kwargs):
     return NoPropMAE(**{**SMALL, **kwargs})
 
 
-def images(n=6, seed=1):
-    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+def images(n=7, seed=1):
+    return torch.randn(n, 3, 8, 12, generator=torch.Generator().manual_seed(seed))
 
 
 def trained(net):
@@ -75,7 +76,7 @@ def test_gradients_accumulate_over_calls_and_follow_the_scale():
         net.zero_grad()
         for factor in calls:
             generator = torch.Generator().manual_seed(0)
-            ids = net.random_masking(6, 0.75, generator)
+            ids = net.random_masking(7, 0.75, generator)
             local_backward(
                 net, net.encode, images().double(), *ids, generator=generator, scale=lambda x, f=factor: x * f
             )
@@ -133,8 +134,8 @@ def test_activations_held_do_not_grow_with_the_number_of_levels():
 def backward_on(net, encode, step, rank, scale):
     # Ratio 1 in one step: a rank without visible patches must not leave the others waiting.
     generator = torch.Generator().manual_seed(100 * step + rank)
-    imgs = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
-    ids = net.random_masking(4, 1.0 if (step, rank) == (1, 0) else 0.75, generator)
+    imgs = torch.randn(3, 3, 8, 12, generator=generator, dtype=torch.float64)
+    ids = net.random_masking(3, 1.0 if (step, rank) == (1, 0) else 0.75, generator)
     local_backward(net, encode, imgs, *ids, generator=generator, scale=lambda loss: loss * scale)
 
 
@@ -170,20 +171,20 @@ def test_two_ranks_with_accumulation_get_the_gradients_of_one_process(tmp_path):
 
 
 class Batches(Order):
-    """Five batches of six images; `poison` makes one of them infinite."""
+    """Five batches of seven images; `poison` makes one of them infinite."""
 
     data = SimpleNamespace(name=str)
 
     def __init__(self, poison=None):
-        super().__init__(batch_size=6, steps=5, n=30)
+        super().__init__(batch_size=7, steps=5, n=35)
         self.poison = poison
 
     def epoch(self, epoch, start_step=0):
         for step in range(start_step, 5):
-            imgs = images(6, seed=10 * epoch + step)
+            imgs = images(7, seed=10 * epoch + step)
             if step == self.poison:
                 imgs[0, 0, 0, 0] = float("inf")
-            yield Batch(imgs, torch.zeros(6, dtype=torch.long), torch.arange(6))
+            yield Batch(imgs, torch.zeros(7, dtype=torch.long), torch.arange(7))
 
 
 def start(**flags):
@@ -289,10 +290,15 @@ def test_non_finite_steps_in_a_row_end_the_run_in_one_line():
 
 
 def test_mask_ratio_is_uniform_between_its_bounds_and_counted():
-    ratios = [draw_mask_ratio(0.5, 1.0, 0, 3, step) for step in range(4000)]
-    assert 0.5 <= min(ratios) < 0.505 and 0.995 < max(ratios) <= 1.0
-    assert sum(ratios) / 4000 == pytest.approx(0.75, abs=0.01)
-    assert ratios == [draw_mask_ratio(0.5, 1.0, 0, 3, step) for step in range(4000)]
+    """Drawn from (seed, epoch, step): each of them counts, and no generator does."""
+    ratios = [draw_mask_ratio(0.2, 0.9, 0, 3, step) for step in range(4000)]
+    assert kstest(ratios, uniform(0.2, 0.7).cdf).pvalue > 0.01
+    drawn = {
+        draw_mask_ratio(0.2, 0.9, seed, epoch, step) for seed in range(9) for epoch in range(9) for step in range(9)
+    }
+    assert len(drawn) == 9**3
+    seed_all(1)
+    assert draw_mask_ratio(0.2, 0.9, 0, 3, 5) == ratios[5]
     assert draw_mask_ratio(0.75, None, 0, 3, 1) == draw_mask_ratio(0.75, 0.75, 0, 3, 1) == 0.75
 
 

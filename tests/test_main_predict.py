@@ -56,6 +56,16 @@ def test_probabilities_are_the_mean_over_views_folds_and_members_computed_one_by
         assert rows[name][0] == ("blue", "red")[int(expected.argmax())]
 
 
+def test_views_without_the_first_are_averaged_without_it(ensemble, photo_folder, tmp_path):
+    """View 1 is computed in any case, to compare with."""
+    line = ["--checkpoints", *ensemble[0][:2], "--data_path", photo_folder / "val" / "red", "--views", "2,8"]
+    assert predict(*line, "--output_dir", tmp_path) == 0
+    rows = read_csv(tmp_path)[1]
+    for name in list(rows)[::3]:
+        p = [reference(net, meta, photo_folder / "val" / "red" / name, [1, 7]).mean(0) for net, meta in ensemble[1][:2]]
+        np.testing.assert_allclose(values(rows, name), (p[0] + p[1]) / 2, atol=2e-6)
+
+
 def test_table_has_every_member_and_ensemble_with_scikit_learns_scores(predicted):
     results = json.loads((predicted / "results.json").read_text())
     names = [(r["name"], r["views"]) for r in results["results"]]

@@ -20,6 +20,7 @@ from tests.harness.training import Order, new_run, new_training
 from util.checkpoint import LAST, find_resume, read_checkpoint
 from util.cli.script import run_main
 from util.data.loader import Loader
+from util.dist import Precision
 from util.errors import UserError
 from util.log import read_log
 from util.train.interrupts import Interrupts
@@ -158,7 +159,7 @@ def test_other_batch_size_on_resume_is_refused_or_forced(uninterrupted, tmp_path
         (["--eval_metric", "loss"], ["--eval_metric loss", "acc1"]),
         (["--accum_iter", "4"], ["--accum_iter 4", "with 2"]),
         (["--aa", "none", "--reprob", "0"], ["--aa (not given)", "rand-m9", "--reprob, too"]),
-        (["--model_kwargs", "embed_dim=36", "depth=2", "num_heads=3"], ["embed_dim=36", "embed_dim=24"]),
+        (["--model_kwargs", "embed_dim=24", "depth=2", "num_heads=3"], ["embed_dim=24", "embed_dim=36"]),
     ],
 )
 def test_other_value_of_a_flag_that_changes_results_is_refused_at_resume(uninterrupted, tmp_path, flags, words):
@@ -263,7 +264,7 @@ def test_flags_that_change_nothing_or_what_comes_later_may_differ_at_resume(unin
         == 0
     )
     said = capsys.readouterr().out
-    assert "resume: --lr 0.5 from here on, 0.002 before" in said and "--patience 9 from here on" in said
+    assert "resume: --lr 0.5 from here on, 0.005 before" in said and "--patience 9 from here on" in said
     assert "--print_freq" not in said and "--num_workers" not in said
     content = read_checkpoint(str(tmp_path / "checkpoint-last.pth"))
     del content["args"]["smoothing"]  # as a version without the flag would have written it
@@ -294,6 +295,16 @@ def test_resume_with_other_steps_counts_each_step_once(capsys, done, batch, accu
     after.restore(Found(before.state(new_training(net)), "", []), new_training(net))
     assert after.position.step == goes_on and after.position.sums == pytest.approx({"loss": 2.0 * goes_on})
     assert f"at epoch 0, step {goes_on}\n" in capsys.readouterr().out
+
+
+def test_the_scale_of_the_loss_goes_on_where_it_was():
+    """fp16: from its start at 65536 the scaler would skip steps again until the gradients fit."""
+    net, (before, after) = torch.nn.Linear(1, 1), (Precision("fp16", torch.device("cpu")) for _ in range(2))
+    before.scaler.scale(torch.ones(()))  # starts it
+    before.scaler.update(512.0)
+    state = new_run().state(new_training(net, precision=before))
+    new_run().restore(Found(state, "", []), new_training(net, precision=after))
+    assert after.scaler.get_scale() == 512.0
 
 
 @pytest.mark.slow

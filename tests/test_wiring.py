@@ -6,6 +6,7 @@ the run with it, and not of the same run without it. What the part then does wit
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -414,6 +415,7 @@ FINETUNE = {
             lambda s: s.noise.signal_scale[0].item() == pytest.approx(math.sqrt(1 - 1e-4), abs=1e-7),
         )
     ],
+    "noise_curve": [Row("--noise_curve 31 5", lambda s: re.findall(r"noise of (\d+) dB: acc1", s.said) == ["31", "5"])],
     "noise_eval": [Row("--noise_eval", lambda s: s.net.eval() and s.noise.active)],
     "head_epochs": [
         Row(
@@ -421,10 +423,15 @@ FINETUNE = {
             lambda s: (
                 s.epochs == [0, 1, 2]
                 and [len(names) for names in s.trains] == [2, 2, len(s.starts[0])]
-                and s.lr(2) == 0.01 > s.lr(2.5) > s.lr(3) == 1e-6
+                and (s.lr(2), s.lr(2.5), s.lr(3)) == (0, 0.01, 1e-6)
             ),
-            "--lr 0.01",
-        )
+            "--lr 0.01 --warmup_epochs 0.5",
+        ),
+        Row(  # the head alone learns from whole images
+            "--head_epochs 1",
+            lambda s: [call["mixup"] is None for call in s.calls["train_one_epoch"]] == [True, False],
+            "--mixup 1",
+        ),
     ],
     "head_lr": [
         Row("--head_lr 0.02", lambda s: s.calls["train_one_epoch"][0]["training"].lr_at(0.7) == 0.02, "--head_epochs 1")

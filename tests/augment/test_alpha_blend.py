@@ -72,13 +72,18 @@ def test_uniform_schedule_draws_each_timestep_up_to_the_limit():
     assert torch.allclose(counts, torch.full((3,), 1 / 3), atol=0.03)
 
 
-def test_patches_only_keeps_the_class_token():
-    noise = AlphaBlend(500, tokens="patches").train()
-    noise.num_prefix_tokens = 1
-    z = torch.randn(3, 5, 8)
-    out = noise(z)
-    assert torch.equal(out[:, 0], z[:, 0])
-    assert (out[:, 1:] != z[:, 1:]).all()
+@pytest.mark.parametrize("registers,prefix", [(None, 0), (0, 1), (4, 5)])
+def test_patches_only_keeps_class_and_register_tokens(registers, prefix):
+    """Of a whole net, on a grid of 2 x 3 patches."""
+    noise = AlphaBlend(500, tokens="patches")
+    tokens = {"class_token": False} if registers is None else {"reg_tokens": registers}
+    net, seen = create_model("vit_tiny_patch16", num_classes=4, img_size=(32, 48), alpha_blend=noise, **tokens), []
+    net.patch_drop.register_forward_hook(lambda module, inputs, out: seen.append(out.detach()))
+    net.blocks[0].norm1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    net.train()(torch.randn(3, 3, 32, 48))
+    clean, noised = seen
+    assert clean.shape == (3, prefix + 6, 192) and torch.equal(noised[:, :prefix], clean[:, :prefix])
+    assert (noised[:, prefix:] != clean[:, prefix:]).float().mean() > 0.999
 
 
 def test_pixels_have_no_class_token():
@@ -98,15 +103,20 @@ def test_pixels_have_no_class_token():
     assert torch.allclose(seen[0], math.sqrt(abar) * x + math.sqrt(1 - abar) * torch.randn(x.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("anneal,half", [("none", 100), ("linear", 50), ("cosine", 50)])
-def test_annealing_scales_the_timestep(anneal, half):
-    noise = AlphaBlend(100, anneal=anneal)
-    noise.set_progress(0.0)
-    assert noise.current_timestep == 100
-    noise.set_progress(0.5)
-    assert noise.current_timestep == half
-    noise.set_progress(1.0)
-    assert noise.current_timestep == (100 if anneal == "none" else 0)
+@pytest.mark.parametrize(
+    "anneal,timesteps",
+    [
+        ("none", [100, 100, 100, 100, 100]),
+        ("linear", [100, 75, 50, 25, 0]),
+        ("cosine", [100, 85, 50, 15, 0]),  # (1 + cos(pi / 4)) / 2 = 0.854
+    ],
+)
+def test_annealing_scales_the_timestep(anneal, timesteps):
+    noise, seen = AlphaBlend(100, anneal=anneal), []
+    for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+        noise.set_progress(progress)
+        seen.append(noise.current_timestep)
+    assert seen == timesteps
 
 
 def test_annealed_ratio_between_two_timesteps_is_interpolated():

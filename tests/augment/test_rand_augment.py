@@ -97,7 +97,7 @@ def test_magnitude_without_noise_and_with_uniform_noise():
 @pytest.mark.parametrize("increasing", [False, True])
 def test_layer_equals_timms_operations_on_pil_images(increasing, channels):
     """All 15 operations and `none` in one shuffled batch, each image against timm's function on it alone."""
-    x = pictures(channels, 28, 28)[:3].repeat(16, 1, 1, 1)  # 48 images
+    x = pictures(channels)[:3].repeat(16, 1, 1, 1)  # 48 images
     op = torch.arange(-1, 15).repeat_interleave(3)
     shuffle = torch.randperm(48, generator=torch.Generator().manual_seed(1))
     x, op = x[shuffle], op[shuffle]
@@ -133,7 +133,7 @@ def test_rotation_matrix_turns_about_the_centre():
 
 
 def test_result_depends_on_the_sample_only_and_input_stays():
-    x = pictures(3, 28, 28).repeat(8, 1, 1, 1)
+    x = pictures(3).repeat(8, 1, 1, 1)
     index = torch.arange(100, 140)
     before = x.clone()
     args = dict(seed=1, epoch=2, fill=[1, 2, 3])
@@ -147,7 +147,7 @@ def test_result_depends_on_the_sample_only_and_input_stays():
 
 
 def test_channels_last_and_strided_batches_give_the_same():
-    x = pictures(3, 28, 28)
+    x = pictures(3)
     index = torch.arange(5)
     args = dict(seed=0, epoch=0, index=index, fill=[0, 0, 0])
     expected = rand_augment(x, "rand-p1.0-n4", **args)

@@ -355,17 +355,25 @@ def test_decoders_that_know_the_answer_reconstruct_the_image(sampler, monkeypatc
 
 
 def test_norm_pixel_reconstruction_takes_contrast_from_visible_neighbours(monkeypatch):
-    """An image whose brightness grows along the columns: the masked patch between two gets their mean."""
-    model = build(target="norm_pixel", img_size=(4, 12))
+    """Weights exp(-d^2 / 2) by hand, on a grid of 2 x 3 patches. Visible: (0, 0), (0, 1), (1, 2)."""
+    model = build(target="norm_pixel", img_size=(8, 12))
     texture = images(1, (4, 4), seed=3)
     texture = (texture - texture.mean()) / texture.std(correction=0)
-    imgs = torch.cat([10.0 + 1.0 * texture, 20.0 + 2.0 * texture, 30.0 + 3.0 * texture], dim=-1)
-    keep, mask = torch.tensor([[0, 2]]), torch.tensor([[1]])
+    means, stds = [10.0, 20.0, 5.0, 40.0, 7.0, 30.0], [1.0, 2.0, 9.0, 4.0, 8.0, 3.0]
+    patches = [m + s * texture for m, s in zip(means, stds)]
+    imgs = torch.cat([torch.cat(patches[:3], -1), torch.cat(patches[3:], -1)], -2)
+    keep, mask = torch.tensor([[0, 1, 5]]), torch.tensor([[2, 3, 4]])
     x = model.targets(imgs, mask)
-    torch.testing.assert_close(x.mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(x.std(correction=0), torch.tensor(1.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(x.mean(-1), torch.zeros(1, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.std(-1, correction=0), torch.ones(1, 3), rtol=1e-5, atol=0)
     monkeypatch.setattr(model, "denoise", lambda i, y, latent, pos: x)
-    torch.testing.assert_close(model.reconstruct(imgs, ids=(keep, mask))["final"], imgs, rtol=1e-4, atol=1e-3)
+    final = model.reconstruct(imgs, ids=(keep, mask))["final"]
+    # Squared distances to the three visible patches: of (0, 2), of (1, 0), of (1, 1).
+    for (row, column), distances in (((0, 2), (4, 1, 1)), ((1, 0), (1, 2, 4)), ((1, 1), (2, 1, 1))):
+        weights = [math.exp(-d / 2) for d in distances]
+        mean, std = (sum(w * v[i] for w, i in zip(weights, (0, 1, 5))) / sum(weights) for v in (means, stds))
+        got = final[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        torch.testing.assert_close(got, mean + std * texture, rtol=1e-4, atol=1e-3)
 
 
 def test_generation_masks_everything_and_follows_its_generator():

@@ -131,6 +131,21 @@ def test_newest_by_position_wins_whatever_the_file_times(tmp_path):
     assert find_resume(str(tmp_path / "nowhere")) is None
 
 
+def test_newest_by_position_wins_whatever_the_files_are_called(tmp_path):
+    """As after a copy from another folder: the last by name is not the furthest. Numbers, not texts: 10 is above 9."""
+    for name, position in (
+        (LAST, (9, 10)),
+        ("checkpoint-next.pth", (2, 30)),
+        (PREVIOUS, (9, 9)),
+        ("checkpoint-3.pth", (10, 1)),
+        ("checkpoint-20.pth", (10, 0)),
+    ):
+        torch.save(state(*position), tmp_path / name)
+    for name in ("checkpoint-3.pth", "checkpoint-20.pth", LAST, PREVIOUS, "checkpoint-next.pth"):
+        assert find_resume(str(tmp_path)) == str(tmp_path / name)
+        os.unlink(tmp_path / name)
+
+
 def test_kill_between_the_two_renames_loses_nothing(tmp_path):
     writer = CheckpointWriter(str(tmp_path))
     writer.save_last(state(1)), writer.save_last(state(2))

@@ -15,6 +15,7 @@ from util.data.datasets import ArrayDataset, read_split
 from util.data.loader import EpochOrder, Loader
 from util.dist import World
 from util.errors import UserError
+from util.seed import sample_rng
 
 
 def order(n, batch, *, rank=0, size=1, epoch=0, step=0, train=True, even=False):
@@ -124,6 +125,23 @@ def test_broken_image_ends_the_run_or_is_skipped_by_path(photo_folder, tmp_path,
     assert sorted(seen) == [i for i in range(12) if i != 1]
     warnings = capsys.readouterr().err
     assert warnings.count("red_03.png") == 1 and warnings.count("blue_01.png") == 1
+
+
+def test_what_takes_the_place_of_a_broken_image_brings_its_own_class(photo_folder, tmp_path):
+    """The last of the blue ones is broken, the first of the red ones follows."""
+    shutil.copytree(photo_folder, tmp_path / "p")
+    (tmp_path / "p" / "train" / "blue" / "blue_15.png").write_bytes(b"no image")
+    loader = file_loader(tmp_path / "p", on_bad="skip")
+    order = [i for keys in loader.order for _, i in keys]
+    batches = list(loader.epoch())
+    index, targets = (torch.cat([getattr(b, name) for b in batches]) for name in ("index", "targets"))
+    assert index.tolist() == [16 if i == 15 else i for i in order] and index.tolist().count(16) == 2
+    assert torch.equal(targets, (index >= 16).long())
+    # Its pixels are its own, the random numbers those of the place that it fills.
+    number, [pixels], bad, _ = loader.files.dataset[3, 15]
+    with sample_rng(5, 3, 15):
+        expected = loader.files.dataset.transform(Image.open(loader.data.paths[16]))
+    assert number == 16 and torch.equal(pixels, expected) and list(bad) == [15]
 
 
 def test_every_image_mode_loads(tmp_path):
