@@ -1,12 +1,11 @@
-"""How much noise goes into a tensor during fine-tuning, and when: DiffNoise's alpha blend and the family beside it.
+"""How much noise fine-tuning adds to a tensor, and when: DiffNoise's alpha blend and related kinds.
 
     z' = sqrt(abar_t) z + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
     beta_i = linspace(1e-4, 0.02, 1000)_i ** power,   abar_t = prod_{i <= t} (1 - beta_i)
 
 This is the forward process of DDPM (Ho et al., NeurIPS 2020, eq. 4) with its linear betas raised to a power. Other
-kinds of noise are in augment/noise.py; where a kind has one, its strength is the ratio abar / (1 - abar) of signal to
-noise.
-The module has no parameters and no persistent buffers: attaching it leaves a model's state_dict as it was.
+kinds of noise are in augment/noise.py; for most of them the strength is the signal-to-noise ratio abar / (1 - abar).
+The module has no parameters and no persistent buffers: it does not change a model's state_dict.
 """
 
 import math
@@ -22,7 +21,7 @@ from augment.noise import Layout, ManifoldMixup, Strength
 from util.choices import ANNEALS, COLOURS, NOISE_KINDS, SCHEDULES, SPACES, TOKENS, UNITS
 
 NUM_TIMESTEPS = 1000
-MAX_SNR = 200.0  # dB: float32 has 144
+MAX_SNR = 200.0  # dB; float32 resolves 144
 
 
 def alphas_cumprod(beta_power: float = 1.2) -> torch.Tensor:
@@ -38,24 +37,24 @@ def decibel(ratio: float) -> float:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """How much noise, of which kind, on what and when. ValueError, one line, for values out of range.
+    """Kind, strength, place and schedule of the noise. ValueError for values out of range.
 
     timestep: index t of abar, 0..999; 0 switches the noise off.
     schedule: `fixed` uses t for every sample, `uniform` draws t ~ U{1..timestep} per sample.
     prob: fraction of samples that get noise, 0..1 (of batches, for kinds without a ratio).
     anneal: over training, scale t towards 0: `none`, `linear` (1 - p) or `cosine` (1 + cos(pi p)) / 2.
-    tokens: `all`, or `patches` to leave class and register tokens clean (where a model has them; pixels have none).
-    space: `embedding` or `pixel`: which tensor `models.vit.attach_noise` hands to the module.
-    layer: `embedding` noise goes to the input of this block, or of each of several.
+    tokens: `all`, or `patches` to leave class and register tokens clean (ignored for pixels).
+    space: `embedding` or `pixel`: the tensor that gets the noise (see models.vit.attach_noise).
+    layer: for `embedding`, the block or blocks whose input gets the noise.
     beta_power: exponent on DDPM's betas.
     noise_eval: keep the noise in evaluation too.
     kind: a name in util/choices.py's NOISE_KINDS.
-    units: `absolute` noise has variance 1 - abar; `relative` is scaled by the root mean square of what it is added to,
-        sample by sample, so that t is the same ratio of signal to noise on every network.
-    snr: that ratio itself in dB, in relative units, in place of timestep. The schedule and annealing work on the t
-        (no whole number) that has this ratio.
-    strength: the own number of neftune (alpha), token_drop (p) or manifold_mixup (alpha), in place of timestep.
-    colour: of kind `colour`: red, green or blue.
+    units: `absolute` noise has variance 1 - abar; `relative` noise is scaled by the root mean square of its input, per
+        sample, so that t is the same signal-to-noise ratio for every network.
+    snr: that ratio in dB, in relative units, instead of timestep. The schedule and annealing use the fractional t that
+        has this ratio.
+    strength: the parameter of neftune (alpha), token_drop (p) or manifold_mixup (alpha), instead of timestep.
+    colour: for kind `colour`: red, green or blue.
     """
 
     timestep: int = 15
@@ -112,7 +111,7 @@ class NoiseConfig:
 
 
 class AlphaBlend(nn.Module):
-    """Mix noise into a tensor [B, ...] in training; the identity in evaluation unless `noise_eval`.
+    """Add noise to a tensor [B, ...] in training; does nothing in evaluation unless `noise_eval`.
 
     The keywords are NoiseConfig's: AlphaBlend(15), AlphaBlend(15, prob=0.5), AlphaBlend(config), AlphaBlend(snr=25.0).
     """
@@ -125,22 +124,22 @@ class AlphaBlend(nn.Module):
         super().__init__()
         self.config = c = replace(NoiseConfig(config) if isinstance(config, int) else config, **keywords)
         self.place(Layout())
-        # Factors in float64, stored in float32: in bf16, 1 - abar_15 = 7.7e-4 would still be there but
-        # abar_15 itself rounds to 1, and the difference to 0.
+        # Factors are computed in float64 and stored in float32: in bf16, abar_15 = 1 - 7.7e-4 would round to 1, and its
+        # difference from 1 to 0.
         abar = alphas_cumprod(c.beta_power)
         self.register_buffer("signal_scale", abar.sqrt().float(), persistent=False)
         self.register_buffer("noise_scale", (1.0 - abar).sqrt().float(), persistent=False)
         self.register_buffer("log_ratio", (abar.log() - (1.0 - abar).log()).float(), persistent=False)
         self.timestep = float(c.timestep)
-        if c.snr is not None:  # the t, no whole number, whose ratio this is; outside of the table, its end
+        if c.snr is not None:  # the fractional t that has this ratio, clipped to the table's range
             falling = self.log_ratio.double().numpy()
             self.timestep = float(np.interp(-c.snr * math.log(10) / 10, -falling, np.arange(NUM_TIMESTEPS)))
         self.measuring = False
-        self.powers: torch.Tensor | None = None  # of signal and noise, float32 [2], where they were measured last
+        self.powers: torch.Tensor | None = None  # of signal and noise, float32 [2], as last measured
         self.set_progress(0.0)
 
     def place(self, layout: Layout) -> None:
-        """What the axes of the tensors are that it will be given; models.vit.attach_noise knows."""
+        """Set the layout of the input tensors; called by models.vit.attach_noise."""
         self.layout, self.kind = layout, getattr(noise, NOISE_KINDS[self.config.kind])(layout, self.config.colour)
 
     @property
@@ -165,14 +164,14 @@ class AlphaBlend(nn.Module):
         return (self.training or c.noise_eval) and there and c.prob > 0
 
     def forward(self, z: torch.Tensor, layer: int = 0, generator: torch.Generator | None = None) -> torch.Tensor:
-        """z [B, ...] -> noised z of the same shape and dtype (fewer tokens with token_drop). layer: where it is.
+        """z [B, ...] -> noised z of the same shape and dtype (fewer tokens with token_drop). layer: block number.
 
         Draws from `generator`, or the global one of z's device.
         """
         c, kind = self.config, self.kind
         if not self.active or (isinstance(kind, ManifoldMixup) and layer != kind.layer):
             return z
-        # Outside autocast: the sum is float32 whatever the model computes in.
+        # Without autocast: the sum is float32, whatever the model's precision.
         x = z.float()
         clean = self.layout.prefix if x.ndim == 3 and (c.tokens == "patches" or kind.on_patches) else 0
         body = x[:, clean:]
@@ -186,11 +185,11 @@ class AlphaBlend(nn.Module):
         return (torch.cat([x[:, :clean], out], 1) if clean else out).to(z.dtype)
 
     def strength(self, x: torch.Tensor, generator: torch.Generator | None = None) -> Strength | None:
-        """Each sample's, drawn where the schedule or prob draws; None where the batch gets none."""
+        """Strength of each sample, drawn if the schedule or prob is random; None if the batch gets no noise."""
         c, B = self.config, x.shape[0]
         per_sample = (B,) + (1,) * (x.ndim - 1)
         if c.strength is not None:
-            if c.prob < 1.0 and torch.rand(()) >= c.prob:  # on the CPU: no step waits for the device
+            if c.prob < 1.0 and torch.rand(()) >= c.prob:  # on the CPU, so that no step waits for the device
                 return None
             one = torch.ones(per_sample, device=x.device)
             return Strength(one, one, own=c.strength * self.scale)
@@ -221,10 +220,10 @@ class AlphaBlend(nn.Module):
             log_ratio = torch.lerp(self.log_ratio[low], self.log_ratio[low + 1], t - low)
         return log_ratio.sigmoid().sqrt(), (-log_ratio).sigmoid().sqrt()
 
-    # what comes out of it
+    # measurement
 
     def measure(self) -> None:
-        """Add up the powers of signal and noise from here on, while `measuring`."""
+        """Start summing the powers of signal and noise, while `measuring`."""
         self.measuring, self.powers = self.kind.has_ratio, None
 
     def _measure(self, signal: torch.Tensor, added: torch.Tensor) -> None:
@@ -233,7 +232,7 @@ class AlphaBlend(nn.Module):
             self.powers = powers if self.powers is None else self.powers + powers
 
     def snr(self) -> float | None:
-        """Decibels that were measured; None if none were. Waits for the device."""
+        """The measured ratio in dB, or None. Waits for the device."""
         self.measuring = False
         if self.powers is None:
             return None
@@ -241,7 +240,7 @@ class AlphaBlend(nn.Module):
         return decibel(signal / added) if added > 0 else math.inf
 
     def mix_targets(self, targets: torch.Tensor, num_classes: int, smoothing: float = 0.0) -> torch.Tensor:
-        """manifold_mixup: draw what the coming forward pass mixes; targets (int64 [B], or [B, C]) mixed so, [B, C]."""
+        """manifold_mixup: draw the next forward pass's mixture; returns targets (int64 [B] or [B, C]) mixed, [B, C]."""
         kind = self.kind
         assert isinstance(kind, ManifoldMixup) and self.config.strength is not None
         if targets.ndim == 1:

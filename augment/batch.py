@@ -1,8 +1,8 @@
 """On-device augmentation of whole uint8 batches: crop, flip, RandAugment, normalise, erase.
 
 Every random number is counted (util/seed.py): an image's augmentation depends on (seed, epoch, index) only.
-The random decisions (boxes, flips) are computed where `index` lies. Leave it on the CPU: then no step waits for the
-GPU, and every device cuts the same boxes.
+Random decisions (boxes, flips) are computed on index's device. Keep it on the CPU: then no step waits for the GPU, and
+the boxes are the same on every device.
 """
 
 import math
@@ -22,7 +22,7 @@ from util.choices import is_rand_augment
 from util.seed import counted_normal, counted_uniform
 
 ERASE_MODES = ("const", "rand", "pixel")
-ATTEMPTS = 10  # draws of a box that fits, as in torchvision's RandomResizedCrop and timm's RandomErasing
+ATTEMPTS = 10  # draws to find a box that fits, as in torchvision's RandomResizedCrop and timm's RandomErasing
 _GEOMETRY, _ERASE, _ERASE_NOISE, _VFLIP = 0, 1, 2, 4  # streams of counted numbers; rand_augment.py uses 3 and 16 on
 
 
@@ -45,8 +45,8 @@ def normalize(x: torch.Tensor, mean, std) -> torch.Tensor:
 
 
 def _affine(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    # One conversion and two passes in place over cached memory: on CPU 2 to 20 times faster than addcmul,
-    # batch_norm or mixed-dtype arithmetic, which all fall out of the vectorised loops.
+    # One conversion and two in-place passes over cached memory: on CPU 2 to 20 times faster than addcmul, batch_norm
+    # or mixed-dtype arithmetic, which are not vectorised.
     x = x.to(torch.float32, memory_format=torch.contiguous_format)
     return x.mul_(scale).add_(shift)
 
@@ -64,8 +64,8 @@ def crop_flip(
     if padding:
         x = F.pad(x, (padding, padding, padding, padding))
     Hp, Wp = H + 2 * padding, W + 2 * padding
-    # Both orientations in one buffer. In memory, a window's channel is one span of (H - 1) Wp + W bytes, so
-    # index_select copies spans instead of looking up each pixel. The mirror's window starts at 2 padding - left.
+    # Both orientations in one buffer. A channel of a window is one span of (H - 1) Wp + W bytes in memory, so
+    # index_select copies spans instead of single pixels. The mirror's window starts at 2 padding - left.
     both = torch.cat([x, x.flip(-1)])  # [2B, C, Hp, Wp]
     start = torch.arange(B, device=top.device) + B * flip  # [B]
     start = start * (C * Hp * Wp) + top * Wp + torch.where(flip, 2 * padding - left, left)
@@ -79,7 +79,7 @@ def crop_flip(
 def _first_fit(
     u: torch.Tensor, area: torch.Tensor, ratio: tuple[float, float], fits: Callable
 ) -> tuple[torch.Tensor, ...]:
-    """(sides a, b, whether they fit), each [...]: the first of 10 draws that does, by torchvision's and timm's rule.
+    """(sides a, b, whether they fit), each [...]: the first of 10 draws that fits, by torchvision's and timm's rule.
 
     a b = area [..., 10], log a/b ~ U(log ratio) by uniforms u [..., 10]; fits(a, b) -> bool [..., 10].
     """
@@ -123,7 +123,7 @@ def resample_matrix(start: torch.Tensor, length: torch.Tensor, size: int, out_si
     scale = length / out_size
     centre = start + (torch.arange(out_size, device=start.device)[:, None] + 0.5) * scale - 0.5  # [B, out_size, 1]
     pixel = torch.arange(size, device=start.device, dtype=torch.float32)  # [size]
-    d = (pixel - centre).div_(scale.clamp(min=1.0)).abs_().clamp_(max=2.0)  # the far branch is 0 at 2
+    d = (pixel - centre).div_(scale.clamp(min=1.0)).abs_().clamp_(max=2.0)  # the kernel is 0 at 2
     near, far = (1.5 * d - 2.5).mul_(d).mul_(d).add_(1.0), (-0.5 * d + 2.5).mul_(d).sub_(4.0).mul_(d).add_(2.0)
     weight = torch.where(d < 1.0, near, far)
     weight *= (pixel >= start) & (pixel < start + length)
@@ -135,8 +135,8 @@ def resized_crop(
 ) -> torch.Tensor:
     """Per-sample boxes (top, left, h, w) of uint8 [B, C, H, W], resized to `size` (h, w), mirrored where `flip`.
 
-    Two batched matrix products, so every sample has its own box and filter. Columns first and 8 bits between the
-    two, as Pillow does it: the result differs from Pillow's by at most one level.
+    Two batched matrix products, so that every sample has its own box and filter. Columns first, and rounded to 8 bits
+    in between, as in Pillow: the result differs from Pillow's by at most one level.
     """
     H, W = x.shape[-2:]
     top, left, h, w = box
@@ -158,7 +158,7 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Erasing:
-    """timm's RandomErasing (Zhong et al., Random Erasing Data Augmentation, AAAI 2020). ValueError for wrong values.
+    """timm's RandomErasing (Zhong et al., Random Erasing Data Augmentation, AAAI 2020). ValueError for invalid values.
 
     A sample is erased with probability `prob`, in 1..recount boxes; each box has area ~ U(area) / count of the image,
     log aspect h/w ~ U(log aspect), and is the first of 10 draws that is smaller than the image, or none.
@@ -200,7 +200,7 @@ def random_erase(x: torch.Tensor, index: torch.Tensor, erasing: Erasing, *, seed
     u = counted_uniform(seed, epoch, index, 2 + (2 * ATTEMPTS + 2) * recount, _ERASE)
     boxes = erase_boxes(u, H, W, erasing).tolist()
     numbers = index.tolist()
-    # In turn of k: where a sample's boxes overlap, the later one shows.
+    # In order of k: where boxes overlap, the later one is on top.
     hits = [(i, k, *boxes[i][k]) for k in range(recount) for i in range(len(boxes)) if all(boxes[i][k][2:])]
     if not hits:
         return x
@@ -212,7 +212,7 @@ def random_erase(x: torch.Tensor, index: torch.Tensor, erasing: Erasing, *, seed
         normal = to_device(counted_normal(seed, epoch, boxes_numbers, C, _ERASE_NOISE), x.device)
         fills = normal[:, :, None, None].unbind()  # each [C, 1, 1]
     else:
-        counters = []  # a number for each pixel of each sample; only the erased ones are visited
+        counters = []  # a number per pixel of each sample; only erased pixels are computed
         for i, _, top, left, h, w in hits:
             row = torch.arange(top, top + h, device=x.device)[:, None] * W + numbers[i] * (H * W)
             counters.append((row + torch.arange(left, left + w, device=x.device)).flatten())
@@ -229,12 +229,12 @@ class BatchTransform:
 
     Training: crop and flip, RandAugment or colour jitter, resize to `size`, normalise, erase. Evaluation: resize and
     normalise.
-    File data sets arrive cropped and flipped by augment/image.py; for them only normalise and erase are set.
+    Images from files arrive cropped and flipped by augment/image.py; they are only normalised and erased here.
 
     mean, std: per channel, of pixels in [0, 1].
     size: output (h, w) or side; None keeps the stored size.
-    aa: a policy as timm writes it, e.g. rand-m9-mstd0.5-inc1; None for none. RandAugment with its usual set of
-        operations works on the batch, any other policy image by image.
+    aa: a policy in timm's notation, e.g. rand-m9-mstd0.5-inc1, or None. RandAugment with its usual operations works on
+        the batch, any other policy image by image.
     color_jitter: strength of brightness, contrast and saturation changes; None for none.
     """
 
@@ -259,12 +259,12 @@ class BatchTransform:
         self._constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor | None, epoch: int, train: bool) -> torch.Tensor:
-        """x: uint8 [B, C, H, W], left as it is; index: int64 [B], the samples' numbers, unused in evaluation."""
+        """x: uint8 [B, C, H, W], not modified; index: int64 [B], sample numbers, unused in evaluation."""
         _check_uint8(x)
         if x.shape[1] != len(self.mean):
             raise ValueError(f"images have {x.shape[1]} channels, mean has {len(self.mean)}")
         if train:
-            assert index is not None, "training draws by the samples' numbers"
+            assert index is not None, "training needs the sample numbers"
             x = self._augment(x, index, epoch)
         if self.size is not None:
             x = resize(x, self.size)

@@ -1,4 +1,4 @@
-"""Image files of any kind to upright 8-bit PIL images. What a file is, its bytes tell, whatever its name says."""
+"""Decodes image files of any kind to upright 8-bit PIL images. Formats are detected by content, not by name."""
 
 import os
 import re
@@ -13,9 +13,9 @@ from PIL import Image, ImageFile
 
 LARGEST_ASPECT = 16
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's own limit: 179 million
-# What Pillow knows and does not decode itself: PostScript, which is handed to Ghostscript, a program, and Windows'
-# metafiles, to Windows; formats without a decoder; Microsoft's containers, such as Thumbs.db; text about pictures.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow's default: 179 million
+# Formats that Pillow knows but does not decode itself: PostScript, which it passes to Ghostscript, and metafiles, to
+# Windows; formats without a decoder; Microsoft's containers, such as Thumbs.db; text formats.
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC", "IPTC"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,12 +29,12 @@ _TURNS = {
 
 
 class ImageError(OSError):
-    """A file that cannot be decoded: the file's fault, and no other error is."""
+    """A file that cannot be decoded. No other error means that the file is bad."""
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """What Pillow raises on a broken file, which is anything, as ImageError. Only Pillow's own calls belong in here."""
+    """Turn any error into ImageError: Pillow may raise anything for a broken file. Only for calls of Pillow."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -47,15 +47,15 @@ def decoding() -> Iterator[None]:
 
 
 def limit_pixels(max_pixels: int) -> None:
-    """Images beyond `max_pixels` are refused before any pixel is decoded, in this process and those that it forks."""
-    # Pillow warns above its limit, and refuses above twice as much.
+    """Refuse images with more than `max_pixels` before decoding, in this process and those that it forks."""
+    # Pillow warns above its limit and refuses above twice the limit.
     Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @cache
 def _register() -> None:
-    """Pillow's plugins and, where it is installed, pillow-heif's, for the photos of telephones."""
+    """Register Pillow's plugins and, if installed, pillow-heif's, for photos of phones."""
     Image.init()
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
@@ -64,14 +64,14 @@ def _register() -> None:
 
 
 def _format_of(path: str) -> str | None:
-    """The format that the file's extension stands for; None for one that Pillow does not know."""
+    """The format of the file's extension; None if Pillow does not know it."""
     _register()
     return Image.EXTENSION.get(os.path.splitext(path)[1].lower())
 
 
 @cache
 def _formats(named: str | None) -> tuple[str, ...]:
-    """The formats to try for a file: its extension's, then all that know themselves by their first bytes."""
+    """The formats to try for a file: its extension's, then all that are detected by their first bytes."""
     signed = (f for f, (_, accept) in Image.OPEN.items() if accept is not None)
     candidates = dict.fromkeys([named, *signed] if named in Image.OPEN else signed)
     return tuple(f for f in candidates if f not in NOT_DECODED)
@@ -84,9 +84,9 @@ def is_known(extension: str) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is read as an image: by its extension where Pillow knows it, without opening the file.
+    """Whether a file is an image: by its extension if Pillow knows it, without opening the file.
 
-    With any other extension, or none: by its first bytes and its header.
+    For other extensions, or none: by its first bytes and header.
     """
     if named := _format_of(path):
         return named in Image.OPEN and named not in NOT_DECODED
@@ -113,7 +113,7 @@ def open_image(path: str, in_chans: int) -> Image.Image:
 
 
 def open_file(path: str) -> ImageFile.ImageFile:
-    """Pillow's Image.open for regular files (a pipe or device would be waited for without end). ImageError."""
+    """Pillow's Image.open for regular files (reading a pipe or device might never end). ImageError."""
     with decoding():
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("not a regular file")
@@ -121,27 +121,27 @@ def open_file(path: str) -> ImageFile.ImageFile:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none that can be read."""
+    """The EXIF orientation, 1 to 8; 1 if it cannot be read."""
     try:
         value = image.getexif().get(ORIENTATION)
         return value if value in _TURNS else 1
-    except Exception:  # EXIF of any bytes; the pixels are there all the same
+    except Exception:  # broken EXIF; the pixels may still be fine
         return 1
 
 
 def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
-    """An image of any mode, turned upright by its EXIF orientation, as 8-bit `L` (in_chans 1) or `RGB` (3).
+    """An image of any mode, upright by its EXIF orientation, as 8-bit `L` (in_chans 1) or `RGB` (3).
 
-    Transparency is composited over white, as a page shows it; the colours hidden under it are arbitrary.
-    Integers beyond 8 bits count as 0..65535; floats as 0..1 if no finite one is far above 1, else as 0..255.
-    What is longer than 16 times its breadth keeps its middle 16 : 1: resized to cover a square, all of it would take
-    memory without bound, to be cropped away. ImageError if a file's image cannot be decoded.
+    Transparency is composited over white, as on a page; the colours of transparent pixels are arbitrary.
+    Integers of more than 8 bits have the range 0..65535; floats 0..1 if no finite value is far above 1, else 0..255.
+    Images longer than 16 times their width are cropped to the middle 16 : 1: resizing the whole image to cover a square
+    would need unlimited memory. ImageError if the image cannot be decoded.
     """
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans {in_chans}: image files have 1 or 3 channels")
     with decoding():
         image.load()
-        # Not ImageOps.exif_transpose: it writes the other EXIF values anew, and fails where one of them is odd.
+        # Not ImageOps.exif_transpose: it rewrites the other EXIF values and fails if one of them is invalid.
         turn = _TURNS.get(orientation(image))
         image = image if turn is None else image.transpose(turn)
     image = limit_aspect(image)
@@ -153,21 +153,22 @@ def to_channels(image: Image.Image, in_chans: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if in_chans == 1 else "RGB"
-    with decoding():  # there are modes that Pillow reads and does not convert, such as LAB
+    with decoding():  # Pillow reads but cannot convert some modes, such as LAB
         return image if image.mode == mode else image.convert(mode)
 
 
 def to_levels(values: np.ndarray) -> np.ndarray:
     """Floats as levels 0..255. NaN and -inf are black, inf is white.
 
-    Up to 1.5 they count as 0..1: resampling and sharpening overshoot 1, and as levels such a picture would be black.
+    If all are below 1.5, the range is 0..1: resampling and sharpening overshoot 1, and as levels the image would be
+    black.
     """
     highest = values[np.isfinite(values)].max(initial=0.0)
     return np.nan_to_num(values * (255.0 if highest <= 1.5 else 1.0), nan=0.0)
 
 
 def limit_aspect(image: Image.Image) -> Image.Image:
-    """The image, or the middle of one beyond LARGEST_ASPECT : 1 either way."""
+    """The image, or its middle if its aspect is beyond LARGEST_ASPECT : 1 either way."""
     w, h = image.size
     side = LARGEST_ASPECT * min(w, h)
     if side >= max(w, h):

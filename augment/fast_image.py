@@ -1,14 +1,14 @@
-"""Random resized crops straight from JPEG files: decoded at the scale that the crop needs, resized in uint8.
+"""Random resized crops of JPEG files, decoded at the scale that the crop needs and resized in uint8.
 
 OpenCV decodes (Pillow's pixels, bit for bit, in two thirds of the time) and computes RandAugment (opencv_ops.py).
-The same draws as the PIL pipeline of augment/image.py in the same order, so the same boxes, flips and RandAugment; what
-differs is how a crop's pixels are computed:
+The random draws, and so the boxes, flips and operations, are those of the PIL pipeline in augment/image.py. Only the
+pixels of a crop are computed differently:
 
     large crop     libjpeg decodes at 1/2, 1/4 or 1/8 (it drops the high frequencies of each 8 x 8 block), the largest
-                   reduction that leaves the crop at least the output's pixels; Pillow resizes the rest of the way
-    small crop     decoded as it is, resized by torch's vectorised kernel: Pillow's filter, at most a level or two apart
+                   reduction at which the crop has at least the output's pixels; Pillow resizes it further
+    small crop     decoded in full size, resized by torch's vectorised kernel: Pillow's filter, within a level or two
 
-What is no plain upright JPEG of the wanted channels goes through Pillow alone.
+Pillow reads all files other than plain upright JPEGs with the right number of channels.
 """
 
 import os
@@ -28,16 +28,16 @@ from torchvision.transforms.v2 import functional as TVF
 from augment.decoding import LARGEST_ASPECT, ImageError, decoding, open_file, orientation, to_channels
 from augment.opencv_ops import decode_jpeg, on_arrays
 
-REDUCTIONS = (8, 4, 2)  # libjpeg's, that Pillow reaches
+REDUCTIONS = (8, 4, 2)  # libjpeg's scales that Pillow offers
 END_OF_IMAGE = b"\xff\xd9"
 _FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 
 
 class FastTrainTransform:
-    """path -> uint8 [C, h, w]: what `transform(open_image(path))` gives, in about half the time.
+    """path -> uint8 [C, h, w], like `transform(open_image(path))` in about half the time.
 
     transform: a pipeline of build_train_transform that begins with a random resized crop; in_chans: 1 or 3. ImageError
-    where the file cannot be decoded, or OpenCV cannot.
+    if the file, or its JPEG data for OpenCV, cannot be decoded.
     """
 
     def __init__(self, transform: transforms.Compose, in_chans: int):
@@ -45,7 +45,7 @@ class FastTrainTransform:
         self.crop, *rest = transform.transforms
         if not isinstance(self.crop, (transforms.RandomResizedCrop, RandomResizedCropAndInterpolation)):
             raise ValueError(f"transform: must begin with a random resized crop, got {type(self.crop).__name__}")
-        # Flips work on tensors too; what comes after them and before the last step's tensor needs a PIL image.
+        # Flips also work on tensors; the steps between them and the last one need a PIL image.
         while rest and isinstance(rest[0], _FLIPS):
             rest.pop(0)
         self.flips = transform.transforms[1 : len(transform.transforms) - len(rest)]
@@ -67,12 +67,12 @@ class FastTrainTransform:
 
 
 def to_array(x: torch.Tensor) -> np.ndarray:
-    """uint8 [C, h, w] as [h, w] or [h, w, 3]; free where the channels are interleaved in memory already."""
+    """uint8 [C, h, w] as [h, w] or [h, w, 3]; no copy if the channels are interleaved in memory."""
     return (x[0] if len(x) == 1 else rearrange(x, "c h w -> h w c")).contiguous().numpy()
 
 
 def to_tensor(x: np.ndarray) -> torch.Tensor:
-    """to_array's inverse, channel by channel in memory: OpenCV separates them ten times as fast as torch.stack."""
+    """Inverse of to_array, contiguous: OpenCV separates channels ten times as fast as torch.stack."""
     out = np.empty((1 if x.ndim == 2 else 3, *x.shape[:2]), np.uint8)
     cv2.split(x, list(out))
     return torch.from_numpy(out)
@@ -85,7 +85,7 @@ def can_be_fast(transform: Callable) -> bool:
 
 
 def is_plain_jpeg(image: ImageFile.ImageFile, in_chans: int) -> bool:
-    """An opened, not yet decoded file that to_channels would only decode, and that was not cut off."""
+    """Whether an opened file is a complete JPEG for which to_channels would do nothing but decode."""
     return (
         image.format == "JPEG"
         and image.mode == ("L" if in_chans == 1 else "RGB")
@@ -96,14 +96,14 @@ def is_plain_jpeg(image: ImageFile.ImageFile, in_chans: int) -> bool:
 
 
 def ends_properly(file) -> bool:
-    """OpenCV fills what is missing at a file's end without a word; Pillow reports it."""
+    """Whether the file is complete. OpenCV silently fills missing data at the end; Pillow reports it."""
     with decoding():
         file.seek(-2, os.SEEK_END)
         return file.read() == END_OF_IMAGE
 
 
 def reduction(box_h: int, box_w: int, size: tuple[int, int]) -> int:
-    """The largest of libjpeg's reductions that leaves a box at least size = (h, w) pixels; 1 for none."""
+    """The largest of libjpeg's reductions at which a box has at least size = (h, w) pixels; 1 for none."""
     return next((s for s in REDUCTIONS if box_h >= s * size[0] and box_w >= s * size[1]), 1)
 
 
@@ -113,7 +113,7 @@ def decode_crop(
     """Box (top, left, h, w) of an opened JPEG, in its full-size pixels, resized to `size` (h, w): uint8 [C, h, w].
 
     ImageError if OpenCV cannot decode it.
-    The channels are interleaved in memory: torch's kernel and RandAugment are several times as fast that way.
+    The channels are interleaved in memory, which makes torch's kernel and RandAugment several times as fast.
     """
     top, left, h, w = box
     scale = reduction(h, w, size)
@@ -123,11 +123,11 @@ def decode_crop(
         data = image.fp.read()
     pixels = decode_jpeg(data, scale, grey=image.mode == "L")
     if pixels.shape[:2] != tuple(-(-side // scale) for side in image.size[::-1]):
-        raise ImageError("OpenCV decodes it to another size than its header says")
+        raise ImageError("OpenCV decodes a size other than the header's")
     if scale == 1:
         crop = pixels[top : top + h, left : left + w]
         x = rearrange(torch.from_numpy(crop), "h w ... -> 1 (...) h w")
-        x = x.contiguous(memory_format=torch.channels_last)  # torch keeps the layout only of what is dense in it
+        x = x.contiguous(memory_format=torch.channels_last)  # torch keeps the layout only of dense tensors
         return F.interpolate(x, size=size, mode=interpolation.value, antialias=True)[0]
     # Pillow takes the box in fractions of the reduced image's pixels.
     corners = (

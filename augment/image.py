@@ -1,8 +1,8 @@
 """Per-image transforms in loader workers: file -> PIL image -> uint8 tensor [C, H, W].
 
-Normalisation and erasing come later, for the whole batch on its device (augment/batch.py). Randomness comes from the
-global generators of random, numpy and torch, which util.seed.sample_rng sets per sample. Policies are timm's own, on
-Pillow images; augment/opencv_ops.py and augment/rand_augment.py compute the same faster and are tested against them.
+Normalisation and erasing come later, for the whole batch on its device (augment/batch.py). Random numbers come from the
+global generators of random, numpy and torch, which util.seed.sample_rng seeds per sample. Policies are timm's, on
+Pillow images; augment/opencv_ops.py and augment/rand_augment.py are faster versions, tested against them.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ PHOTO_JITTER = 0.3  # of brightness, contrast and saturation, in the photo-folde
 
 @dataclass(frozen=True)
 class Geometry:
-    """Crops and flips of training. ValueError for what cannot be.
+    """Crops and flips of training. ValueError for invalid values.
 
     crop: `none`, `pad` (zero padding, then a window of the stored size) or `rrc` (random resized crop), of images in
         memory; image files get the crop of their preset.
     padding: pixels, for `pad`.
     scale, ratio: area fraction and aspect range of a random resized crop; scale None: the preset's.
-    hflip, vflip: probability of a mirror image, of one upside down.
+    hflip, vflip: probability of a mirror image, of an upside-down image.
     """
 
     crop: str = "none"
@@ -72,7 +72,7 @@ def build_train_transform(
         photo     crop of 70-100 %, flip, rotation to 15 degrees, shift to 10 %, zoom 0.9-1.1, colour jitter 0.3 (hue
                   0.05): for a folder of photos. Rotation, shift and zoom are one affine map and one resampling.
         light     crop and flip.          pretrain   MAE's pretraining: crop of 20-100 % and flip.
-        none      what evaluation sees, without its border cut.
+        none      resized as in evaluation, without cutting the border.
 
     geometry: its scale (None: as above), ratio (the crop's aspect over size's) and flips. aa: timm's policy string,
     `mae` only. color_jitter: strength for `mae` (without aa) and `photo`. mean: pixel mean in [0, 1] per channel;
@@ -87,7 +87,7 @@ def build_train_transform(
     if preset == "none":
         return build_eval_transform(size, crop_pct=1.0, interpolation=interpolation)
     scale = geometry.scale or SCALES[preset]
-    # The crop's aspect varies around the input's own: a wide input must not stretch square crops.
+    # The crop's aspect varies around the input's: a wide input must not stretch square crops.
     low, high = (r * size[1] / size[0] for r in geometry.ratio)
     if preset != "photo":
         transform = create_transform(
@@ -106,8 +106,8 @@ def build_train_transform(
         return transforms.Compose([allow_zero_bits(step) for step in transform.transforms])
     strength = PHOTO_JITTER if color_jitter is None else color_jitter
     fill = [round(255 * m) for m in mean]
-    # A resize of the whole image before the crop, as the method's reference has, would resample twice: the crop's
-    # box is a fraction of the image, and the same with or without it.
+    # The method's reference code resizes the whole image before the crop, which would resample twice. The crop's box
+    # is a fraction of the image, so it is the same without the resize.
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale, (low, high), InterpolationMode(interpolation)),
@@ -121,17 +121,17 @@ def build_train_transform(
 
 
 def default_crop_pct(size: tuple[int, int]) -> float:
-    """The share of the resized side that evaluation keeps, as MAE evaluates: 224/256 up to 224 pixels, 1 above."""
+    """The share of the resized side that evaluation keeps, as in MAE: 224/256 up to 224 pixels, 1 above."""
     return 224 / 256 if max(size) <= 224 else 1.0
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's, and black for 0 bits, which policies draw: as Pillow gave it before version 13, which refuses."""
+    """timm's posterize, but black for 0 bits, which policies may draw: Pillow refuses it from version 13."""
     return Image.new(image.mode, image.size) if bits_to_keep < 1 else auto_augment.posterize(image, bits_to_keep)
 
 
 def allow_zero_bits(step: Callable) -> Callable:
-    """A step of timm's pipeline; a policy of operations with `posterize` above for timm's."""
+    """Replace timm's posterize by the one above if the step is a policy."""
     if isinstance(step, auto_augment.AutoAugment):
         ops = [op for pair in step.policy for op in pair]
     else:
@@ -142,7 +142,7 @@ def allow_zero_bits(step: Callable) -> Callable:
 
 
 def timm_policy(aa: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    """The policy alone that timm's string names (rand, original, v0, 3a, augmix, ...), for images of `size` (h, w).
+    """The policy named by timm's string (rand, original, v0, 3a, augmix, ...), for images of `size` (h, w).
 
     mean: as in build_train_transform. Interpolates bilinearly.
     """

@@ -1,15 +1,15 @@
-"""The family of noises: what is added to a tensor; augment/alpha_blend.py says how much, models/vit.py where.
+"""Kinds of noise; augment/alpha_blend.py sets the strength, models/vit.py the place.
 
-A kind is called with x float32 [B, ...], those tokens, maps or pixels of a network that get noise, and a Strength. It
-returns the two parts of what comes out, signal and noise, whose sum goes on. So the ratio of their powers,
+A kind is called with x float32 [B, ...], the tokens, maps or pixels that get noise, and a Strength. It returns signal
+and noise, whose sum is the output. So the ratio of their powers,
 
     10 log10(E|signal|^2 / E|noise|^2)   in dB,
 
-is known for each kind, and kinds are compared at an equal one. In relative units the noise has `scale` = rms(x), the
-sample's root mean square over tokens and channels, so that a strength is the same ratio whatever x is; in absolute
+is known for each kind, and kinds can be compared at the same ratio. In relative units the noise has `scale` = rms(x),
+the sample's root mean square over tokens and channels, so that a strength is the same ratio for any x; in absolute
 units scale = 1.
 
-A new kind is a class here and its line in util/choices.py, NOISE_KINDS.
+A new kind is a class here and an entry of NOISE_KINDS in util/choices.py.
 """
 
 import math
@@ -22,7 +22,7 @@ from einops import rearrange
 @dataclass(frozen=True)
 class Strength:
     """How much noise each sample gets. signal, noise: sqrt(abar) and sqrt(1 - abar), float32 [B, 1, ...]; the ratio is
-    abar / (1 - abar). scale: of the noise, 1 or [B, 1, ...]. own: the kind's own number, where it has one."""
+    abar / (1 - abar). scale: of the noise, 1 or [B, 1, ...]. own: the kind's parameter, if it has one."""
 
     signal: torch.Tensor
     noise: torch.Tensor
@@ -31,26 +31,26 @@ class Strength:
 
     @property
     def sigma(self) -> torch.Tensor:
-        """Standard deviation of noise that is added to the signal as it is: sqrt((1 - abar) / abar) scale."""
+        """Standard deviation of noise added to the unscaled signal: sqrt((1 - abar) / abar) scale."""
         return self.noise / self.signal * self.scale
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the axes of a network's tensor are: [B, N, D], `prefix` tokens before a `grid` of rows x columns (None where
-    it is not known); [B, C, H, W]; or, with channels_last, [B, H, W, C]."""
+    """The axes of a network's tensor: [B, N, D], with `prefix` tokens before a `grid` of rows x columns (None if
+    unknown); [B, C, H, W]; or, with channels_last, [B, H, W, C]."""
 
     prefix: int = 0
     grid: tuple[int, int] | None = None
     channels_last: bool = False
-    tokens: bool = False  # a plain sequence of patches, of which some can be left out
+    tokens: bool = False  # a plain sequence of patches, so that some can be left out
 
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 
 
 class Kind:
-    """A noise. has_ratio: its strength is a ratio of powers, else its own number. on_patches: never on the prefix."""
+    """A kind. has_ratio: the strength is a ratio of powers, else a parameter. on_patches: not on prefixes."""
 
     has_ratio = True
     on_patches = False
@@ -82,7 +82,7 @@ class Additive(Kind):
 
 
 class Multiplicative(Kind):
-    """x (1 + sigma eps): Gaussian dropout (Srivastava et al., JMLR 2014, section 10). Its scale is that of x anyway."""
+    """x (1 + sigma eps): Gaussian dropout (Srivastava et al., JMLR 2014, section 10). It scales with x in any units."""
 
     def __call__(self, x, s, generator=None):
         return x, x * (s.noise / s.signal) * normal(x, generator)
@@ -99,7 +99,7 @@ class Uniform(Kind):
 class Neftune(Kind):
     """x + alpha / sqrt(L d) u, u ~ U(-1, 1), for L tokens of d values (Jain et al., NEFTune, ICLR 2024).
 
-    Its own number is alpha, 5 to 15 there. At a ratio it is Uniform: alpha = sqrt(3 L d) sigma.
+    The parameter is alpha, 5 to 15 in the paper. At a given ratio it equals Uniform: alpha = sqrt(3 L d) sigma.
     """
 
     def __call__(self, x, s, generator=None):
@@ -110,7 +110,7 @@ class Neftune(Kind):
 
 
 class TokenDrop(Kind):
-    """Patch tokens are left out with probability p, its own number; as many of each sample (timm's PatchDropout)."""
+    """Leaves out a share p (the parameter) of patch tokens, equally many of each sample (timm's PatchDropout)."""
 
     has_ratio, on_patches = False, True
 
@@ -123,9 +123,9 @@ class TokenDrop(Kind):
 
 
 class ManifoldMixup(Kind):
-    """lambda x_b + (1 - lambda) x_pi(b), and the targets so too (Verma et al., ICML 2019); lambda ~ Beta(alpha, alpha).
+    """lambda x_b + (1 - lambda) x_pi(b), and targets likewise (Verma et al., ICML 2019); lambda ~ Beta(alpha, alpha).
 
-    alpha is its own number. `draw` is called before the forward pass, for the targets (see AlphaBlend.mix_targets).
+    The parameter is alpha. `draw` is called before the forward pass, for the targets (see AlphaBlend.mix_targets).
     """
 
     has_ratio = False
@@ -141,7 +141,7 @@ class ManifoldMixup(Kind):
 class Coloured(Kind):
     """x + sigma eps, the power of eps over the patch grid following f^k: red k = -1, blue k = 1, green a band of f.
 
-    f: distance from frequency 0 in cycles per grid; each channel has noise of its own, of unit variance.
+    f: distance from frequency 0 in cycles per grid; each channel has independent noise of unit variance.
     """
 
     on_patches = True
@@ -149,7 +149,7 @@ class Coloured(Kind):
     def __call__(self, x, s, generator=None):
         eps = normal(x, generator)
         if x.ndim == 3:
-            assert self.layout.grid is not None  # models.vit.attach_noise sees to it
+            assert self.layout.grid is not None  # checked by models.vit.attach_noise
             rows, columns = self.layout.grid
             eps = rearrange(eps, "b (r c) d -> b d r c", r=rows, c=columns)
         elif self.layout.channels_last:
@@ -164,10 +164,12 @@ class Coloured(Kind):
 
 
 def spectrum(rows: int, columns: int, colour: str, device) -> torch.Tensor:
-    """Factors [rows, columns] on a white noise's Fourier transform that leave its variance 1."""
+    """Factors [rows, columns] for the Fourier transform of white noise; the variance stays 1."""
     fy, fx = (torch.fft.fftfreq(n, device=device)[shape] for n, shape in ((rows, (..., None)), (columns, (None, ...))))
     f = (fy.square() + fx.square()).sqrt()
-    lowest = 1.0 / max(rows, columns)  # frequency 0 counts as the lowest above it, so that red noise has a power there
+    lowest = 1.0 / max(
+        rows, columns
+    )  # frequency 0 is treated as the next higher one, so that red noise has finite power there
     f = f.clamp_min(lowest)
     if colour == "green":
         power = ((f > f.max() / 4) & (f <= f.max() / 2)).float()

@@ -1,10 +1,10 @@
-"""timm's RandAugment operations on uint8 arrays, computed by OpenCV: [h, w, 3] or, for grey images, [h, w].
+"""timm's RandAugment operations in OpenCV, on uint8 arrays [h, w, 3] or, for grey images, [h, w].
 
-For image files, in loader processes (augment/fast_image.py): 32 images of 224 pixels take 19 ms of CPU, 27 ms by
-the batch and 31 ms through Pillow (bench/rand_augment.py).
+Used for image files, in loader processes (augment/fast_image.py): 32 images of 224 pixels take 19 ms of CPU, against
+27 ms by the batch and 31 ms with Pillow (bench/rand_augment.py).
 
-timm draws the operations and their magnitudes (AugmentOp, RandAugment); only the pixels are computed here. Tables, by
-the formulas of augment/pixel_ops.py, are Pillow's to the level; colour, sharpness, shears and translations within one.
+timm draws the operations and their magnitudes (AugmentOp, RandAugment); only the pixels are computed here. Lookup
+tables (augment/pixel_ops.py) equal Pillow's; colour, sharpness, shears and translations are within one level.
 OpenCV's rotation rounds where Pillow truncates. At the border it blends the fill into the image over one pixel, where
 Pillow cuts. Its bicubic kernel is a little less sharp (a = -0.75; Pillow's transform: -1).
 """
@@ -22,18 +22,18 @@ from augment import pixel_ops as ops
 from augment.decoding import ImageError, decoding
 from augment.image import posterize
 
-cv2.setNumThreads(0)  # images are small; loader processes are what works side by side
+cv2.setNumThreads(0)  # images are small, and loader processes already run in parallel
 
 _INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 _LEVELS = np.arange(256)
-_TRUNCATE = 1e-3 - 0.5  # added before OpenCV rounds, what comes out is truncated, as Pillow's is
+_TRUNCATE = 1e-3 - 0.5  # added before OpenCV rounds, so that it truncates like Pillow
 
 
 def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
     """uint8 [h, w, 3] in RGB order, or [h, w]: Pillow's pixels, at 1/scale (1, 2, 4 or 8) of the file's size.
 
-    The orientation in EXIF is ignored. ImageError for what cannot be decoded; what a file lacks at its end is grey.
+    EXIF orientation is ignored. ImageError if it cannot be decoded; missing data at the end becomes grey.
     """
     reduced = {1: 0, 2: 16, 4: 32, 8: 64}[scale]  # cv2.IMREAD_REDUCED_GRAYSCALE_*
     colour = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
@@ -45,7 +45,7 @@ def decode_jpeg(data: bytes, scale: int = 1, grey: bool = False) -> np.ndarray:
 
 
 def _drawn(resample) -> str:
-    """The interpolation's name; timm's draw where there are several."""
+    """Name of the interpolation; drawn as in timm if there are several."""
     resample = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
     return InterpolationMode[resample.name].value
 
@@ -76,19 +76,18 @@ def _taps(d: np.ndarray, interpolation: str) -> np.ndarray:
 
 
 def _shift_rows(x: np.ndarray, shift: np.ndarray, fillcolor, resample) -> np.ndarray:
-    """Column j of row i shows column j + shift[i] of the same row: shears and translations need no more than that.
+    """Column j of row i shows column j + shift[i] of the same row; enough for shears and translations.
 
-    shift: float64 [h], or [1] for all rows. Pillow's pixels to the level, several times as fast as a map of two
-    dimensions.
+    shift: float64 [h], or [1] for all rows. Equal to Pillow's pixels, and several times as fast as a 2-D remap.
     """
     h, w = x.shape[:2]
     channels = 1 if x.ndim == 2 else x.shape[2]
     whole = np.floor(shift).astype(np.int64)
     taps = _taps(shift - whole, _drawn(resample)).astype(np.float32)  # [h or 1, 4]
-    # Repeated at both ends so far that every tap is inside.
+    # Rows are padded at both ends so that every tap is inside.
     before, after = max(0, 1 - int(whole.min())), max(0, 2 + int(whole.max()))
     x = cv2.copyMakeBorder(x, 0, 0, before, after, cv2.BORDER_REPLICATE)
-    # What is outside shows the fill. A row of it is repeated: assigning the colour to pixels costs as much as the rest.
+    # The fill colour shows outside. A row of it is repeated: assigning it to pixels would cost as much as the rest.
     out = np.empty((h, w * channels), np.uint8)
     out[:] = np.tile(np.array(_fill(x, fillcolor), np.uint8), w)
     out = out.reshape((h, w) + x.shape[2:])
@@ -219,7 +218,7 @@ _TWINS = {
 
 
 def on_arrays(policy: auto_augment.RandAugment) -> auto_augment.RandAugment | None:
-    """The policy with OpenCV's operations in place of Pillow's, and the same draws; None if one has no twin here."""
+    """The policy with OpenCV's operations and the same draws; None if an operation is not implemented here."""
     if not isinstance(policy, auto_augment.RandAugment) or any(op.aug_fn not in _TWINS for op in policy.ops):
         return None
     policy = copy.deepcopy(policy)

@@ -1,8 +1,8 @@
 """Pillow's image operations on uint8 batches [B, C, H, W], C = 1 or 3, each sample with its own strength.
 
-They repeat Pillow's integer arithmetic (truncation included), so a batch on the device gets the colours that timm's and
-torchvision's per-image augmentations give; only `affine` may differ, by one level. Arguments lie on x's device unless
-said otherwise.
+They use Pillow's integer arithmetic (truncation included), so a batch on the device gets the same colours as with
+timm's and torchvision's per-image augmentations; only `affine` may differ, by one level. Arguments are on x's device
+unless stated otherwise.
 """
 
 from typing import TypeVar
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from augment.transfer import to_device
 
-# ---- Formulas of tables, for tensors and for numpy arrays (augment/opencv_ops.py): what the levels 0..255, the last
-# dimension, become before they are cut to 8 bits.
+# ---- Formulas for lookup tables, for tensors and numpy arrays (augment/opencv_ops.py): new values of the levels 0..255
+# (the last dimension) before truncation to 8 bits.
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
@@ -51,7 +51,7 @@ def solarize_add(levels: Array, add, threshold=128) -> Array:
     return levels + (levels < threshold) * add
 
 
-# ---- Tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
+# ---- Lookup tables: operations that map each level of a channel to another, uint8 [B, C or 1, 256]
 
 
 TABLES = ("AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd", "Contrast", "Brightness")
@@ -62,7 +62,7 @@ def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor) -> torch.Te
     levels, a = torch.arange(256, device=x.device), argument.view(-1, 1, 1)
     match name:
         case "AutoContrast":
-            # float64 as Pillow, where there is any; float32 may put a level that falls on a whole number one lower.
+            # float64 as in Pillow, if the device has it; float32 may make a level that is a whole number one lower.
             dtype = torch.float32 if x.device.type == "mps" else torch.float64
             low, high = (extreme(x.flatten(2), 2, keepdim=True).to(dtype) for extreme in (torch.amin, torch.amax))
             table = autocontrast(levels, low, high)
@@ -87,7 +87,7 @@ def lookup_table(name: str, x: torch.Tensor, argument: torch.Tensor) -> torch.Te
 
 
 def apply_table(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Look every pixel up in its sample's and channel's table, uint8 [B, C or 1, 256]."""
+    """Look up every pixel in its sample's and channel's table, uint8 [B, C or 1, 256]."""
     table = table.expand(-1, x.shape[1], -1)
     return table.gather(2, x.flatten(2).long()).view_as(x)
 
@@ -106,16 +106,16 @@ def grey(x: torch.Tensor) -> torch.Tensor:
 
 
 def mean_grey(x: torch.Tensor) -> torch.Tensor:
-    """Mean luma rounded half up, int64 [B]; in integers, so that every device finds the same."""
+    """Mean luma rounded half up, int64 [B]; in integers, so that it is equal on every device."""
     pixels = x.shape[2] * x.shape[3]
     return (2 * grey(x).flatten(1).sum(1) + pixels) // (2 * pixels)
 
 
-# ---- Operations that see more than one channel or pixel
+# ---- Operations that use more than one channel or pixel
 
 
 def color(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Saturation: distance from the pixel's own grey times factor [B]. The identity on grey images."""
+    """Saturation: distance from the pixel's grey value times factor [B]. Grey images do not change."""
     if x.shape[1] == 1:
         return x
     return _to_uint8(blend(grey(x).float(), x.float(), factor.view(-1, 1, 1, 1)))
@@ -136,8 +136,7 @@ def sharpness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tensor:
     """Image.transform(AFFINE) with bilinear interpolation: output pixel (x, y) shows input matrix @ (x, y, 1).
 
-    matrix: float64 [B, 2, 3] in pixels, pixel centres at .5, best on the CPU. fill: a level per channel for what lies
-    outside the image.
+    matrix: float64 [B, 2, 3] in pixels, pixel centres at .5, best on the CPU. fill: level per channel outside x.
     """
     H, W = x.shape[-2:]
     xs = torch.arange(W, device=matrix.device, dtype=torch.float64) + 0.5
@@ -158,5 +157,5 @@ def affine(x: torch.Tensor, matrix: torch.Tensor, fill: list[int]) -> torch.Tens
     outside = (torch.maximum(u.abs_(), v.abs_()) > 1.0).unsqueeze(1)  # [B, 1, H, W]
     colour = to_device(torch.tensor(fill, dtype=torch.float32).view(1, -1, 1, 1), x.device)
     y = torch.where(outside, colour, y)
-    # Pillow truncates; the small step keeps flat areas from losing a level to float32's rounding.
+    # Pillow truncates; the small offset keeps flat areas from losing a level by float32 rounding.
     return y.add_(1e-3).to(torch.uint8)

@@ -1,10 +1,10 @@
-"""RandAugment and colour jitter on whole uint8 batches, for sets that live in memory, on any device.
+"""RandAugment and colour jitter on whole uint8 batches, for in-memory data sets, on any device.
 
-128 images of 32 pixels take 6 ms of CPU here, 16 ms one by one through OpenCV (augment/opencv_ops.py) and 21 ms through
-timm on Pillow; at 224 pixels one by one is faster (bench/rand_augment.py). Other policies of timm go through Pillow.
+128 images of 32 pixels take 6 ms of CPU here, 16 ms one by one with OpenCV (augment/opencv_ops.py) and 21 ms with timm
+on Pillow; at 224 pixels one by one is faster (bench/rand_augment.py). Other policies of timm use Pillow.
 
 timm's policies and magnitudes (Cubuk et al., RandAugment, CVPR Workshops 2020), with counted random numbers.
-Geometric operations interpolate bilinearly (timm draws bilinear or bicubic unless told), one resampling per layer.
+Geometric operations interpolate bilinearly (timm's default draws bilinear or bicubic), one resampling per layer.
 """
 
 import math
@@ -21,7 +21,7 @@ from augment.transfer import to_device
 from util.choices import is_policy, is_rand_augment
 from util.seed import counted_normal, counted_uniform, sample_rng
 
-# Lookups in a table, then affine maps, then the rest: batches are sorted by operation, and each kind is one slice.
+# Table lookups, then affine maps, then the rest: batches are sorted by operation, so each kind is one slice.
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 OPS = (*ops.TABLES, *GEOMETRIC, "Color", "Sharpness")
 _STREAM = 16  # layer i draws uniforms from stream 16 + 2 i and normals from 17 + 2 i
@@ -45,12 +45,12 @@ class RandAugmentPolicy:
 
 
 def parse_rand_augment(config: str) -> RandAugmentPolicy:
-    """timm's string, such as rand-m9-mstd0.5-inc1, read by timm. ValueError for another policy."""
+    """Parse timm's string, such as rand-m9-mstd0.5-inc1, with timm. ValueError for another policy."""
     if not is_rand_augment(config):
         raise ValueError(
             f"aa {config!r}: should be as rand-m9-mstd0.5-inc1, of m, n, p, mstd, mmax and inc with numbers"
         )
-    policy = rand_augment_transform(config.replace("-inc0", ""), {})  # timm 1.0.15 takes any inc for 1
+    policy = rand_augment_transform(config.replace("-inc0", ""), {})  # timm 1.0.15 reads any inc as 1
     op = policy.ops[0]
     increasing = any(o.name.endswith("Increasing") for o in policy.ops)
     return RandAugmentPolicy(
@@ -63,7 +63,7 @@ def rand_augment(
 ) -> torch.Tensor:
     """RandAugment of uint8 [B, C, H, W], C = 1 or 3, into a new tensor.
 
-    fill: the level per channel, 0..255, of what geometric operations uncover. Decisions are made on index's device.
+    fill: level per channel, 0..255, for uncovered pixels. Random decisions are computed on index's device.
     """
     if isinstance(policy, str):
         policy = parse_rand_augment(policy)
@@ -76,9 +76,9 @@ def rand_augment(
 
 
 class PillowPolicy:
-    """Any of timm's policies on uint8 [B, C, H, W], image by image through Pillow: slower, for what is not RandAugment.
+    """Any policy of timm on uint8 [B, C, H, W], image by image with Pillow: slower, for all but RandAugment.
 
-    An image's draws depend on (seed, epoch, index) only. mean: per channel in [0, 1], fills what operations uncover.
+    An image's draws depend on (seed, epoch, index) only. mean: per channel in [0, 1], fills uncovered pixels.
     """
 
     def __init__(self, aa: str, mean: tuple[float, ...]):
@@ -112,7 +112,7 @@ def draw_layer(policy: RandAugmentPolicy, seed: int, epoch: int, index: torch.Te
 
 
 def op_argument(name: str, level: torch.Tensor, sign: torch.Tensor, increasing: bool) -> torch.Tensor:
-    """The operation's own argument from magnitude [B] and sign [B]: degrees, factors, levels, bits, image widths."""
+    """The operation's argument from magnitude [B] and sign [B]: degrees, factors, levels, bits, image widths."""
     fraction = level.double() / 10.0
     if name == "Rotate":
         return sign * 30.0 * fraction
@@ -154,7 +154,7 @@ def affine_matrix(name: str, argument: torch.Tensor, height: int, width: int) ->
 def apply_layer(x: torch.Tensor, op, level, sign, increasing: bool, fill: list[int]) -> torch.Tensor:
     """Operation op[b] of OPS (-1: none) on each x[b]; op, level and sign are draw_layer's, with len(x) entries each."""
     height, width = x.shape[-2:]
-    # Sorted by operation, each works on a slice: two gathers of whole images instead of many gathers and scatters.
+    # Sorted by operation, so that each works on a slice: two gathers of images instead of many gathers and scatters.
     order = op.argsort()
     counts = torch.bincount(op + 1, minlength=len(OPS) + 1).tolist()
     level, sign = level[order], sign[order]

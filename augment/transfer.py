@@ -4,9 +4,9 @@ import torch
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x on `device`; the host does not wait for it.
+    """x on `device`, without waiting.
 
-    CUDA copies from pageable memory only after all that the device was given to do before; from pinned memory in turn.
+    From pageable memory, a copy to CUDA makes the host wait for all earlier work; from pinned memory it is queued.
     """
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()

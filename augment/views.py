@@ -1,13 +1,13 @@
-"""The 12 saccadic test-time views: what an eye would look at in turn. Deterministic, decoded and resized once.
+"""The 12 saccadic test-time views, like successive glances of an eye. Deterministic; an image is decoded once.
 
-With side S and the whole image resized (bicubic, antialiased, aspect ratio kept) so that it covers S + 32, or
-L = round(1.15 S), the views are, in the order of VIEW_NAMES:
+With side S and the whole image resized (bicubic, antialiased, aspect ratio kept) to cover S + 32, or
+L = round(1.15 S), the views in the order of VIEW_NAMES are:
 
-    centre, its mirror               centre crop of the S + 32 resize, or what evaluation sees
+    centre, its mirror               centre crop of the S + 32 resize, or evaluation's crop
     large, its mirror                centre crop of L
     rotated +10, -10 degrees         counter-clockwise first, about the middle of L: its margin fills the corners
     bright                           `centre` with brightness x 1.2, then contrast x 1.2 (Pillow's enhancers)
-    top/bottom left/right            the four corners of the L resize, which for an oblong image lie far apart
+    top/bottom left/right            the four corners of the L resize, far apart for an oblong image
     blur                             `centre` under a Gaussian 3x3 kernel, sigma 0.5
 """
 
@@ -25,9 +25,9 @@ from util.choices import VIEW_NAMES
 
 ENLARGE = 1.15  # L / S
 DEGREES = 10.0
-GAIN = 1.2  # of brightness and of contrast
+GAIN = 1.2  # for brightness and contrast
 BLUR_SIGMA = 0.5
-OF_CENTRE = {0, 1, 6, 11}  # the views that are made from the centre crop; the others from the large resize
+OF_CENTRE = {0, 1, 6, 11}  # views made from the centre crop; the others come from the large resize
 
 
 def saccadic_views(
@@ -40,14 +40,14 @@ def saccadic_views(
 ) -> torch.Tensor:
     """Views of one image: uint8 [len(views), C, h, w], 0..255, on the image's device.
 
-    uint8, so that each member of an ensemble normalises with its own statistics (augment.batch.normalize).
+    uint8, so that each member of an ensemble can normalise with its own statistics (augment.batch.normalize).
 
-    image: PIL `L` or `RGB` (augment.image.to_channels makes any file one of them), or uint8 [C, H, W], C = 1 or 3.
-    size: S, or (h, w): then S + 32 and L hold for each side. views: numbers 0..11 into VIEW_NAMES, any order.
-    margin: pixels that the small resize is larger than S. 32 is the method's, for photos of 224 to 384 pixels; for
+    image: PIL `L` or `RGB` (see augment.image.to_channels), or uint8 [C, H, W], C = 1 or 3.
+    size: S, or (h, w); then S + 32 and L apply to each side. views: numbers 0..11 into VIEW_NAMES, any order.
+    margin: how many pixels larger than S the small resize is. The method's 32 suits photos of 224 to 384 pixels; for
         much smaller ones it would cut most of the image away.
-    centre: the centre crop, uint8 [C, h, w], where it was made elsewhere: a checkpoint's evaluation has its own resize
-        and margin (augment.image.build_eval_transform). Its mirror, `bright` and `blur` are then made from it too.
+    centre: the centre crop, uint8 [C, h, w], if made elsewhere: a checkpoint's evaluation has its own resize and margin
+        (augment.image.build_eval_transform). Its mirror, `bright` and `blur` are then made from it.
     """
     views = list(views)
     if not views or any(v not in range(len(VIEW_NAMES)) for v in views):
@@ -65,7 +65,7 @@ def saccadic_views(
     if centre is None and not OF_CENTRE.isdisjoint(views):
         sources["centre"] = center_crop(resize_to_cover(pixels, h + margin, w + margin), h, w).contiguous()
     if not OF_CENTRE.issuperset(views):
-        # Pillow's pixels are interleaved and the resize keeps that; by channel, all that follows is twice as fast.
+        # Pillow's pixels are interleaved, and the resize keeps that; contiguous channels make the rest twice as fast.
         sources["large"] = resize_to_cover(pixels, round(ENLARGE * h), round(ENLARGE * w)).contiguous()
     out = torch.empty(len(views), pixels.shape[0], h, w, dtype=torch.uint8, device=pixels.device)
     for slot, view in zip(out, views):
@@ -74,7 +74,7 @@ def saccadic_views(
 
 
 def _view(name: str, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """View `name` as uint8 [C, h, w] from x, the centre crop or the whole large resize."""
+    """View `name` as uint8 [C, h, w] from x: the centre crop, or the whole large resize."""
     match name:
         case "centre":
             return x
@@ -106,7 +106,7 @@ def _view(name: str, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
 def resize_to_cover(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """uint8 [C, H, W] resized to the smallest size of its aspect ratio that covers h x w, bicubic with antialias.
 
-    The other side's fraction of a pixel is cut off, as torchvision's Resize does for the longer side.
+    The other side is rounded down, as torchvision's Resize does with the longer side.
     """
     H, W = x.shape[-2:]
     if h * W >= w * H:  # the height decides
@@ -124,12 +124,12 @@ def center_crop(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
 def rotated_crop(x: torch.Tensor, degrees: float, h: int, w: int) -> torch.Tensor:
     """The centre crop of uint8 [C, H, W] turned counter-clockwise about its middle, bilinear.
 
-    Only the crop's pixels are computed. What lies beyond the image repeats its border: at 10 degrees and 1.15 times
-    the size, a wedge of less than 1 % of the side at the crop's corners.
+    Only the crop's pixels are computed. Outside the image the border is repeated: at 10 degrees and 1.15 times the
+    size, a wedge of less than 1 % of the side at the crop's corners.
     """
     H, W = x.shape[-2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # Output pixels from the middle of the image, then where each lies in the unturned one (y points down).
+    # Output pixels relative to the centre, then their positions in the image before rotation (y points down).
     dx = torch.arange(w, device=x.device) + (round((W - w) / 2) + 0.5 - W / 2)
     dy = (torch.arange(h, device=x.device) + (round((H - h) / 2) + 0.5 - H / 2))[:, None]
     u, v = dx * (cos * 2 / W) - dy * (sin * 2 / W), dx * (sin * 2 / H) + dy * (cos * 2 / H)  # -1..1 over the image
@@ -139,7 +139,7 @@ def rotated_crop(x: torch.Tensor, degrees: float, h: int, w: int) -> torch.Tenso
 
 
 def brighten(x: torch.Tensor) -> torch.Tensor:
-    """uint8 [C, H, W] with brightness and then contrast x 1.2, each cut to 8 bits as Pillow's ImageEnhance does."""
+    """uint8 [C, H, W] with brightness and then contrast x 1.2, each truncated to 8 bits as in Pillow's ImageEnhance."""
     y = x.float().mul_(GAIN).clamp_(max=255).to(torch.uint8)
     mean = mean_grey(y[None]).float()
     return y.float().sub_(mean).mul_(GAIN).add_(mean).clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Where a model's tensors are in a file from elsewhere: in which of its dicts, under which prefix, by whose names."""
+"""Finds a model's tensors in a file from elsewhere: which dict, which prefix, whose names."""
 
 import inspect
 import re
@@ -14,12 +14,12 @@ from util.errors import UserError
 
 State = dict[str, torch.Tensor]
 
-# Averaged weights: timm, MAE's kin, Lightning, DINO. The first of equals, where averages are wanted.
+# Averaged weights in timm, MAE-like trainers, Lightning, DINO; preferred among equals if averages are wanted.
 EMA = {"ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "teacher"}
 NO_WEIGHTS = {"optimizer", "scaler", "rng", "args", "meta", "lr_scheduler"}
-# torch.compile, FSDP and activation checkpointing put these anywhere in a name; no module is called so.
+# torch.compile, FSDP and activation checkpointing insert these into names; no module has such a name.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# What trainers keep the model under. Prefixes beyond these are found by the names behind them.
+# Trainers' usual prefixes. Others are found by the names that follow them.
 _ATTRIBUTES = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher"}
 # BEiT's pretraining has one relative position table for all blocks.
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -28,16 +28,16 @@ TABLE = "relative_position_bias_table"
 
 @dataclass
 class Weights:
-    """What `find_weights` chose: the tensors in the model's naming, as they were in the file, and where that is."""
+    """The choice of `find_weights`: tensors by the model's names, the same as in the file, and their place there."""
 
     state: State
     raw: State
     source: str  # e.g. "ema", "teacher, backbone."; "" for a plain state dict
-    outside: State  # what else is in the same dict, without the prefix
+    outside: State  # other tensors in the same dict, which lack the prefix
 
 
 def tensor_dicts(content: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], State]]:
-    """Every dict in the file that holds tensors, with the keys that lead to it, outermost first."""
+    """Every dict in the file that contains tensors, with the keys that lead to it, outermost first."""
     state = {_WRAPPERS.sub(r"\1", str(k)): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     found = [(path, state)] if state else []
     for key, value in content.items():
@@ -47,20 +47,20 @@ def tensor_dicts(content: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[
 
 
 def tensor_names(content: dict) -> set[str]:
-    """The names of all tensors in the file, and each name without its first parts."""
+    """Names of all tensors in the file, also with leading parts removed."""
     names = {name for _, state in tensor_dicts(content) for name in state}
     return {".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
 
 
 def find_weights(content: dict, path: str, trunk: State, ema: bool = True, convert=None) -> Weights:
-    """The dict and prefix whose tensors fit best; of equals the averaged weights, or with ema=False the others.
+    """The dict and prefix whose tensors fit best; among equals the averaged weights, or with ema=False the others.
 
-    trunk: the model's own tensors but those of its head. convert: `family_filter` of the model, tried where no dict
-    fits as it is. UserError for a file without tensors, and for tensors that are not plain ones.
+    trunk: the model's tensors without its head. convert: the model's `family_filter`, tried if no dict fits directly.
+    UserError for a file without tensors, and for tensors that are not dense and real.
     """
     dicts = tensor_dicts(content)
     if not dicts:
-        raise UserError(f"{path}: no tensors in it")
+        raise UserError(f"{path}: contains no tensors")
     candidates = []
     for keys, state in dicts:
         for prefix in _prefixes(state, trunk):
@@ -75,12 +75,12 @@ def find_weights(content: dict, path: str, trunk: State, ema: bool = True, conve
     def rank(c: Weights):
         return _fit(c.state, trunk), bool(EMA & set(re.split(r"\W+", c.source))) == ema
 
-    best = max(candidates, key=rank)  # the first of equals
+    best = max(candidates, key=rank)  # the first among equals
     return Weights(plain(best.state, path), plain(best.raw, path), best.source, best.outside)
 
 
 def _prefixes(state: State, trunk: State) -> list[str]:
-    """Prefixes under which the model may be: none, what trainers use, and what stands before the model's own names."""
+    """Possible prefixes: none, those of trainers, and whatever precedes the model's names."""
     known, found = [""], Counter[str]()
     for name in state:
         parts = name.split(".")
@@ -95,7 +95,7 @@ def _prefixes(state: State, trunk: State) -> list[str]:
 
 
 def _fit(state: State, trunk: State) -> int:
-    """How many of the trunk's tensors are there; positions count in any shape."""
+    """How many of the trunk's tensors `state` has; positions count in any shape."""
     return sum(
         k in state and (state[k].shape == v.shape or k == "pos_embed" or k.endswith(TABLE)) for k, v in trunk.items()
     )
@@ -104,14 +104,14 @@ def _fit(state: State, trunk: State) -> int:
 def _converted(candidate: Weights, convert, path: str) -> Weights | None:
     try:
         state = convert(plain(candidate.state, path))
-    except Exception:  # names or shapes that timm's function does not know: the file is not of that publisher
+    except Exception:  # timm's function does not know the names or shapes: the file is from another publisher
         return None
     tensors = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
     return Weights(state, candidate.raw, candidate.source, candidate.outside) if tensors else None
 
 
 def _spread_shared_table(state: State, trunk: State) -> State:
-    """BEiT's one table of pretraining for each block that has a table of its own, as in its authors' fine-tuning."""
+    """Copy the table shared in BEiT's pretraining to each block that has its own, as BEiT's fine-tuning does."""
     if SHARED_TABLE not in state or SHARED_TABLE in trunk:
         return state
     tables = [k for k in trunk if k.endswith(TABLE) and k not in state]
@@ -122,13 +122,13 @@ def _spread_shared_table(state: State, trunk: State) -> State:
 
 
 def plain(state: State, path: str) -> State:
-    """The same tensors, 8-bit floats as float32 (torch computes nothing with them). UserError for those of no use."""
+    """The same tensors, 8-bit floats as float32, which torch can compute with. UserError for unusable ones."""
     done = {}
     for key, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex():
             raise UserError(f"{path}: {key} is a {value.dtype} {value.layout} tensor; weights should be dense and real")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            # Zero strides: a file of a kilobyte that any operation would blow up to its shape.
+            # Zero strides: any operation would expand a small file to the whole shape.
             raise UserError(f"{path}: {key} claims the shape {list(value.shape)} with less data than that")
         if value.is_floating_point() and value.element_size() == 1:
             try:
@@ -145,7 +145,7 @@ def family_filter(model: nn.Module):
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     modules = [type(model).__module__]
     if architecture and timm.is_model(architecture):
-        modules.insert(0, timm.model_entrypoint(architecture).__module__)  # hybrids and DeiT-3 are ViTs by class
+        modules.insert(0, timm.model_entrypoint(architecture).__module__)  # hybrids and DeiT-3 use the ViT class
     for module in modules:
         for name in ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained"):
             function = getattr(sys.modules[module], name, None)

@@ -1,8 +1,8 @@
 """Noise levels, preconditioning and samplers of EDM, as pure functions.
 
 Equation and algorithm numbers: Karras, Aittala, Aila, Laine, Elucidating the Design Space of Diffusion-Based
-Generative Models, NeurIPS 2022. A denoiser is `denoise(x, i)` = D(x; sigmas[i]), an estimate of the clean x: levels
-are named by their number, because here each level may have a network of its own, good at that sigma and nowhere else.
+Generative Models, NeurIPS 2022. A denoiser is `denoise(x, i)` = D(x; sigmas[i]), an estimate of the clean x. It
+takes the number of the level, because each level may have its own network, trained for that sigma only.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def karras_sigmas(
 ) -> torch.Tensor:
     """n levels from sigma_max down to sigma_min, then 0: [n + 1] (eq. 5), computed in float64.
 
-    rho bends the spacing towards sigma_min (1 is linear). A single level (n = 1) is sigma_max.
+    A larger rho puts more levels near sigma_min (1 is linear). A single level (n = 1) is sigma_max.
     Raises UserError unless n >= 1, 0 < sigma_min < sigma_max < inf and rho > 0.
     """
     if n < 1:
@@ -39,7 +39,7 @@ def karras_sigmas(
 def precondition(sigma, sigma_data):
     """(c_skip, c_out, c_in) of D(x; sigma) = c_skip x + c_out F(c_in x) (eq. 7, table 1), for floats or tensors.
 
-    With data of standard deviation sigma_data, F's input and its ideal output both have unit variance.
+    With data of standard deviation sigma_data, F's input and its ideal output have unit variance.
     """
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / total, sigma * sigma_data / total**0.5, 1.0 / total**0.5
@@ -55,8 +55,8 @@ def sample_euler(
 ) -> torch.Tensor:
     """Euler steps of the probability flow ODE dx/dsigma = (x - D(x; sigma)) / sigma (eq. 3) down to sigma = 0.
 
-    x: noise level sigmas[0], from pure noise sigmas[0] * eps. sigmas: [n + 1], falling, the last 0. One denoiser
-    call a step.
+    x: at noise level sigmas[0], e.g. pure noise sigmas[0] * eps. sigmas: [n + 1], decreasing, the last 0. One denoiser
+    call per step.
     """
     sigmas = _checked(sigmas)
     for i in range(len(sigmas) - 1):
@@ -71,11 +71,11 @@ def sample_euler(
 def sample_heun(
     denoise: Denoise, x: torch.Tensor, sigmas: torch.Tensor | Sequence[float], *, callback: Callback | None = None
 ) -> torch.Tensor:
-    """Heun's second-order steps of the same ODE (algorithm 1): two denoiser calls a step, one in the last.
+    """Heun's second-order steps of the same ODE (algorithm 1): two denoiser calls per step, one in the last.
 
-    The correction at sigmas[i + 1] asks level i + 1, so that every denoiser is evaluated at its own level only.
-    It needs levels close together: with karras_sigmas(4) and the exact denoiser of N(0, 1), x ends 3.9 times too large;
-    1.18 times with 10 levels, 1.05 with 18. For fewer than about 10, take another sampler.
+    The correction at sigmas[i + 1] uses denoiser i + 1, so that each is evaluated at its own level only.
+    Levels must be close together: with karras_sigmas(4) and the exact denoiser of N(0, 1), x ends 3.9 times too large;
+    1.18 times with 10 levels, 1.05 with 18. For fewer than about 10, use another sampler.
     """
     sigmas = _checked(sigmas)
     for i in range(len(sigmas) - 1):
@@ -83,7 +83,7 @@ def sample_heun(
         d = (x - D) / sigmas[i]
         h = sigmas[i + 1] - sigmas[i]
         x_next = x + h * d
-        if sigmas[i + 1] > 0.0:  # the slope is undefined at sigma = 0: the last step stays Euler's
+        if sigmas[i + 1] > 0.0:  # the slope is undefined at sigma = 0, so the last step is an Euler step
             d_next = (x_next - denoise(x_next, i + 1)) / sigmas[i + 1]
             x_next = x + h * 0.5 * (d + d_next)
         x = x_next
@@ -100,7 +100,7 @@ def sample_stochastic(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Denoise fully, then noise afresh to the next level; the last step returns its estimate.
+    """Denoise fully, then add new noise of the next level; the last step returns its estimate.
 
     x <- D(x; sigma_i) + sqrt(sigma_{i+1}^2 - sigma_min^2) eps, where sigma_min = sigmas[-2] is the smallest level: the
     multistep sampling of Song et al., Consistency Models, ICML 2023, algorithm 1.
@@ -119,8 +119,8 @@ def sample_stochastic(
 
 
 def _checked(sigmas: torch.Tensor | Sequence[float]) -> list[float]:
-    """As Python floats: they take part in arithmetic of any dtype and device without promoting or synchronising it."""
+    """Python floats, which work with any dtype and device without promotion or synchronisation."""
     sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else [float(s) for s in sigmas]
     if len(sigmas) < 2 or sigmas[-1] != 0.0 or any(not a > b for a, b in pairwise(sigmas)):
-        raise UserError(f"sigmas {sigmas}: must fall from step to step and end in 0")
+        raise UserError(f"sigmas {sigmas}: must decrease and end in 0")
     return sigmas

@@ -28,14 +28,14 @@ def create_model(
     """A classifier: images [B, in_chans, H, W], normalised -> logits [B, num_classes].
 
     name: MAE's vit_{tiny,small,base,large}_patch16 and vit_huge_patch14 (any other patch size: vit_tiny_patch4),
-        or any timm model name. MAE's names win over timm's own without size suffix.
+        or any timm model name. MAE's names take precedence over timm's without size suffix.
     global_pool: average pooling (True) or class token (False), for MAE's names; timm names keep their own head. A
         string, for both, is timm's name of a pooling: `avg`, `token`, `map`, ...
-    alpha_blend: an AlphaBlend placed at the embedding point (or its own layer or space); keys do not change.
+    alpha_blend: an AlphaBlend, applied to the embedding (or its own layer or space); keys do not change.
     pretrained: timm's own weights (a download).
     kwargs: passed to the model, e.g. patch_size, embed_dim, drop_rate.
 
-    UserError in one line where no such model can be built.
+    UserError if no such model can be built.
     """
     img_size = _checked_size(img_size)
     for parameter, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
@@ -51,7 +51,7 @@ def create_model(
         drop_path=drop_path,
         **{k: v for k, v in kwargs.items() if v is not None},
     )
-    model: Any  # a net that is given the attribute `built_for`
+    model: Any  # a net with the added attribute `built_for`
     if is_mae_name(name):
         if pretrained:
             raise ParameterError(
@@ -60,14 +60,14 @@ def create_model(
         model = mae_vit(name, **common)
     else:
         model = timm_classifier(name, pretrained=pretrained, **common)
-    model.built_for = (img_size, img_size) if isinstance(img_size, int) else img_size  # few of timm's say it
+    model.built_for = (img_size, img_size) if isinstance(img_size, int) else img_size  # few of timm's models store it
     if alpha_blend is not None:
         attach_noise(model, alpha_blend)
     return model
 
 
 def _checked_size(img_size) -> int | tuple[int, int]:
-    """One number for a square. timm builds nets that take no image of a side of 0, or of three sides."""
+    """A number stands for a square. timm would build networks for invalid sizes, such as 0 or three numbers."""
     sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if len(sides) != 2 or not all(_is_whole(s, 1) for s in sides):
         raise ParameterError(f"<img_size> {img_size}: should be one or two whole numbers of 1 or more")

@@ -14,31 +14,35 @@ from models.vit import classifier_prefixes, patch_grid
 from util.checkpoint import own_meta, peek_meta, read_file
 from util.errors import ParameterError, UserError, reason_of
 
-# Between trunk and classifier: trained anew with it. MAE's average pooling has a norm that its pretraining lacks.
+# Between trunk and classifier, initialised with it. MAE's average pooling has a norm that its pretraining lacks.
 _POOLING = ("fc_norm", "attn_pool", "pre_logits")
-_DECODER = re.compile(r"decoder|mask_token|encoder_head\.")  # of a pretrained file: no part of the encoder
-_TOKENS = ("cls_token", "dist_token", "reg_token")  # a model may have tokens beyond the file's: they start anew
+_DECODER = re.compile(r"decoder|mask_token|encoder_head\.")  # in a pretraining file: not part of the encoder
+_TOKENS = (
+    "cls_token",
+    "dist_token",
+    "reg_token",
+)  # a model may have more tokens than the file: they keep their initialisation
 _STATISTICS = ("running_mean", "running_var")
-# Tensors that are computed, not learned; other versions of a model keep more or fewer of them in a file.
+# Tensors that are computed, not learned; which of them a file contains depends on the model's version.
 _COMPUTED = re.compile(
     r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|attention_bias_idxs|num_batches_tracked|k_bias)$"
     r"|rope|inv_freq|periods|bias_mask"
 )
-# Parts of a trunk that a model may lack as a whole: without them its other weights compute something else.
+# Optional parts of a trunk: without them the other weights compute something else.
 _TRUNKS = ("blocks", "layers", "stages", "features", "stem", "patch_embed", "pos_embed", "norm_pre", "rel_pos_bias")
 
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did with each key: lists of parameter names, in the model's naming."""
+    """What `load_pretrained` did with each key: lists of the model's parameter names."""
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
-    source: str = ""  # the file's dict and prefix that were taken, e.g. "ema"
-    kept_classes: list[str] = field(default_factory=list)  # whose rows of the classifier were moved by name
-    new_classes: list[str] = field(default_factory=list)  # whose rows start anew beside them
+    source: str = ""  # the dict and prefix used in the file, e.g. "ema"
+    kept_classes: list[str] = field(default_factory=list)  # classifier rows matched by name
+    new_classes: list[str] = field(default_factory=list)  # classifier rows left at their initialisation
 
     def __str__(self) -> str:
         def show(keys: list[str]) -> str:
@@ -52,7 +56,7 @@ class LoadReport:
         if decoder:
             text += f"; {len(decoder)} decoder tensors left out"
         if self.kept_classes or self.new_classes:
-            text += f"; classes of the head by name: kept {show(self.kept_classes)}, anew {show(self.new_classes)}"
+            text += f"; classes of the head by name: kept {show(self.kept_classes)}, new {show(self.new_classes)}"
         return text
 
 
@@ -65,15 +69,15 @@ def load_pretrained(
     classes: list[str] | None = None,
     pos_grid: Grid | None = None,
 ) -> LoadReport:
-    """Fill `model` from the file and say what happened. Encoder-only files (pretraining) leave the head fresh.
+    """Load the file into `model` and report what was loaded. Encoder-only files leave the head at its initialisation.
 
-    Position embeddings and relative position tables are resized to the model's grid. A classifier of another class
-    count stays at its initialisation. Any other shape mismatch, NaN weights, and a file that fits the trunk in part or
-    not at all are errors.
+    Position embeddings and relative position tables are resized to the model's grid. A classifier with another number
+    of classes keeps its initialisation. Other shape mismatches, NaN weights, and files that fit only part of the trunk
+    are errors.
 
-    classes: the model's, in order. Where the file names its own, the rows of the classifier go by name.
-    partial: take what fits of the trunk, and leave the rest at its initialisation.
-    pos_grid: rows and columns of patches that the file was trained on, where it does not say so itself.
+    classes: the model's, in order. If the file names its classes, the classifier's rows are matched by name.
+    partial: load what fits of the trunk and leave the rest at its initialisation.
+    pos_grid: rows and columns of patches that the file was trained on, if it does not say so itself.
     """
     path = os.fsdecode(path)
     content = read_file(path)
@@ -97,7 +101,7 @@ def load_pretrained(
         _refuse_turned(set(state) & set(trunk) - placed, meta, getattr(model, "built_for", None), path)
     for name in classifier_layers(model):
         if f"{name}.weight" not in state:
-            state.pop(f"{name}.bias", None)  # starts anew with its weight
+            state.pop(f"{name}.bias", None)  # initialised together with its weight
     if classes and meta and meta.get("classes"):
         _move_head_rows(state, own, list(classifier_layers(model)), meta, list(classes), report)
 
@@ -111,7 +115,7 @@ def load_pretrained(
                 report.missing.append(key)
                 continue
             if key not in names and _COMPUTED.search(key):
-                continue  # window geometry, rebuilt by the model for its own size
+                continue  # window geometry, which the model computes for its size
             raise ParameterError(
                 f"{path}: {key} is {list(value.shape)} but the model's is {list(own[key].shape)}; "
                 "give the <model>, <img_size> and <in_chans> that it was trained with"
@@ -130,12 +134,12 @@ def load_pretrained(
     model.load_state_dict(accepted, strict=False)
     for name, layer in classifier_layers(model).items():
         if f"{name}.weight" in report.missing:
-            start_anew(layer.weight, layer.bias)
+            init_head(layer.weight, layer.bias)
     return report
 
 
 def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: str) -> None:
-    """Where a file has the classifier beside a `backbone.`, by the model's own names: the classifier, in place."""
+    """If the file has a classifier beside `backbone.`, under the model's names, add it to `state`."""
     prefix = weights.source.rpartition(", ")[2]
     parent = prefix.removesuffix(".").rpartition(".")[0]
     keys = [f"{name}.{part}" for name in classifier_layers(model) for part in ("weight", "bias")]
@@ -145,7 +149,7 @@ def _take_head_beside(state: State, weights: Weights, model: nn.Module, path: st
 
 
 def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, partial: bool, report) -> set[str]:
-    """Put the file's learned positions on the model's grid, in place; the names of those that are on it."""
+    """Resize the file's learned positions to the model's grid, in place; returns their names."""
     learned = any(k == "pos_embed" or k.endswith(TABLE) for k in raw if k in state)
     described = None
     if meta and learned:
@@ -157,8 +161,8 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
     said = described and patch_grid(described)
     if pos_grid and said and tuple(pos_grid) != said:
         raise ParameterError(
-            f"<pos_grid> {pos_grid[0]} {pos_grid[1]}: {path} was trained on {said[0]} x {said[1]} patches, as it says; "
-            "leave it out"
+            f"<pos_grid> {pos_grid[0]} {pos_grid[1]}: {path} says that it was trained on {said[0]} x {said[1]} "
+            "patches; omit the flag"
         )
     fitted, resized = fit_positions(raw, model, path, described, pos_grid)
     tables, resized_tables, left_out = fit_tables(raw, model, path, described, pos_grid, partial)
@@ -170,9 +174,9 @@ def _take_positions(state: State, raw: State, model, meta, path: str, pos_grid, 
 
 
 def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) -> None:
-    """UserError if one of these belongs to places of the image, and the image is another of as many pixels.
+    """UserError if one of these depends on image positions and the image has another shape with as many pixels.
 
-    Their shapes are equal then (LeViT, Hiera, CrossViT, MLP-Mixer), so nothing else would tell.
+    The tensors' shapes are equal then (LeViT, Hiera, CrossViT, MLP-Mixer), so no other check would notice.
     """
     old = tuple(meta["img_size"])
     if size is None or old == size or old[0] * old[1] != size[0] * size[1]:
@@ -181,17 +185,17 @@ def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) ->
         sizes = (old, (old[0], 2 * old[1]))
         here, wider = (_described({**meta, "img_size": s}, path).state_dict() for s in sizes)
     except UserError:
-        return  # a family for squares
+        return  # a family that only takes squares
     turned = sorted(k for k in names if k in here and k in wider and here[k].shape != wider[k].shape)
     if turned:
         raise ParameterError(
-            f"{path}: {turned[0]} belongs to the places of an image of {old[0]} x {old[1]} pixels, "
+            f"{path}: {turned[0]} depends on positions in images of {old[0]} x {old[1]} pixels, "
             f"not of {size[0]} x {size[1]}; give <img_size> {old[0]} {old[1]}"
         )
 
 
 def _described(meta: dict, path: str) -> nn.Module:
-    """The network that a checkpoint's meta describes, to ask for its grid and windows; without memory for weights."""
+    """The network described by a checkpoint's meta, without memory for weights, to read its grid and windows."""
 
     def build() -> nn.Module:
         return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
@@ -200,7 +204,7 @@ def _described(meta: dict, path: str) -> nn.Module:
         try:
             with torch.device("meta"):
                 return build()
-        except Exception:  # timm 1.0.15 reads values of tensors while it builds
+        except Exception:  # timm 1.0.15 reads tensor values while building
             with torch.random.fork_rng(devices=[]):
                 return build()
     except Exception as error:  # keywords of another version
@@ -211,9 +215,9 @@ def _described(meta: dict, path: str) -> nn.Module:
 
 
 def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops: set[str]) -> None:
-    """UserError if a part of the trunk would stay at random, or a part of the file's trunk be left away.
+    """UserError if part of the model's trunk would stay random, or part of the file's trunk would be dropped.
 
-    MAE's two poolings normalise at different places, with `norm` or `fc_norm`: the one starts anew beside the other.
+    MAE's two poolings normalise at different places, with `norm` or `fc_norm`: either may be missing.
     """
 
     def few(names: list[str]) -> str:
@@ -227,15 +231,15 @@ def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops
         has = f"lacks {few(lacking)} of its parameters" if lacking else ""
         more = f"has {few(foreign)} that it does not know" if foreign else ""
         raise ParameterError(
-            f"{path}: fits the model in part: {' and '.join(filter(None, (has, more)))}; give the <model> and "
-            "<model_kwargs> that it was trained with (or <partial>, which starts the rest anew)"
+            f"{path}: fits only part of the model: {' and '.join(filter(None, (has, more)))}; give the <model> and "
+            "<model_kwargs> that it was trained with (or <partial>, which initialises the rest)"
         )
 
 
 def _move_head_rows(
     state: State, own: State, layers: list[str], meta: dict, new: list[str], report: LoadReport
 ) -> None:
-    """Rows of the classifier from the order of the file's classes to the model's, in place; other rows start anew."""
+    """Reorder the classifier's rows from the file's classes to the model's, in place; other rows are initialised."""
     old = list(meta["classes"])
     keys = [k for name in layers for k in (f"{name}.weight", f"{name}.bias") if k in own and k in state]
     keys = [k for k in keys if state[k].ndim and len(state[k]) == meta["num_classes"]]
@@ -245,10 +249,10 @@ def _move_head_rows(
     both = [(i, index[name]) for i, name in enumerate(new) if name in index]
     for key in keys:
         if not both or state[key].shape[1:] != own[key].shape[1:]:
-            del state[key]  # starts anew as a whole
+            del state[key]  # initialised as a whole
             continue
         fresh = own[key].float().clone()
-        start_anew(*((fresh, None) if key.endswith("weight") else (None, fresh)))
+        init_head(*((fresh, None) if key.endswith("weight") else (None, fresh)))
         to, from_ = map(list, zip(*both))
         fresh[to] = state[key][from_].float()
         state[key] = fresh
@@ -256,10 +260,10 @@ def _move_head_rows(
     report.new_classes = [name for name in new if name not in index]
 
 
-def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    """MAE's start for a new head on trained features: logits near 0, loss near log C.
+def init_head(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    """MAE's initialisation of a new head on trained features: logits near 0, loss near log C.
 
-    A family's own initialisation can be loud enough to shake the features it should read.
+    A family's own initialisation can be large enough to damage the features.
     """
     if weight is not None:
         nn.init.trunc_normal_(weight, std=2e-5)
@@ -268,7 +272,7 @@ def start_anew(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
 
 
 def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear layer or convolution that gives the logits, by its name; two for a net with two heads."""
+    """The layers (linear or convolution) that compute the logits, by name; two for a net with two heads."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     inside = [[n for n in layers if n == p or n.startswith(p + ".")] for p in classifier_prefixes(model)]
     return {names[-1]: layers[names[-1]] for names in inside if names}
@@ -277,7 +281,7 @@ def classifier_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def create_from_meta(
     meta: dict, *, num_classes: int | None = None, drop_path: float = 0.0, alpha_blend=None
 ) -> nn.Module:
-    """The classifier (or, from a pretraining checkpoint, its encoder under a fresh head) that `meta` describes."""
+    """The classifier described by `meta`; for a pretraining checkpoint, its encoder with a new head."""
     return create_model(
         meta["model"],
         num_classes=meta.get("num_classes", 0) if num_classes is None else num_classes,
@@ -309,7 +313,7 @@ def require_classifier(meta: dict, path: str) -> None:
 
 
 def require_complete(report: LoadReport, path: str) -> None:
-    """For evaluation: a model with weights missing would score at chance without a word."""
+    """For evaluation: with missing weights a model would silently score at chance."""
     lacking = report.missing or report.new_classes
     if lacking:
         raise UserError(f"{path}: lacks weights of this model ({', '.join(lacking[:4])}); cannot be evaluated")
@@ -317,9 +321,9 @@ def require_complete(report: LoadReport, path: str) -> None:
 
 @torch.no_grad()
 def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
-    """One forward pass of `batch` grey images in net's own mode: what a family cannot compute ends here in one line.
+    """One forward pass of `batch` grey images in net's mode; UserError if the network cannot compute them.
 
-    Running statistics and generators stay as they were.
+    Restores running statistics and generators.
     """
     name, shape = meta["model"], (batch, meta["in_chans"], *meta["img_size"])
     images = torch.zeros(shape, device=next(net.parameters()).device)
@@ -330,7 +334,9 @@ def try_forward(net: nn.Module, meta: dict, batch: int) -> None:
             logits = torch.func.functional_call(net, buffers, (images,))
     except UserError:
         raise
-    except Exception as error:  # a family's own code, at a size or with keywords that it was not written for
+    except (
+        Exception
+    ) as error:  # the family's code may fail in any way at a size or with keywords that it does not support
         if "more than 1 value per channel" in str(error):
             raise ParameterError(
                 f"<batch_size> {batch}: the BatchNorm of {name} has one value per channel to normalise at {size}; "

@@ -1,8 +1,8 @@
-"""NoProp-MAE: a masked encoder and T decoders, each a denoiser for one noise level and for no other.
+"""NoProp-MAE: a masked encoder and T decoders, each a denoiser for one noise level.
 
 The encoder is MAE's (He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022); its parameters are named
 as in timm's VisionTransformer. No decoder feeds another in training (Li, Teh, Pascanu, NoProp, arXiv 2503.24322): given
-the latent, the T losses are independent problems, preconditioned as in EDM (models/edm.py).
+the latent, the T losses are independent, with EDM's preconditioning (models/edm.py).
 
 B images, C channels, patches of p x p pixels, N patches of which V are visible and M masked, P = p p C values each.
 """
@@ -27,13 +27,13 @@ from util.errors import ParameterError, UserError
 
 @dataclass(frozen=True)
 class NoPropConfig:
-    """The sizes of the network and its losses. Raises UserError, one line, for values out of range.
+    """Sizes of the network, and its losses. UserError for values out of range.
 
     img_size: pixels, (H, W) or one number for both; patch_size divides both.
     sigma_data: standard deviation of the target's values, about 1 for normalised data and for norm_pixel.
-    target: `pixel`, or `norm_pixel`: every patch brought to zero mean and unit variance (MAE, section 4).
-    propagate: `latent`: the T losses reach the encoder through the latent. `none`: they stop at it, and the encoder
-        learns from a blind one-block decoder of its own (`encoder_head`).
+    target: `pixel`, or `norm_pixel`: patches normalised to zero mean and unit variance (MAE, section 4).
+    propagate: `latent`: gradients of the T losses reach the encoder. `none`: they stop at the latent, and the encoder
+        learns from its own blind one-block decoder (`encoder_head`).
     loss_weighting: `none`, or `edm`: 1 / c_out^2, without which the low levels hardly learn.
     use_checkpoint: recompute blocks in the backward pass; less memory, about a third more time.
     """
@@ -85,7 +85,7 @@ class NoPropConfig:
         return int(height), int(width)
 
     def sigmas(self) -> list[float]:
-        """The T levels, falling, then 0. Plain floats: constants of the equations, not state of the network."""
+        """The T levels, decreasing, then 0. Plain floats: constants, not state of the network."""
         return karras_sigmas(self.T, self.sigma_min, self.sigma_max, self.rho, dtype=torch.float64).tolist()
 
 
@@ -130,7 +130,7 @@ class NoPropMAE(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """MAE's: xavier_uniform for linear layers, the patch convolution among them; tokens N(0, 0.02^2); biases 0."""
+        """MAE's: xavier_uniform for linear layers and the patch convolution; tokens N(0, 0.02^2); biases 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) or name == "patch_embed.proj":
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -146,7 +146,7 @@ class NoPropMAE(nn.Module):
     # patches and masks
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, N, P]: patches row by row, the values of one ordered (row, column, channel) as MAE's."""
+        """[B, C, H, W] -> [B, N, P]: patches row by row, values within a patch as (row, column, channel), as in MAE."""
         (H, W), C, p = self._config.size, self.in_chans, self.patch_size
         if imgs.shape[1:] != (C, H, W):
             raise UserError(f"images {list(imgs.shape)}: should be [B, {C}, {H}, {W}]")
@@ -160,9 +160,9 @@ class NoPropMAE(nn.Module):
     def random_masking(
         self, batch: int, mask_ratio: float, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids_keep [B, V], ids_mask [B, M]): patch numbers, drawn anew for each sample.
+        """(ids_keep [B, V], ids_mask [B, M]): patch numbers, drawn for each sample.
 
-        M = round(N mask_ratio), at least 1 so that there is a loss; V = 0 at ratio 1. Raises UserError outside (0, 1].
+        M = round(N mask_ratio), but at least 1, so that there is a loss; V = 0 at ratio 1. UserError outside (0, 1].
         """
         if not 0.0 < mask_ratio <= 1.0:
             raise ParameterError(f"<mask_ratio> {mask_ratio}: should be in (0, 1]")
@@ -172,7 +172,7 @@ class NoPropMAE(nn.Module):
         return ids[:, :keep], ids[:, keep:]
 
     def targets(self, imgs: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """What the decoders predict, at patches `ids` (default: all of them): [B, M, P]."""
+        """The decoders' targets at patches `ids` (default: all): [B, M, P]."""
         patches = self.patchify(imgs)
         patches = patches if ids is None else take(patches, ids)
         if self.target == "norm_pixel":
@@ -183,11 +183,11 @@ class NoPropMAE(nn.Module):
     # the three calls of a forward pass: encoder, decoders, losses
 
     def encode(self, imgs: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """Latent of the class token and the visible patches, [B, 1+V, D]; masked patches are never touched."""
+        """Latent of the class token and the visible patches, [B, 1+V, D]; masked patches are not computed."""
         proj = self.patch_embed.proj
         x = take(self.patchify(imgs), ids_keep)  # [B, V, P]
-        # The convolution as a matrix product over the gathered patches, brought to its kernel's order (channel, row,
-        # column): the few visible pixels move, so that the weight's gradient keeps the weight's memory layout for DDP.
+        # The patch convolution as a matrix product over the gathered patches. These, not the weight, are reordered to
+        # (channel, row, column), so that the weight's gradient keeps the weight's memory layout for DDP.
         x = rearrange(x, "b v (p q c) -> b v (c p q)", c=self.in_chans, p=self.patch_size)
         x = F.linear(x, proj.weight.flatten(1), proj.bias)  # [B, V, D]
         x = x + lookup(self.pos_embed, 1 + ids_keep)
@@ -196,15 +196,15 @@ class NoPropMAE(nn.Module):
         return self.norm(run_blocks(self.blocks, x, self.use_checkpoint))
 
     def decoder_positions(self, ids_keep: torch.Tensor, ids_mask: torch.Tensor) -> torch.Tensor:
-        """Position embeddings [B, 1+V+M, D'] of all decoders' tokens: class, visible, masked."""
+        """Position embeddings [B, 1+V+M, D'] of a decoder's tokens: class, visible, masked."""
         ids = torch.cat([ids_keep.new_zeros(len(ids_keep), 1), 1 + ids_keep, 1 + ids_mask], dim=1)
         return lookup(self.decoder_pos_embed, ids)
 
     def denoise(self, i: int, y: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         """D_i(y) = c_skip y + c_out F_i(c_in y, latent) on the masked patches, [B, M, P] -> same (EDM eq. 7).
 
-        y is at level sigmas[i]. Computed in y's own float32, whatever autocast does inside F_i: at sigma 0.002, bf16
-        would round y by more than the noise in it.
+        y is at level sigmas[i] and stays float32, whatever autocast does inside F_i: at sigma 0.002, bf16 would round y
+        by more than its noise.
         """
         c_skip, c_out, c_in = precondition(self.sigmas[i], self.sigma_data)
         return c_skip * y + c_out * self.decoders[i](c_in * y, latent, pos).to(y.dtype)
@@ -212,25 +212,25 @@ class NoPropMAE(nn.Module):
     def decoder_loss(
         self, i: int, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Level i's loss (0-d) at the masked targets x [B, M, P], with noise of its own."""
+        """Loss of level i (0-d) for the masked targets x [B, M, P], with newly drawn noise."""
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         D = self.denoise(i, x + self.sigmas[i] * eps, latent, pos)
         return self.weights[i] * F.mse_loss(D, x)
 
     def encoder_loss(self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        """propagate='none': MAE's loss (0-d), the encoder's own."""
+        """propagate='none': MAE's loss (0-d), which trains the encoder."""
         assert self.encoder_head is not None
         return F.mse_loss(self.encoder_head(None, latent, pos).to(x.dtype), x)
 
     @property
     def loss_names(self) -> list[str]:
-        """Of `losses`, in their order: loss_0 .. loss_{T-1}, and loss_encoder with propagate='none'."""
+        """Names of `losses`, in order: loss_0 .. loss_{T-1}, and loss_encoder with propagate='none'."""
         return [f"loss_{i}" for i in range(self.T)] + ["loss_encoder"] * (self.encoder_head is not None)
 
     def losses(
         self, x: torch.Tensor, latent: torch.Tensor, pos: torch.Tensor, generator: torch.Generator | None = None
     ) -> Iterator[Callable[[], torch.Tensor]]:
-        """All that is trained: each loss (0-d) is computed when it is called. Their graphs share only the latent.
+        """Functions that compute the losses (0-d). The losses' graphs share only the latent.
 
         x: the masked targets; pos: `decoder_positions`.
         """
@@ -243,10 +243,10 @@ class NoPropMAE(nn.Module):
     def forward(
         self, imgs: torch.Tensor, mask_ratio: float = 0.75, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the sum of all losses, those of the levels [T]).
+        """(sum of all losses, losses of the levels [T]).
 
-        Holds the activations of all T decoders until the backward pass. Training runs `local_backward` of
-        engine_pretrain.py instead: the same gradients with the activations of one.
+        Keeps the activations of all T decoders until the backward pass. Training uses engine_pretrain.local_backward
+        instead: the same gradients with the activations of one decoder.
         """
         ids_keep, ids_mask = self.random_masking(len(imgs), mask_ratio, generator)
         latent = self.encode(imgs, ids_keep)
@@ -266,14 +266,14 @@ class NoPropMAE(nn.Module):
         sampler: str = "stochastic",
         generator: torch.Generator | None = None,
     ) -> dict:
-        """Mask images and sample what was there. ids: (ids_keep, ids_mask), instead of random ones.
+        """Mask images and sample the masked patches. ids: (ids_keep, ids_mask), instead of random ones.
 
-        -> masked [B, C, H, W], the masked patches at 0, which is the mean colour; steps, a list of T images
+        Returns masked [B, C, H, W], with masked patches at 0 (the mean colour); steps, a list of T images
         [B, C, H, W], the estimate D_i of each step; final [B, C, H, W]; mask [B, N], 1 = removed. Only masked patches
-        are sampled, so the visible ones are in place at every step and in every picture.
+        are sampled; visible patches are in every picture.
 
-        target='norm_pixel': a masked patch's own mean and deviation are not known. They are taken from the visible
-        patches, weighted exp(-d^2 / 2) by the distance d in patches; 0 and 1 if there is no visible patch.
+        target='norm_pixel': the mean and deviation of a masked patch are unknown. They are averaged over the visible
+        patches with weights exp(-d^2 / 2), d the distance in patches; 0 and 1 without visible patches.
         """
         if sampler not in SAMPLERS:
             raise ParameterError(f"<sampler> {sampler}: should be one of {', '.join(SAMPLERS)}")
@@ -307,7 +307,7 @@ class NoPropMAE(nn.Module):
         return {"masked": masked, "steps": steps, "final": picture(final), "mask": mask}
 
     def generate(self, n: int, *, sampler: str = "stochastic", generator: torch.Generator | None = None) -> dict:
-        """n images from nothing: `reconstruct` with every patch masked, for models trained at mask ratio 1 too."""
+        """Generate n images: `reconstruct` with every patch masked, for models trained up to mask ratio 1."""
         rows, cols = self.grid_size
         shape = (n, self.in_chans, rows * self.patch_size, cols * self.patch_size)
         imgs = torch.zeros(shape, device=self.pos_embed.device)
@@ -316,7 +316,7 @@ class NoPropMAE(nn.Module):
     def guess_statistics(
         self, visible: torch.Tensor, ids_keep: torch.Tensor, ids_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation [B, M, 1] of masked patches from visible [B, V, P]; see `reconstruct`."""
+        """Estimated mean and deviation [B, M, 1] of masked patches from visible [B, V, P]; see `reconstruct`."""
         cols = self.grid_size[1]
         masked, kept = (torch.stack([ids // cols, ids % cols], dim=-1).float() for ids in (ids_mask, ids_keep))
         weights = (-0.5 * torch.cdist(masked, kept).square()).softmax(dim=-1)  # [B, M, V]

@@ -1,7 +1,7 @@
-"""Learned positions of a file on a model's grid: absolute embeddings and relative tables.
+"""Resizes learned positions of a file to a model's grid: absolute embeddings and relative tables.
 
-Which place of the image a row of a file belongs to is in the file's own description, or counted, or said by the user;
-it is never guessed among several.
+The file's grid comes from its own description, from the number of rows, or from the user; if several grids are
+possible, that is an error.
 """
 
 from typing import Any
@@ -26,19 +26,19 @@ def fit_positions(
 ) -> tuple[State, list[str]]:
     """(tensors that replace the file's, names of the resized ones) for the model's absolute position embedding.
 
-    The patch part is resampled (bicubic, as MAE does). Positions of class, distillation and register tokens go to the
-    same token. A position that only the file has is added to its token: the sum is what the blocks saw.
-    raw: the file's tensors. described: a model as the file's meta says.
+    The patch part is resampled (bicubic, as in MAE). Positions of class, distillation and register tokens go to the
+    same token. If the model has no position for a token, the file's is added to the token: the blocks get the same sum.
+    raw: the file's tensors. described: the model described by the file's meta.
     """
     own, target = model.state_dict(), patch_grid(model)
     old, new = raw.get("pos_embed"), own.get("pos_embed")
     if old is not None and old.ndim == 2:
-        old = old[None]  # saved without the batch's dimension
+        old = old[None]  # saved without the batch dimension
     if old is None or new is None or target is None or new.ndim != 3 or old.ndim != 3 or old.shape[2] != new.shape[2]:
         return {}, []
     new_kinds = _prefix_kinds(new.shape[1] - target[0] * target[1], own)
     if new_kinds is None:
-        return {}, []  # positions of something else than the grid of patches
+        return {}, []  # not positions of a grid of patches
     if old.shape[0] != 1 or old.shape[1] == 0:
         raise UserError(f"{path}: pos_embed is {list(old.shape)}, not one row of positions")
     grid, old_kinds = _read(old.shape[1], raw, model, path, described, pos_grid)
@@ -55,7 +55,7 @@ def fit_positions(
 
 
 def _resample(patches: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
-    """[1, N, D] -> [1, H W, D], bicubic. timm's own function, before version 1.0.20, takes 4 x 16 for 8 x 8."""
+    """[1, N, D] -> [1, H W, D], bicubic. Before version 1.0.20, timm's function mistakes 4 x 16 for 8 x 8."""
     if old == new:
         return patches
     image = rearrange(patches, "1 (h w) d -> 1 d h w", h=old[0])
@@ -64,22 +64,22 @@ def _resample(patches: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
 
 
 def _without(kind: str, own: torch.Tensor, raw: State) -> torch.Tensor:
-    """The position of a token that has none in the file: 0 for a token of the file, the model's own for a new one."""
+    """The position of a token without one in the file: 0 if the file has the token, else the model's initial one."""
     present = any(n in raw for n in _TOKENS[kind.rstrip("0123456789")])
     return torch.zeros_like(own) if present else own
 
 
 def _counts(state: State) -> tuple[int, int, int]:
-    """Class, distillation and register tokens in a state dict."""
+    """Numbers of class, distillation and register tokens in a state dict."""
     present = [[state[n] for n in names if n in state and state[n].ndim == 3] for names in _TOKENS.values()]
     cls, dist, reg = (tokens[0].shape[1] if tokens else 0 for tokens in present)
     return cls, dist, reg
 
 
 def _prefix_kinds(number: int, state: State) -> list[str] | None:
-    """Which tokens the first `number` positions belong to; None if no tokens are so many.
+    """The tokens that the first `number` positions belong to; None if no set of tokens has this size.
 
-    All of them, or the class token (and the distillation token) without the registers, or none.
+    Possible sets: all tokens, the class token (and the distillation token) without registers, or none.
     """
     cls, dist, reg = _counts(state)
     names = ["cls"] * min(cls, 1) + ["dist"] * min(dist, 1) + [f"reg{i}" for i in range(reg)]
@@ -91,7 +91,7 @@ def _prefix_kinds(number: int, state: State) -> list[str] | None:
 
 
 def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) -> tuple[Grid, list[str]]:
-    """(grid, tokens of the prefix) of a file's n positions. UserError if there are several readings, or none."""
+    """(grid, prefix tokens) of a file's n positions. UserError if several readings are possible, or none."""
     known = pos_grid or (patch_grid(described) if described is not None else None)
     if known is not None:
         kinds = _prefix_kinds(n - known[0] * known[1], raw) or _uncounted(n - known[0] * known[1], raw)
@@ -114,18 +114,17 @@ def _read(n: int, raw: State, model: nn.Module, path: str, described, pos_grid) 
     could = (
         f"could be {_several(readings)}"
         if len(readings) > 1
-        else "are no square, with or without class and register tokens"
+        else "are not a square, with or without class and register tokens"
     )
     raise ParameterError(
-        f"{path}: its {n} positions {could}; give the grid of patches that it was trained on with "
-        "<pos_grid> ROWS COLUMNS"
+        f"{path}: its {n} positions {could}; give the patch grid of its training with <pos_grid> ROWS COLUMNS"
     )
 
 
 def _readings(n: int, prefixes: set[int], model: nn.Module) -> list[tuple[Grid, int]]:
-    """(grid, number of prefix positions): squares, and the model's own grid either way round.
+    """Possible (grid, number of prefix positions): squares, and the model's grid in either orientation.
 
-    The rectangle that timm names for the family's published weights is what its files have.
+    Families whose published weights have a rectangular grid in timm: that rectangle.
     """
     own, published = patch_grid(model), _published_grid(model)
     assert own is not None, "asked for models with a grid"
@@ -143,7 +142,7 @@ def _readings(n: int, prefixes: set[int], model: nn.Module) -> list[tuple[Grid, 
 
 
 def _uncounted(number: int, raw: State) -> list[str] | None:
-    """Prefix positions of tokens that are not in the file: a class position, then one of distillation."""
+    """Prefix positions whose tokens are not in the file: class, then distillation."""
     _, _, reg = _counts(raw)
     registers = [f"reg{i}" for i in range(reg)]
     return {0: [], 1: ["cls"], 2: ["cls", "dist"], reg: registers, 1 + reg: ["cls", *registers]}.get(number)
@@ -154,7 +153,7 @@ def _several(readings: list[tuple[Grid, int]]) -> str:
 
 
 def _published_grid(model: nn.Module) -> Grid | None:
-    """The grid of the family's published weights where it is a rectangle (Sapiens); None for the usual squares."""
+    """The grid of the family's published weights if it is a rectangle (Sapiens); None for squares."""
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     embed: Any = model.patch_embed
     if not size or size[1] == size[2] or not getattr(embed, "img_size", None):
@@ -173,7 +172,7 @@ def fit_tables(
 ) -> tuple[State, list[str], list[str]]:
     """(replacing tensors, names of the resized ones, names of those left out) for learned relative position tables.
 
-    timm's interpolation, from the file's window of attention. partial: a table whose window cannot be told is left out.
+    Uses timm's interpolation, from the file's attention window. partial: leave out tables whose window is unknown.
     """
     own, done = model.state_dict(), {}
     resized, left_out = list[str](), list[str]()
@@ -186,7 +185,7 @@ def fit_tables(
         window = tuple(window)
         old_window: Grid | None
         heads, extra = new.shape[-1], len(new) - (2 * window[0] - 1) * (2 * window[1] - 1)
-        if old.ndim == 3:  # [heads, 2 rows - 1, 2 columns - 1] says its window by its shape
+        if old.ndim == 3:  # [heads, 2 rows - 1, 2 columns - 1] shows its window by its shape
             heads, extra, old_window = len(new), 0, ((old.shape[1] + 1) // 2, (old.shape[2] + 1) // 2)
         else:
             old_window = _window(len(old) - extra, window, name, model, described, pos_grid)
@@ -195,13 +194,13 @@ def fit_tables(
             continue
         if old_window is None:
             raise ParameterError(
-                f"{path}: {key} has {len(old)} rows, which do not tell the window of attention that it was trained "
-                "with; give the grid of patches that the file was trained on with <pos_grid> ROWS COLUMNS"
+                f"{path}: {key} has {len(old)} rows, which do not determine the attention window of its training; "
+                "give the patch grid that the file was trained on with <pos_grid> ROWS COLUMNS"
             )
         if old_window == window or old.shape[0 if old.ndim == 3 else -1] != heads:
-            done[key] = old  # other heads: refused as any other shape
+            done[key] = old  # another number of heads: refused later, like any other shape
             continue
-        # Three dimensions tell timm's function the file's window; two it takes as square.
+        # timm's function reads the file's window from three dimensions; with two it assumes a square.
         rows, columns = (2 * s - 1 for s in old_window)
         table = old if old.ndim == 3 else rearrange(old[: rows * columns], "(r c) heads -> heads r c", r=rows)
         shape = (heads, 2 * window[0] - 1, 2 * window[1] - 1)
@@ -214,13 +213,13 @@ def fit_tables(
 
 
 def _window(rows: int, window: Grid, name: str, model: nn.Module, described, pos_grid) -> Grid | None:
-    """The window behind a table of (2 h - 1)(2 w - 1) rows; None if it cannot be told."""
+    """The window (h, w) of a table of (2 h - 1)(2 w - 1) rows; None if it is unknown."""
     known = []
     twin: Any = dict(described.named_modules()).get(name) if described is not None else None
     if hasattr(twin, "window_size"):
         known.append(tuple(twin.window_size))
     if pos_grid is not None and patch_grid(model) in (window, tuple(pos_grid)):
-        # The window is the whole grid (BEiT), or the file's grid, and with it each window, is the model's.
+        # The window is the whole grid (BEiT), or the file has the model's grid and therefore its windows.
         known.insert(0, tuple(pos_grid) if window == patch_grid(model) else window)
     for h, w in known:
         if (2 * h - 1) * (2 * w - 1) == rows:

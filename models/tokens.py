@@ -1,4 +1,4 @@
-"""Patch tokens: their positions, their gathering, the transformer over them, the decoder of a masked autoencoder."""
+"""Patch tokens: position embeddings, gathering, transformer blocks, the decoder of a masked autoencoder."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """MAE's fixed position embeddings of a (rows, columns) grid: [1, 1 + rows * columns, dim]; the class token's is 0.
+    """MAE's fixed position embeddings for a (rows, columns) grid: [1, 1 + rows * columns, dim]; 0 for the class token.
 
     The first half of the channels encodes the column, the second the row, each as sines, then cosines, of position *
     10000^(-k / (dim / 4)). dim must be a multiple of 4.
@@ -23,10 +23,10 @@ def sincos_pos_embed(dim: int, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def take(patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Each sample's own rows: patches [B, N, P], ids [B, M] -> [B, M, P]."""
+    """Rows of each sample: patches [B, N, P], ids [B, M] -> [B, M, P]."""
     B, N, P = patches.shape
     rows = ids + torch.arange(0, B * N, N, device=ids.device)[:, None]
-    # index_select copies whole rows; gather would look up every value.
+    # index_select copies whole rows; gather looks up every value.
     return patches.reshape(B * N, P).index_select(0, rows.flatten()).view(*ids.shape, P)
 
 
@@ -36,7 +36,7 @@ def lookup(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each patch's values, [B, M, P] -> 2 x [B, M, 1]; 1e-6 keeps flat patches finite."""
+    """Mean and standard deviation of each patch, [B, M, P] -> 2 x [B, M, 1]; 1e-6 keeps flat patches finite."""
     var, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
     return mean, (var + 1e-6).sqrt()
 
@@ -48,10 +48,10 @@ def transformer(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.Mo
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> torch.Tensor:
-    """x [B, L, D] through all blocks; with use_checkpoint their insides are recomputed in the backward pass."""
+    """x [B, L, D] through all blocks; with use_checkpoint, activations are recomputed in the backward pass."""
     for block in blocks:
         if use_checkpoint and torch.is_grad_enabled():
-            # The blocks draw no random numbers, so there is no generator state to save and restore.
+            # The blocks draw no random numbers, so no generator state is saved.
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x)
@@ -59,9 +59,9 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> 
 
 
 class Decoder(nn.Module):
-    """From the noised masked patches and the latent of the visible ones to a prediction of the masked patches.
+    """Predicts the masked patches from their noised values and the latent of the visible ones.
 
-    blind: a mask token stands in for the noised patches, which makes it MAE's own decoder.
+    blind: a mask token replaces the noised patches, as in MAE's decoder.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
     def forward(self, patches: torch.Tensor | None, latent: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
         """patches [B, M, P] (None if blind), latent [B, 1+V, D], pos [B, 1+V+M, dim] in that order -> [B, M, P].
 
-        Attention does not see the order of tokens once positions are added, so nothing is put back into the grid.
+        Attention does not depend on the order of tokens, so they are not put back into the grid.
         """
         B, M = len(latent), pos.shape[1] - latent.shape[1]
         masked = self.mask_token.expand(B, M, -1) if patches is None else self.patch_embed(patches)

@@ -1,4 +1,4 @@
-"""MAE's ViT names on top of timm, and the place in any timm model where the embedding lives."""
+"""MAE's ViT names on top of timm, timm's other classifiers, and where noise enters a model."""
 
 import re
 import socket
@@ -29,21 +29,21 @@ VIT_SIZES = {
 }
 
 
-TimmModel = Any  # an nn.Module with timm's methods, which no type of timm's describes
+TimmModel = Any  # an nn.Module with timm's methods; timm has no type for it
 
-# Keywords that are whole numbers of 1 or more, or tuples of them, in every family that has them.
+# Keywords that must be whole numbers of 1 or more, or tuples of them, in every family.
 SIZES = ("patch_size", "embed_dim", "embed_dims", "dims", "depth", "depths", "layers", "num_heads", "window_size")
 
 
 class NoStochasticDepth(ParameterError):
-    """drop_path for a family that has none."""
+    """drop_path for a family without stochastic depth."""
 
 
 def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
-    """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token whatever the pooling.
+    """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token with any pooling.
 
-    global_pool=True averages the patch tokens and normalises after (`fc_norm`); False reads the class token. A string
-    is timm's name of another pooling.
+    global_pool=True averages the patch tokens and then normalises (`fc_norm`); False uses the class token. A string is
+    timm's name of another pooling.
     """
     parsed = parse_mae_name(name)
     assert parsed is not None, name
@@ -72,7 +72,7 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
     except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
         raise ParameterError(f"<model> {name} with {_shown(kwargs)}: {reason_of(error)}") from None
     if isinstance(model.head, nn.Linear):
-        # MAE starts a classifier at 2e-5; timm at zero, which gives the first step's backbone no gradient.
+        # MAE initialises the classifier with std 2e-5; with timm's zeros the backbone's first gradient would be 0.
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
 
@@ -92,7 +92,7 @@ def check_patch(img_size, patch_size) -> None:
 
 
 def check_sizes(name: str, kwargs: dict) -> None:
-    """UserError for a size of which no network can be built: timm makes one without blocks of a depth of -1."""
+    """UserError for sizes below 1: with depth=-1, for example, timm silently builds a network without blocks."""
     for key in [k for k in SIZES if k in kwargs]:
         values = kwargs[key] if isinstance(kwargs[key], (tuple, list)) else (kwargs[key],)
         values = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
@@ -101,10 +101,10 @@ def check_sizes(name: str, kwargs: dict) -> None:
 
 
 def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool | str, **kwargs) -> nn.Module:
-    """Any timm classifier. img_size and drop_path reach the families that know them; others adapt to any size.
+    """Any timm classifier. Families that take img_size and drop_path get them; others work at any size.
 
-    NoStochasticDepth where drop_path is above 0 and the family has none. global_pool: timm's name of a pooling, or a
-    bool for the family's own.
+    NoStochasticDepth if drop_path is above 0 and the family has none. global_pool: timm's name of a pooling, or a bool
+    for the family's own.
     """
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
@@ -115,7 +115,7 @@ def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool 
     if kwargs.get("pretrained"):
         do_not_retry_offline()
     optional = {"img_size": img_size, **({"drop_path_rate": drop_path} if drop_path else {})}
-    # timm has no list of who takes what: families without a position grid refuse img_size by TypeError.
+    # timm does not list which families take img_size: those without a position grid raise TypeError.
     while True:
         try:
             return timm.create_model(name, **{**optional, **kwargs})
@@ -138,17 +138,17 @@ def timm_classifier(name: str, *, img_size, drop_path: float, global_pool: bool 
 
 
 def do_not_retry_offline() -> None:
-    """Without a network, the hub's library tries five times in a minute: it is told to take what it has on disk."""
+    """Without a network, the hub's library retries five times in a minute; make it use only files on disk."""
     host = urlsplit(constants.ENDPOINT).hostname
     try:
-        if not getproxies():  # behind one, no direct connection is made
+        if not getproxies():  # with a proxy there is no direct connection to test
             socket.create_connection((host, 443), timeout=10).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
 
 
 def _can_be_built(name: str, kwargs: dict) -> bool:
-    """Without weights and memory: what failed before was not the architecture."""
+    """Whether the architecture can be built, without weights and memory."""
     try:
         with torch.device("meta"):
             timm.create_model(name, **kwargs)
@@ -168,7 +168,7 @@ def classifier_prefixes(model: nn.Module) -> list[str]:
 
 
 def classifiers(model: TimmModel) -> list[nn.Module]:
-    """What the head phase trains: the classifier, or all of a family with several (DeiT distilled, CrossViT, VOLO)."""
+    """The final classifiers; several for some families (DeiT distilled, CrossViT, VOLO)."""
     own = model.get_classifier()
     found = list(own) if isinstance(own, (tuple, list, nn.ModuleList)) else [own]
     modules = dict(model.named_modules())
@@ -177,18 +177,18 @@ def classifiers(model: TimmModel) -> list[nn.Module]:
 
 
 def enable_grad_checkpointing(model: TimmModel, name: str) -> None:
-    """UserError for the families that have none."""
+    """UserError for families without gradient checkpointing."""
     try:
         model.set_grad_checkpointing()
     except (AssertionError, AttributeError, NotImplementedError):
-        raise ParameterError(f"<grad_checkpointing>: {name} has none; leave the flag out") from None
+        raise ParameterError(f"<grad_checkpointing>: {name} does not support it; omit the flag") from None
 
 
 def trunk_blocks(model: TimmModel) -> list[nn.Module]:
-    """The blocks after the embedding, in order; the input of the first is the embedding point.
+    """The blocks after the embedding, in order; the first block's input is the embedding.
 
-    The stem is what timm's own `group_matcher` calls one (class and position embeddings, patch embedding,
-    convolutional stem with its norm); the trunk starts at the first child with parameters outside it.
+    The stem is defined by timm's `group_matcher` (class and position embeddings, patch embedding, convolutional stem
+    with its norm); the trunk starts at the first child with parameters outside the stem.
     """
     matcher = model.group_matcher(coarse=False) if hasattr(model, "group_matcher") else None
     stem = _patterns(matcher["stem"]) if isinstance(matcher, dict) and "stem" in matcher else ["stem", "patch_embed"]
@@ -206,19 +206,19 @@ def trunk_blocks(model: TimmModel) -> list[nn.Module]:
             break  # past the trunk: final norm, head
         blocks += [child] if found is None else found
     if not blocks:
-        raise UserError(f"{type(model).__name__}: found no block after its embedding to put noise before")
+        raise UserError(f"{type(model).__name__}: has no block after its embedding, so noise cannot be added")
     return blocks
 
 
 def _patterns(spec) -> list[str]:
-    """timm writes a group as a regex, or a list of (regex, order) pairs."""
+    """A group of timm's group_matcher is a regex, or a list of (regex, order) pairs."""
     if isinstance(spec, str):
         return [spec]
     return [p for item in spec for p in _patterns(item[0] if isinstance(item, tuple) else item)]
 
 
 def _flatten(module: nn.Module) -> list[nn.Module] | None:
-    """Blocks inside a container (a sequence, or a stage that keeps them in `.blocks`), depth first; else None."""
+    """Blocks in a container (a sequence, or a stage with `.blocks`), depth first; else None."""
     inside = getattr(module, "blocks", module)
     if not isinstance(inside, (nn.Sequential, nn.ModuleList)):
         return None
@@ -232,8 +232,8 @@ def _flatten(module: nn.Module) -> list[nn.Module] | None:
 class _BlendInput:
     """Forward pre-hook that noises a block's first positional argument.
 
-    An object, not a closure: copy.deepcopy of a model (an EMA) then carries its own noise module, which follows the
-    copy's train() and eval(). A closure would leave the original's noise on in the copy's evaluation.
+    An object, not a closure: copy.deepcopy of a model (an EMA) then has its own noise module, which follows the copy's
+    train() and eval(). With a closure, the copy would use the original's noise, also in evaluation.
     """
 
     def __init__(self, noise: nn.Module, layer: int):
@@ -246,9 +246,9 @@ class _BlendInput:
 
 
 def attach_noise(model: nn.Module, noise: AlphaBlend) -> list:
-    """Register `noise` as `model.alpha_blend` and run it at its layers' inputs; keys do not change.
+    """Register `noise` as `model.alpha_blend` and apply it to its layers' inputs; state_dict keys do not change.
 
-    Returns the handles of its hooks.
+    Returns the handles of the hooks.
     """
     c, name = noise.config, type(model).__name__
     model.alpha_blend = noise
@@ -259,7 +259,7 @@ def attach_noise(model: nn.Module, noise: AlphaBlend) -> list:
         handles.append(blocks[layer].register_forward_pre_hook(_BlendInput(noise, layer)))
     if c.space == "pixel":
         if c.kind == "token_drop":
-            raise ParameterError("<noise_kind> token_drop: leaves out tokens; pixels have none")
+            raise ParameterError("<noise_kind> token_drop: leaves out tokens, and pixels are not tokens")
         return handles
     noise.place(
         Layout(
@@ -273,14 +273,14 @@ def attach_noise(model: nn.Module, noise: AlphaBlend) -> list:
         raise ParameterError(f"<noise_kind> colour: {name} has no grid of patches; choose another")
     if c.kind == "token_drop" and not noise.layout.tokens:
         raise ParameterError(
-            f"<noise_kind> token_drop: {name} is no sequence of patches of which some could be left out"
+            f"<noise_kind> token_drop: {name} is not a plain sequence of patches, so none can be left out"
         )
     return handles
 
 
 @contextmanager
 def noise_for_a_while(model: nn.Module, noise: AlphaBlend) -> Iterator[AlphaBlend]:
-    """`noise` in place of the model's own, which must be off, until the end of the block."""
+    """Replace the model's noise, which must be off, by `noise` inside the block."""
     own = model._modules.pop("alpha_blend", None)
     handles = attach_noise(model, noise.to(next(model.parameters()).device))
     try:
@@ -294,7 +294,7 @@ def noise_for_a_while(model: nn.Module, noise: AlphaBlend) -> Iterator[AlphaBlen
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether its evaluation goes by statistics of training."""
+    """Whether evaluation uses running statistics of training."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 

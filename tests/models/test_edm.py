@@ -61,7 +61,7 @@ def test_bad_levels_are_refused_in_one_line(bad):
 @pytest.mark.parametrize("sampler", SAMPLERS.values())
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [0.5, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, float("nan"), 0.0]])
 def test_samplers_refuse_levels_that_do_not_fall_to_zero(sampler, sigmas):
-    with pytest.raises(ValueError, match="must fall"):
+    with pytest.raises(ValueError, match="must decrease"):
         sampler(lambda x, i: x, torch.zeros(1), sigmas)
 
 

@@ -103,7 +103,7 @@ def test_rows_of_the_classifier_go_by_class_name(tmp_path, kind, new):
     report = load_pretrained(model, path, classes=new)
     kept = [n for n in new if n in old]
     assert report.kept_classes == kept and report.new_classes == [n for n in new if n not in old]
-    assert f"kept {len(kept)}" in str(report) and f"anew {len(new) - len(kept)}" in str(report)
+    assert f"kept {len(kept)}" in str(report) and f"new {len(new) - len(kept)}" in str(report)
     for layer in layers:
         for i, name in enumerate(new):
             for part in ("weight", "bias"):
@@ -132,7 +132,7 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
         "--dry_run",
     ]
     assert finetune(*line, "--output_dir", tmp_path / "out") == 0
-    assert "kept 1 (red), anew 1 (blue)" in capsys.readouterr().out
+    assert "kept 1 (red), new 1 (blue)" in capsys.readouterr().out
 
 
 def test_paths_that_hold_no_weights_are_named_for_what_they_are(tmp_path):

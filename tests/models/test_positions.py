@@ -91,7 +91,7 @@ def test_positions_of_tokens_go_to_the_same_tokens(tmp_path):
         ((16, 32), (32, 16), "8 x 4"),
         ((16, 32), (16, 32), "4 x 8 after 1"),
         ((32, 32), (16, 64), "8 x 8"),
-        ((48, 80), (96, 96), "no square"),
+        ((48, 80), (96, 96), "not a square"),
     ],
 )
 def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, old, new, could):
