@@ -81,7 +81,7 @@ def test_mae_names_have_the_papers_sizes(monkeypatch):
 
 def test_noise_that_a_network_has_no_place_for_is_one_line():
     """No block, a block that is called without a tensor, no grid that a spectrum could be of."""
-    with pytest.raises(UserError, match="Linear: found no block"):
+    with pytest.raises(UserError, match="Linear: has no block"):
         trunk_blocks(torch.nn.Linear(2, 2))
     net = torch.nn.Module()
     net.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2))
