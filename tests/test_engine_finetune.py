@@ -365,6 +365,23 @@ def test_evaluation_equals_scikit_learn():
     assert result.index.tolist() == list(range(57)) and np.allclose(result.probabilities, p, atol=1e-6)
 
 
+def test_probabilities_of_two_ranks_are_in_the_order_of_the_images(tmp_path):
+    """57 images: 29 and 28, every other one."""
+
+    def rank():
+        world, data, net = init_world("cpu"), toy_data(n=57, classes=7), toy_net(7)
+        transform = BatchTransform((0.5,), (0.25,))
+        loader = Loader(data, batch_transform=transform, batch_size=8, train=False, world=world)
+        result = evaluate(net, loader, Precision("off", CPU), 7, collect=True)
+        with torch.no_grad():
+            p = net(transform(data.images, None, 0, False)).softmax(1).numpy()
+        assert result.index.tolist() == list(range(57)) and np.allclose(result.probabilities, p, atol=1e-6)
+        assert result.confusion.sum() == 57
+
+    log = tmp_path / "said.txt"
+    assert Ranks(2, rank, log).exit_codes() == [0, 0], log.read_text()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_scores_with_absent_and_never_predicted_classes_equal_scikit_learn():
     y, p = [0, 0, 0, 2, 2, 4], [0, 0, 1, 2, 0, 2]

@@ -64,6 +64,11 @@ def test_views_without_the_first_are_averaged_without_it(ensemble, photo_folder,
     for name in list(rows)[::3]:
         p = [reference(net, meta, photo_folder / "val" / "red" / name, [1, 7]).mean(0) for net, meta in ensemble[1][:2]]
         np.testing.assert_allclose(values(rows, name), (p[0] + p[1]) / 2, atol=2e-6)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    [one] = [row["confidence"] for row in results if (row["name"], row["views"]) == ("grey.pth", 1)]
+    net, meta = ensemble[1][1]
+    sure = [reference(net, meta, photo_folder / "val" / "red" / name, [0])[0].max() for name in rows]
+    assert one == pytest.approx(100 * np.mean(sure), abs=1e-3)
 
 
 def test_table_has_every_member_and_ensemble_with_scikit_learns_scores(predicted):

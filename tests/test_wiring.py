@@ -103,6 +103,11 @@ def folds(seed: int) -> list[np.ndarray]:
     return [t for t, _ in StratifiedKFold(3, shuffle=True, random_state=seed).split(targets, targets)]
 
 
+def policy_fill(seen: Seen) -> tuple[int, ...]:
+    """The colour of the corners that RandAugment uncovers."""
+    return tuple(of_steps(seen.loader, "RandAugment").ops[0].kwargs["fillcolor"])
+
+
 def mixup(seen: Seen):
     return seen.one("train_one_epoch")["mixup"]
 
@@ -252,6 +257,14 @@ TRAINING = {
 
 FINETUNE = {
     **TRAINING,
+    "mean": [
+        *TRAINING["mean"],
+        # The colour of the corners that a rotation uncovers.
+        Row(
+            "--mean 1 0 0.2", lambda s: of_steps(s.loader, "RandomAffine").fill == [255, 0, 51], f"{PHOTOS} --aug photo"
+        ),
+        Row("--mean 1 0 0.2", lambda s: policy_fill(s) == (255, 0, 51), f"{PHOTOS} --aug mae"),
+    ],
     "loader": [Row("--loader pil", lambda s: s.loader.files.dataset.fast is None, f"{PHOTOS} --aug light")],
     "layer_decay": [Row("--layer_decay 0.5", lambda s: {g["lr_scale"] for g in s.groups} == {0.125, 0.25, 0.5, 1.0})],
     "model": [Row("--model vit_custom_patch2", lambda s: s.net.patch_embed.patch_size == (2, 2))],
@@ -314,6 +327,8 @@ FINETUNE = {
     "aug": [
         Row("--aug light", lambda s: s.loader.batch_transform.geometry.crop == "pad"),
         Row("--aug photo", lambda s: s.loader.batch_transform.geometry.scale == (0.7, 1.0)),
+        Row("--aug photo", lambda s: s.loader.batch_transform.color_jitter == 0.3),
+        Row("--aug photo", lambda s: s.loader.batch_transform.erasing.area == (0.02, 0.15)),
         Row("--aug photo", lambda s: of_steps(s.loader, "RandomAffine"), PHOTOS),
         Row("--aug none", lambda s: torch.equal(raw(s).round(), plain(s)), "--aug mae"),
     ],
@@ -620,7 +635,7 @@ LINPROBE = {
     ],
     "device": [Row("--device cuda:1", lambda s: s.one("init_world")["device"] == "cuda:1", ENCODER)],
     "seed": [
-        Row("--seed 7", lambda s: s.one("score")["seed"] == 7, ENCODER),
+        Row("--seed 7", lambda s: s.one("choose_l2")["seed"] == 7, ENCODER),
         Row(
             "--seed 7",
             lambda s: torch.equal(probed(s, "model").patch_embed.proj.weight, seeded_vit(7)["patch_embed.proj.weight"]),
