@@ -31,10 +31,10 @@ class Criterion(nn.Module):
 
         loss = 1/B sum_b w_b sum_c t_bc (-log p_bc),   t = (1 - s) m + s / C,   w_b = sum_c weight_c m_bc
 
-    m is the target before smoothing: one class, or a mixture of two by lambda. A sample's weight is that of its classes
-    in m: by smoothing's share s / C, the weights of rare classes would outweigh that of the true one.
-    The mean is over samples, not over weights: balanced weights are 1 in the mean over the training set, and a batch of
-    frequent classes has a small loss. Class numbers are smoothed here, mixed targets arrive smoothed (timm's Mixup).
+    m is the target before smoothing: one class, or a mixture of two. A sample's weight depends on m, not on t: with
+    smoothing's s / C for every class, the weights of rare classes would outweigh that of the true class.
+    The mean is over samples, not weights: balanced weights average 1 over the training set, so a batch of frequent
+    classes has a small loss. Class numbers are smoothed here; mixed targets are already smoothed (timm's Mixup).
     """
 
     def __init__(self, smoothing: float = 0.0, weight: torch.Tensor | None = None):
@@ -47,7 +47,7 @@ class Criterion(nn.Module):
         logits, (m, t) = logits.float(), self.shares(targets, logits.shape[1])
         if self.weight is None:
             return F.cross_entropy(logits, t)
-        w = (m * self.weight).sum(1)  # [B]; no matrix product: autocast would round the weights
+        w = (m * self.weight).sum(1)  # [B]; not a matrix product, where autocast would round the weights
         return (w * F.cross_entropy(logits, t, reduction="none")).mean()
 
     def shares(self, targets: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +68,7 @@ def build_criterion(loss: Loss, train: Dataset, num_classes: int) -> Criterion:
 def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     """n / (C n_c), scikit-learn's rule: the mean weight over the training set is 1; [num_classes].
 
-    C counts the classes that have images; the others, those of --nb_classes above the data's, have weight 0.
+    C counts the classes that have images; others (--nb_classes above the data's) have weight 0.
     """
     counts = torch.bincount(targets, minlength=num_classes).float()
     return torch.where(counts > 0, len(targets) / ((counts > 0).sum() * counts), 0.0)
@@ -85,14 +85,14 @@ def train_one_epoch(
 ) -> dict[str, float] | None:
     """Train from run.position to the end of its epoch; returns its metrics (loss, lr), or None if a signal stopped it.
 
-    criterion(logits [B, C], targets) -> 0-d loss. mixup(images, targets [B]) -> images, targets [B, C]. clip_grad: the
-    largest norm of the gradients.
+    criterion(logits [B, C], targets) -> 0-d loss. mixup(images, targets [B]) -> images, targets [B, C]. clip_grad:
+    maximum gradient norm.
     """
     net, model, precision, ema = training.net, training.model, training.precision, training.ema
     model.train()
-    training.freeze(net)  # frozen layers compute as in evaluation
+    training.freeze(net)  # frozen layers work as in evaluation
     parameters = [p for p in net.parameters() if p.requires_grad]
-    statistics = RunningStatistics(net)  # BatchNorm's, which change in the forward pass already
+    statistics = RunningStatistics(net)  # BatchNorm's, which the forward pass updates
     loop = Loop(run, training, loader, ["loss"])
     for step, batch in loop:
         seed_all(run.options.machine.seed, *step.seeds)
@@ -120,16 +120,16 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(model, loader, precision, num_classes: int, *, collect: bool = False, poll=None) -> Evaluation | None:
-    """Scores over the whole split, each sample once: ranks share it without padding and add up their counts.
+    """Scores over the whole split, each sample once: it is divided over ranks without padding, and counts are summed.
 
-    The loss is plain cross entropy, whatever training's criterion adds to it: comparable between runs.
+    The loss is plain cross entropy, whatever the training loss, so that runs can be compared.
 
     collect: keep probabilities, gathered in sample order on every rank. poll() -> True stops early on all ranks (None).
     """
-    model.train()  # LeViT and its kin cache what evaluation computes of the weights until then; an EMA changes them
+    model.train()  # LeViT and others cache values computed from the weights, which an EMA changes, until train()
     model.eval()
     device = loader.world.device
-    add_up = all_reduce if loader.world.size > 1 else lambda x: x  # a loader that is not shared counts alone
+    add_up = all_reduce if loader.world.size > 1 else lambda x: x  # without --dist_eval each rank counts for itself
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=device)
     top5 = torch.zeros((), dtype=torch.long, device=device)
     loss_sum = torch.zeros((), device=device)
@@ -137,7 +137,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
     for batch in batches_of(loader.epoch(), len(loader)):
         if poll is not None and poll():
             return None
-        if batch is None:  # this rank's share is one batch shorter
+        if batch is None:  # this rank has one batch less
             continue
         with precision.autocast():
             logits = model(batch.images)

@@ -22,9 +22,9 @@ from util.progress import Progress
 def predict(nets: list[Net], data: Dataset, asked: Settings, reading: Reading, world: World) -> Prediction:
     """Every member's probabilities for every image; the same arrays on every rank.
 
-    asked: which views (0..11, augment/views.py; view 0 is computed in any case, to compare with), and network inputs
-    per batch, that is images x views. An image's views stay together. Batches are cut from the whole set and then dealt
-    to the ranks, so each is the same whatever the number of ranks, and with it every digit.
+    asked: the views (0..11, augment/views.py; view 0 is always computed, for comparison), and network inputs (images x
+    views) per batch. An image's views are in one batch. The whole set is cut into batches, which are then distributed,
+    so results are identical for any number of ranks.
     """
     views = asked.views
     computed = [0] + [v for v in views if v != 0]
@@ -67,12 +67,12 @@ def forward(nets: list[Net], inputs: list[tuple], images: list[torch.Tensor], de
     pixels = {key: x.flatten(0, 1).to(device, non_blocking=True) for key, x in zip(inputs, images)}
     for net in nets:
         key = net.input, net.statistics
-        if key not in ready:  # members with the same statistics share the normalised batch
+        if key not in ready:  # members with equal statistics share the normalised batch
             ready[key] = normalize(pixels[net.input], *net.statistics)  # [b V, C, h, w]
         with net.precision.autocast():
             y = net.module(ready[key])
         logits.append(y.float()[:, net.order])
-    # In float64 on the CPU: one copy for all members, and devices without float64 work as well.
+    # float64 on the CPU: one copy for all members, and some devices lack float64.
     return torch.stack(logits).cpu().double().softmax(-1).unflatten(1, (b, V)).numpy()
 
 
@@ -95,9 +95,9 @@ def predict_out_of_fold(
     reading: Reading,
     world: World,
 ) -> Prediction:
-    """`predict`, fold by fold, with that fold's networks on that fold's images.
+    """`predict` for each fold: its networks on its images.
 
-    Images of fold -1 cannot be read; they go with a fold's, where `predict` refuses them or leaves them out.
+    Images of fold -1 are unreadable; they are added to a fold, where `predict` raises an error or leaves them out.
     """
     parts, bad = list[tuple[np.ndarray, ...]](), dict[int, str]()
     image_folds = np.where(image_folds < 0, image_folds.max(), image_folds)

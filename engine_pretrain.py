@@ -17,10 +17,10 @@ from util.train.run import Run, Training
 
 
 class EncoderFirst(nn.Module):
-    """What DistributedDataParallel wraps: all the parameters, and the encoder alone as the forward pass.
+    """The module that DistributedDataParallel wraps: it has all parameters, but its forward pass is only the encoder.
 
-    DDP averages a parameter's gradient when it arrives, after one forward and from however many backward passes, as
-    long as each parameter's arrives once. So the decoders' losses may call `net` directly.
+    DDP averages a parameter's gradient when it is computed. There may be several backward passes after one forward
+    pass, if each parameter gets its gradient once. So the decoders' losses can call `net` directly.
     """
 
     def __init__(self, net: NoPropMAE):
@@ -42,10 +42,10 @@ def local_backward(
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Gradients of scale(sum of net.losses), with one decoder's activations alive at a time.
+    """Gradients of scale(sum of net.losses), with only one decoder's activations in memory at a time.
 
-    Each loss goes forward and backward by itself, down to the latent, where the gradients add up; then the encoder goes
-    backward once. encode(imgs, ids_keep) -> latent is net.encode or DDP's EncoderFirst.
+    Each loss has its own forward and backward pass, down to the latent, where the gradients are summed; then one
+    backward pass through the encoder. encode(imgs, ids_keep) -> latent is net.encode or DDP's EncoderFirst.
     Returns the unscaled losses, detached, in the order of net.loss_names.
     """
     with autocast():
@@ -73,16 +73,15 @@ def train_one_epoch(
 ) -> dict[str, float] | None:
     """Train from run.position to the end of its epoch; returns its metrics, or None if a signal stopped it.
 
-    training.model: EncoderFirst, or DDP around it. mask_ratio_max: the ratio is drawn from [mask_ratio, mask_ratio_max]
-    for each micro-step, the same on all ranks, so that none waits for a longer one. clip_grad: the largest norm of the
-    gradients. Metrics: loss, the sum that is trained; loss_0 .. loss_{T-1}, as weighted; loss_encoder with
-    propagate='none'; lr.
+    training.model: EncoderFirst, or DDP around it. mask_ratio_max: each micro-step draws its ratio from [mask_ratio,
+    mask_ratio_max], the same on all ranks, so that none waits for another. clip_grad: maximum gradient norm. Metrics:
+    loss, the sum that is trained; loss_0 .. loss_{T-1}, weighted; loss_encoder with propagate='none'; lr.
     """
     net, model, precision = cast(NoPropMAE, training.net), training.model, training.precision
     model.train()
     seed = run.options.machine.seed
     parameters = [p for p in net.parameters() if p.requires_grad]
-    # On a CPU's heap; CUDA's allocator and DDP's buckets keep gradients together by themselves.
+    # Only on CPU without DDP: CUDA's allocator and DDP's buckets keep gradients together anyway.
     if keep_gradients := run.world.device.type == "cpu" and run.world.size == 1:
         allocate_gradients(parameters)
     loop = Loop(run, training, loader, net.loss_names)
@@ -114,7 +113,7 @@ def train_one_epoch(
 
 
 def draw_mask_ratio(low: float, high: float | None, seed: int, epoch: int, step: int) -> float:
-    """U[low, high] by counters; low itself where high is None or not above it."""
+    """U[low, high] from counters; low if high is None or not above it."""
     if high is None or high <= low:
         return low
-    return low + (high - low) * mix(seed, epoch, step, -1) / 2.0**63  # -1: no rank's number
+    return low + (high - low) * mix(seed, epoch, step, -1) / 2.0**63  # -1: differs from all ranks

@@ -8,7 +8,7 @@
 from util.cli.finetune import FinetuneOptions, check, get_args_parser, get_options  # noqa: F401 (MAE's names)
 from util.cli.script import check_command_line, run_main, says_flags
 
-if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
     check_command_line(get_options)
 
 import math
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_one(options: FinetuneOptions, world: World) -> int:
-    """One network: its data, its weights, then evaluation or training. Returns the exit code."""
+    """Prepare data and weights of one network, then evaluate or train. Returns the exit code."""
     evaluating, dry_run = options.selection.eval, options.run.dry_run
     train, val, meta, origin = read_data(options, world)
-    seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
+    seed_all(options.machine.seed, 0)  # the same initial weights on every rank
     log = open_log(options.run, "finetune", world, writes=not (evaluating or dry_run))
     net = build_model(options, meta, world, log)
     noise = build_noise(options.noise, meta["model"], net) if options.noise.noise_eval or not evaluating else None
@@ -106,7 +106,7 @@ def run_one(options: FinetuneOptions, world: World) -> int:
 
 
 def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision, val_loader: Loader, lr: float) -> int:
-    """Train from where --resume says to the last epoch; after each one evaluate, log and save; returns the code."""
+    """Train from --resume, or from scratch; evaluate, log and save after each epoch. Returns the exit code."""
     options, world, log, meta, train_loader = run.options, run.world, run.log, run.meta, run.loader
     head_epochs, epochs, num_classes = options.phases.head_epochs, options.optimizer.epochs, meta["num_classes"]
     ema = build_ema(net, options.selection.ema_decay)
@@ -118,14 +118,14 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
 
     found = find_checkpoint(options.run, log, world)
     start = found.content["epoch"] if found else options.run.start_epoch
-    # Saved at the end of the head phase: its optimizer knows the head only, and the next phase starts its own.
+    # At the end of the head phase: its optimizer has only the head, and the next phase creates its own.
     at_boundary = found is not None and 0 < head_epochs == start and found.content["step"] == 0
     in_head_phase = start < head_epochs
     training = enter_phase(options, net, in_head_phase, lr, world, precision, ema)
     run.args["noise"] = words_of(noise)
     run.begin(training, head_epochs + epochs, found, lr=lr, new_optimizer=at_boundary)
     position = run.position
-    if position.best_by not in ("", options.selection.eval_metric):  # --force_resume: of another metric
+    if position.best_by not in ("", options.selection.eval_metric):  # another metric, with --force_resume
         position.best = None
 
     for epoch in run.epochs():
@@ -160,14 +160,16 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
         log.say(
             f"epoch {epoch}: train loss {stats['loss']:.4f}  "
             + "  ".join(f"val {k} {v:.2f}" for k, v in scores.items())
-            + f"  ({run.describe_speed()}){'  * the best so far' if is_best else ''}"
+            + f"  ({run.describe_speed()}){'  * best so far' if is_best else ''}"
         )
         values = {**{f"train_{k}": v for k, v in stats.items()}, **{f"val_{k}": v for k, v in scores.items()}}
         run.end_epoch(training, values, is_best=is_best, finished=stop_early)
         if is_best and log.output_dir:
             plot_confusion(result.confusion, train_loader.data.classes, log.path("confusion.png"))
         if stop_early:
-            log.say(f"--patience {options.selection.patience}: no gain since epoch {position.best_epoch}, stopped")
+            log.say(
+                f"--patience {options.selection.patience}: no improvement since epoch {position.best_epoch}, stopped"
+            )
     notes, validated = notes_of(train_loader.data, val_loader.data), len(val_loader.data) - len(val_loader.bad_images)
     words = words_of(noise)
     curve = under_noise(options, best_net, val_loader, precision, meta, log) if run.speed else []
@@ -176,11 +178,11 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
 
 
 def judge(run: Run, result: Evaluation) -> bool:
-    """Whether this epoch is the best so far by --eval_metric; then the position keeps it."""
+    """Whether this epoch is the best so far by --eval_metric; if so, store it in the position."""
     position, metric, scores = run.position, run.options.selection.eval_metric, result.scores()
     value = -scores["loss"] if metric == "loss" else scores[metric]
     if not math.isfinite(scores["loss"]):
-        # Where an image's probabilities are NaN, the accuracy is that of another image's class.
+        # NaN probabilities count as some class, so the accuracy would look valid.
         run.log.say(
             f"warning: epoch {position.epoch}: the validation loss is {scores['loss']}, so it is not the best epoch"
         )
@@ -222,7 +224,7 @@ def under_noise(
 
 
 def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset, dict, Source]:
-    """(training set, validation set, meta, where the input comes from): a checkpoint's before the data set's."""
+    """(training set, validation set, meta, source of the input); a checkpoint's settings precede the data set's."""
     data = options.data
     source = peek_meta(options.weights)
     train, val = load_data(data, world)
@@ -237,7 +239,9 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
     )
     if isinstance(train, ArrayDataset):
         if options.input.crop_pct is not None:
-            raise UserError(f"--crop_pct {options.input.crop_pct}: cuts image files; {data.dataset} is evaluated whole")
+            raise UserError(
+                f"--crop_pct {options.input.crop_pct}: only for image files; {data.dataset} is evaluated uncropped"
+            )
         meta["crop_pct"] = 1.0
         train, val = to_channels(train, meta["in_chans"]), to_channels(val, meta["in_chans"])
     if options.selection.eval and source:
@@ -247,14 +251,14 @@ def read_data(options: FinetuneOptions, world: World) -> tuple[Dataset, Dataset,
 
 
 def build_model(options: FinetuneOptions, meta: dict, world: World, log: RunLog) -> nn.Module:
-    """The network on its device, with the weights that --finetune, --pretrained or, to evaluate, --resume name."""
+    """The network on its device, with the weights of --finetune, --pretrained or, with --eval, --resume."""
     asked, evaluating = options.model, options.selection.eval
     extra = {"pretrained": True} if asked.pretrained else {}
     described = {**meta, "model_kwargs": {**meta["model_kwargs"], **extra}}
     try:
         net = create_from_meta(described, drop_path=0.0 if evaluating else asked.drop_path)
     except NoStochasticDepth:
-        log.say(f"note: --drop_path {asked.drop_path}: does nothing, {meta['model']} has no stochastic depth")
+        log.say(f"note: --drop_path {asked.drop_path}: ignored, {meta['model']} has no stochastic depth")
         net = create_from_meta(described)
     if options.weights:
         report = load_pretrained(
@@ -277,11 +281,11 @@ def build_model(options: FinetuneOptions, meta: dict, world: World, log: RunLog)
 def build_loaders(
     options: FinetuneOptions, meta: dict, train: Dataset, val: Dataset, world: World
 ) -> tuple[Loader, Loader]:
-    """Batches for training, augmented, and for validation."""
+    """Loaders for training (augmented) and validation."""
     aug, reading, size = options.augmentation, options.reading, tuple(meta["img_size"])
     in_memory = isinstance(train, ArrayDataset)
     hflip = DATASETS[options.data.dataset].hflip if aug.hflip is None else aug.hflip
-    # Small images keep their pixels under a padded window; resampled crops are for photos, or on demand.
+    # Small images get padded crops, which keep their pixels; resampled crops are for photos, or on request.
     crop = "none" if aug.aug == "none" else "rrc" if aug.aug == "photo" or aug.scale else "pad"
     geometry = Geometry(
         crop,
@@ -295,7 +299,7 @@ def build_loaders(
         meta["mean"],
         meta["std"],
         size=size,
-        # Files were cropped and flipped in the workers; in-memory sets are augmented here, by the batch.
+        # Files are cropped and flipped in the workers; in-memory sets are augmented here, by the batch.
         geometry=geometry if in_memory else Geometry(),
         aa=aug.aa if in_memory else None,
         color_jitter=jitter if in_memory and not aug.aa else None,
@@ -336,7 +340,7 @@ def build_noise(noise: Noise, model: str, net: nn.Module) -> AlphaBlend | None:
 
 
 def build_mixup(loss: Loss, num_classes: int, noise: AlphaBlend | None) -> Callable | None:
-    """(images, targets) -> mixed: timm's mixup and cutmix, then manifold mixup's targets; None where none is on."""
+    """(images, targets) -> mixed: timm's mixup and cutmix, then manifold mixup's targets; None if all are off."""
     mixup = None
     if loss.mixes:
         mixup = Mixup(

@@ -1,4 +1,4 @@
-"""What a frozen encoder knows: weighted k-NN and a linear probe on features computed once, without augmentation.
+"""Evaluate a frozen encoder: weighted k-NN and a linear probe on features computed once, without augmentation.
 
 python main_linprobe.py --checkpoint output/mae_cifar10_noprop/checkpoint-last.pth
 python main_linprobe.py --checkpoint output/mae_cifar10_noprop/checkpoint-last.pth --random_init
@@ -9,7 +9,7 @@ torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pr
 from util.cli.linprobe import get_args_parser, get_options  # noqa: F401 (a public name)
 from util.cli.script import check_command_line, run_main, says_flags
 
-if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
     check_command_line(get_options)
 
 import json
@@ -36,7 +36,7 @@ from util.probe.features import extract
 from util.probe.frozen import load_encoder, read_content
 from util.report.markdown import note_lines, write_report
 
-POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "what its classifier reads"}
+POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "the classifier's input"}
 
 
 @says_flags
@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     if not world.is_main:
         return 0
     (x, y), (val_x, val_y) = ([t.to(world.device) for t in part] for part in parts)
-    if len(y.unique()) < 2:  # the others were left out as unreadable
+    if len(y.unique()) < 2:  # images of other classes were unreadable
         raise UserError(
-            f"--data_path {data.data_path}: its {len(y)} readable training images are of one class; a probe needs two"
+            f"--data_path {data.data_path}: its {len(y)} readable training images have one class; a probe needs two"
         )
     extracted = time.time()
     line = {
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 def score(
     x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, C: int, probing: Probe, seed: int
 ) -> dict[str, float]:
-    """What features x [N, D], classes y [N] tell of val_x [M, D], val_y [M]: accuracies in percent, their settings."""
+    """Accuracies in percent on val_x [M, D], val_y [M] from features x [N, D], classes y [N], with their settings."""
     k = min(probing.knn_k, len(x))
     knn = accuracy(knn_predict(x, y, val_x, C, k, probing.knn_t), val_y)
     l2 = choose_l2(x, y, C, seed)
@@ -127,9 +127,9 @@ def report(output_dir: str, line: dict, notes: list[str]) -> None:
         f"| weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g} | {line['knn_acc1']:.2f}% |",
         f"| linear probe | {line['linear_acc1']:.2f}% |",
         "",
-        f"Of the linear probe, {interval_sentence(line['linear_acc1'], line['n_val'])}",
+        f"Linear probe: {interval_sentence(line['linear_acc1'], line['n_val'])}",
         "",
-        "The probe is a BatchNorm without affine and a linear layer, fitted by L-BFGS to its optimum on the cached "
+        "The probe is a BatchNorm without affine and a linear layer, fitted to its optimum by L-BFGS on the cached "
         f"features; the penalty {line['linear_l2']:g} was chosen on a tenth of the training images.",
         "",
         "    " + json.dumps(line),

@@ -8,7 +8,7 @@ python main_predict.py --checkpoints out/swin out/convnext --data_path photos/tr
 from util.cli.predict import check_data, get_args_parser, get_options  # noqa: F401 (a public name)
 from util.cli.script import check_command_line, run_main, says_flags
 
-if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
     check_command_line(get_options)
 
 import os
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     asked, data, machine, output_dir = options.prediction, options.data, options.machine, options.run.output_dir
     limit_pixels(options.reading.max_pixels)
     world = init_world(machine.device, machine.dist_url)
-    # The fastest algorithm is chosen by timing, and so may differ between ranks and runs, and with it the last digits.
+    # cuDNN's benchmark chooses algorithms by timing, so the last digits could differ between ranks and runs.
     torch.backends.cudnn.benchmark = False
 
     members, classes = find_members(asked.checkpoints)
@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     log.notes(notes_of(images))
     if asked.margin is not None:
         notes.append(
-            f"--margin {asked.margin}: the centre views are cut by it, not as the checkpoints' evaluation cuts"
+            f"--margin {asked.margin}: sets the crop of the centre views, instead of the checkpoints' evaluation crop"
         )
     if asked.out_of_fold:
-        net_folds = fold_of_nets(members)  # a single network is refused before its weights are read
+        net_folds = fold_of_nets(members)  # refuses a single network before its weights are read
         image_folds = fold_of_images(members, classes, images, ids)
-        notes.append("out of fold: each image is predicted by the networks that had not seen it")
+        notes.append("out of fold: each image is predicted by the networks that have not seen it")
     log.write_args(options.flat())
     nets = load_nets(members, classes, world.device, machine.amp)
     for m, (name, member) in enumerate(zip(short_names(members), members)):

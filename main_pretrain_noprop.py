@@ -1,4 +1,4 @@
-"""Pretrain a masked ViT encoder with T decoders, each a denoiser of one noise level, no propagation between them.
+"""Pretrain a masked ViT encoder with T decoders, each a denoiser for one noise level, without propagation between them.
 
     python main_pretrain_noprop.py --dataset cifar10 --data_path data --batch_size 128 --lr 1.5e-4 \\
         --mask_ratio 0.75 --T 4 --epochs 1600 --output_dir output/mae_cifar10_noprop
@@ -7,7 +7,7 @@
 from util.cli.pretrain import PretrainOptions, get_args_parser, get_options  # noqa: F401 (get_args_parser: MAE's name)
 from util.cli.script import check_command_line, run_main, says_flags
 
-if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
     check_command_line(get_options)
 
 import os
@@ -40,7 +40,7 @@ from util.train.loop import effective_batch
 from util.train.run import Found, Run, Training, begin, find_checkpoint, open_log
 
 NUM_PICTURES = 8
-NUM_MEASURED = 4096  # images that tell --sigma_data
+NUM_MEASURED = 4096  # images for measuring sigma_data
 
 
 @says_flags
@@ -52,18 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     train, held_out = read_images(options.data, world, meta["in_chans"])
     loader, picture_loader, measured_loader = build_loaders(options, meta, train, held_out, world)
     if options.masking.vis_freq and options.run.output_dir:
-        next(iter(picture_loader.epoch()))  # what cannot be read is told now, not at the first picture
+        next(iter(picture_loader.epoch()))  # report unreadable images now, not at the first picture
     found = None if dry_run else find_checkpoint(options.run, log, world)
     sigma_data = options.noprop.sigma_data
     if sigma_data is None and found:
-        sigma_data = saved_sigma_data(found)  # part of the network that was trained
+        sigma_data = saved_sigma_data(found)  # it is part of the trained network
     if sigma_data is None:
         measured = measure_std(measured_loader) if world.is_main and options.noprop.target == "pixel" else 1.0
         sigma_data = broadcast_object(measured)
-    del measured_loader  # and its processes
+    del measured_loader  # ends its processes
     options = options.having(sigma_data=sigma_data, patch_size=meta["noprop"]["patch_size"])
 
-    seed_all(options.machine.seed, 0)  # initial weights are the same on every rank
+    seed_all(options.machine.seed, 0)  # the same initial weights on every rank
     net = NoPropMAE(**meta["noprop"], sigma_data=sigma_data).to(world.device)
     meta |= {"noprop": net.config(), "sigmas": net.sigmas}
     precision = Precision(options.machine.amp, world.device, net)
@@ -95,7 +95,7 @@ def fit(
     lr: float,
     found: Found | None,
 ) -> int:
-    """Train from where `found` was, or anew, to the last epoch; after each one log, save and draw; returns the code."""
+    """Train from `found`, or from scratch; log, save and draw each epoch. Returns the exit code."""
     options, optimizer, masking, log, loader = (
         run.options,
         run.options.optimizer,
@@ -122,7 +122,7 @@ def fit(
 
     if (
         options.run.resume and position.epoch and position.step == 0 and pictures_due()
-    ):  # killed between save and pictures?
+    ):  # the run was killed between saving and drawing
         save_pictures(run, net, picture_loader, position.epoch - 1, only_missing=True)
     for epoch in run.epochs():
         stats = train_one_epoch(
@@ -146,9 +146,9 @@ def fit(
 
 
 def resolve_meta(options: PretrainOptions) -> tuple[dict, Source]:
-    """(meta, where its input comes from). meta: what fine-tuning, the probe and samples rebuild the net from.
+    """(meta, source of the input). Fine-tuning, the probe and samples rebuild the net from meta.
 
-    `noprop` has NoPropMAE's keywords but for sigma_data, which may have to be measured.
+    `noprop` has NoPropMAE's keywords without sigma_data, which may have to be measured.
     """
     noprop, spec = options.noprop, DATASETS[options.data.dataset]
     in_chans = options.input.in_chans or spec.in_chans
@@ -178,7 +178,7 @@ def resolve_meta(options: PretrainOptions) -> tuple[dict, Source]:
 
 
 def read_images(data: Data, world: World, in_chans: int) -> tuple[Dataset, Dataset]:
-    """(training images, held-out images for the pictures; the training ones where there are no others)."""
+    """(training images, images for the pictures: held-out ones if there are any, else the training images)."""
     train, held_out = read_splits(data, world, labelled=False)
     held_out = train if held_out is None else held_out
     if isinstance(train, ArrayDataset):
@@ -189,7 +189,7 @@ def read_images(data: Data, world: World, in_chans: int) -> tuple[Dataset, Datas
 def build_loaders(
     options: PretrainOptions, meta: dict, train: Dataset, held_out: Dataset, world: World
 ) -> tuple[Loader, Loader, Loader]:
-    """Loaders of training, of the pictures, and of the images that tell --sigma_data: the same on any ranks."""
+    """Loaders for training, for pictures, and for measuring sigma_data; the last does not depend on the ranks."""
     reading, seed, size = options.reading, options.machine.seed, tuple(meta["img_size"])
     in_memory = isinstance(train, ArrayDataset)
     hflip = options.augmentation.hflip
@@ -203,7 +203,7 @@ def build_loaders(
     train_loader = Loader(train, batch_size=options.optimizer.batch_size, train=True, world=world, **common)
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(seed)))[:NUM_MEASURED]
     measured_loader = Loader(train.subset(some), batch_size=64, train=False, world=alone, **common)
-    measured_loader.bad_images = train_loader.bad_images  # each is named once
+    measured_loader.bad_images = train_loader.bad_images  # each is reported once
     few = held_out.subset(torch.linspace(0, len(held_out) - 1, min(NUM_PICTURES, len(held_out))).long())
     here = replace(reading, num_workers=0)
     picture_loader = evaluation_loader(few, meta, alone, batch_size=NUM_PICTURES, reading=here)
@@ -229,14 +229,14 @@ def saved_sigma_data(found: Found) -> float:
 
 
 def first_loss(net: NoPropMAE, images: torch.Tensor, mask_ratio: float) -> torch.Tensor:
-    """For --dry_run: a step keeps the encoder's activations and one decoder's at a time."""
+    """For --dry_run: a step keeps the activations of the encoder and one decoder at a time."""
     ids_keep, ids_mask = net.random_masking(len(images), mask_ratio)
     latent, pos = net.encode(images, ids_keep), net.decoder_positions(ids_keep, ids_mask)
     return net.decoder_loss(0, net.targets(images, ids_mask), latent, pos)
 
 
 def save_pictures(run: Run, net: NoPropMAE, loader: Loader, epoch: int, *, only_missing: bool = False) -> None:
-    """reconstruction_epoch_N.png and the same in TensorBoard; the same masks and noise every time."""
+    """reconstruction_epoch_N.png, also in TensorBoard, with the same masks and noise every time."""
     log, meta, masking = run.log, run.meta, run.options.masking
     if not log.output_dir:
         return
@@ -249,9 +249,9 @@ def save_pictures(run: Run, net: NoPropMAE, loader: Loader, epoch: int, *, only_
         net.eval()
         out = net.reconstruct(images, masking.mask_ratio, sampler=masking.vis_type, generator=generator)
         picture = reconstruction_grid(images, out, meta["mean"], meta["std"], path, net.sigmas[:-1])
-        # As the epoch's other values: dropped if it is done again.
+        # Like the epoch's other values, dropped if the epoch is repeated.
         log.image("reconstruction", picture, (epoch + 1) * 1000)
-        log.flush()  # the picture's file says that both are there
+        log.flush()  # the file's existence means that both are written
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures and measures from a pretraining checkpoint: reconstructions, generated images, attention, Frechet distances.
+"""Pictures and measurements of a pretrained net: reconstructions, generated images, attention, Frechet distances.
 
 python main_sample.py output/mae_cifar10_noprop/checkpoint-last.pth
 python main_sample.py checkpoint-last.pth --images cat.jpg holiday/ --mode reconstruct attention
@@ -8,7 +8,7 @@ python main_sample.py checkpoint-last.pth --mode generate frechet --num_samples 
 from util.cli.sample import get_args_parser, get_options  # noqa: F401 (a public name)
 from util.cli.script import check_command_line, run_main, says_flags
 
-if __name__ == "__main__":  # a mistyped flag is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
     check_command_line(get_options)
 
 import os
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "rounded)"
     )
     if {"generate", "frechet"} & set(asked.mode) and trained and max(trained) < 1.0:
-        log.say(f"note: trained with mask ratios up to {max(trained):g}; generating (ratio 1) is new to it")
+        log.say(f"note: trained with mask ratios up to {max(trained):g}; it has not learned to generate (ratio 1)")
 
     log.write_args(options.flat())
     study = Study(net, meta["mean"], meta["std"], asked.mask_ratio, asked.sampler, seed)
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         line |= {f"frechet_{k.replace(', ', '_').replace(' ', '_')}": v for k, v in distances.items()}
     for rows in tables:
         log.say("\n".join(rows))
-    pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that the disk had room for
+    pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that could be written
     log.epoch(line)
     text = [*note_lines(notes), *(part for rows in tables for part in (*rows, ""))]
     text += [f"![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in pictures]
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_images(asked: Sampling, data: Data, seed: int) -> tuple[Dataset, Dataset | None, str]:
-    """(images to look at, other images of the same kind or None, what they are called)."""
+    """(images, other images of the same kind or None, their description)."""
     if asked.images:
         paths, notes = [], []
         for path in asked.images:
@@ -128,21 +128,21 @@ def read_images(asked: Sampling, data: Data, seed: int) -> tuple[Dataset, Datase
 
 
 def frechet_features(weights: str | None, net: NoPropMAE, meta: dict, log: RunLog) -> torch.nn.Module:
-    """Inception where its weights are at hand, else the encoder itself; says which."""
+    """Inception if its weights are available, else the encoder; logs which."""
     path = find_inception(weights)
     if path or weights:
         features = load_inception(path)
         log.say(f"Frechet distance on Inception-v3 features ({path or 'downloaded'})")
         return features
     log.say(
-        "Frechet distance on this encoder's own features (Inception's weights are not at hand; see "
+        "Frechet distance on this encoder's own features (Inception's weights are not available; see "
         "--inception_weights): not comparable to published FIDs, nor from one checkpoint to another"
     )
     return EncoderFeatures(net, meta["mean"], meta["std"])
 
 
 def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
-    """A Markdown table whose columns stand in line."""
+    """A Markdown table with aligned columns."""
     width = max(len(title), *map(len, rows))
     head = [f"| {title:{width}} | {unit:>9} |", f"|{'-' * (width + 2)}|{'-' * 10}:|"]
     return head + [f"| {name:{width}} | {value:9.4g} |" for name, value in rows.items()]

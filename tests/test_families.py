@@ -95,7 +95,7 @@ def test_a_net_with_two_heads_trains_both_resumes_scores_and_predicts(tmp_path, 
 def test_a_net_without_stochastic_depth_trains_under_the_default_drop_path(tmp_path, capsys):
     line = [*DIGITS, "--model", "ghostnet_050", "--input_size", 32, "--dry_run"]
     assert finetune(*line) == 0
-    assert "--drop_path 0.1: does nothing, ghostnet_050 has no stochastic depth" in capsys.readouterr().out
+    assert "--drop_path 0.1: ignored, ghostnet_050 has no stochastic depth" in capsys.readouterr().out
     assert finetune(*line, "--drop_path", 0) == 0
     assert "stochastic depth" not in capsys.readouterr().out
 

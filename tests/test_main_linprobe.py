@@ -63,7 +63,7 @@ def test_training_images_of_which_one_class_is_readable_are_one_line(tmp_path):
         str(tmp_path),
         *"--input_size 8 --device cpu --num_workers 0".split(),
     ]
-    with pytest.raises(UserError, match="its 3 readable training images are of one class"):
+    with pytest.raises(UserError, match="its 3 readable training images have one class"):
         main_linprobe.main([*line, "--on_bad_image", "skip"])
 
 

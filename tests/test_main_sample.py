@@ -63,7 +63,7 @@ def test_every_mode_leaves_its_pictures_and_numbers(checkpoint, capsys):
     assert f"{log['psnr_mean_visible_patch']:9.4g} |" in report
     assert 0 < log["frechet_other_real_images"] < log["frechet_generated_stochastic"]
     assert "on this encoder's own features" in out and "not comparable to published FIDs" in out
-    assert "mask ratios up to 0.5; generating (ratio 1) is new to it" in out
+    assert "mask ratios up to 0.5; it has not learned to generate (ratio 1)" in out
 
 
 def test_the_seed_decides_every_pixel(checkpoint, tmp_path):

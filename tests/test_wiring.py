@@ -684,7 +684,7 @@ PREDICT = {
     "batch_size": [Row("--batch_size 5", lambda s: "Predict:  [3/3]" in s.said, MEMBER)],
     "labels": [Row("--labels {labels}", lambda s: results(s)["labelled"] == 3, MEMBER)],
     "out_of_fold": [
-        Row("--out_of_fold", lambda s: s.calls["predict_out_of_fold"] and "had not seen it" in report(s), FOLDS)
+        Row("--out_of_fold", lambda s: s.calls["predict_out_of_fold"] and "have not seen it" in report(s), FOLDS)
     ],
     "spreadsheet_safe": [
         Row(
