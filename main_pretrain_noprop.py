@@ -157,7 +157,7 @@ def resolve_meta(options: PretrainOptions) -> tuple[dict, Source]:
     patch_size = noprop.patch_size or (2 if min(size) < 16 else 4 if min(size) <= 64 else 16)
     keywords = {**asdict(noprop), "patch_size": patch_size, "img_size": size, "in_chans": in_chans}
     del keywords["sigma_data"]
-    named = f"{options.data.dataset}'s"
+    named = "the data set's"
     given = [
         flag for flag, value in (("--mean", options.input.mean), ("--std", options.input.std)) if value is not None
     ]

@@ -209,7 +209,7 @@ def test_a_data_set_is_found_by_its_name_by_each_training(change, tmp_path, caps
     line = "--dataset stripes --warmup_epochs 0 --batch_size 64 --device cpu --amp off --num_workers 0".split()
     net = "--model vit_custom_patch4 --model_kwargs embed_dim=24 depth=1 num_heads=2 --lr 1e-2 --epochs 5".split()
     assert product("main_finetune").main([*line, *net, "--output_dir", str(tmp_path / "out")]) == 0
-    assert "512 train, 128 val, 2 classes; input 1 x 16 x 16 (stripes's)" in capsys.readouterr().out
+    assert "512 train, 128 val, 2 classes; input 1 x 16 x 16 (the data set's)" in capsys.readouterr().out
     assert read_log(str(tmp_path / "out" / "log.txt"))[-1]["val_acc1"] > 90
     assert product("main_pretrain_noprop").main([*line, "--dry_run"]) == 0
     assert "NoProp-MAE on stripes: 512 images" in capsys.readouterr().out

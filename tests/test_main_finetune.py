@@ -222,7 +222,7 @@ def test_dry_run_prints_resolved_values_groups_and_memory_and_writes_nothing(tmp
     assert list(values) == [flag.name for flag in FinetuneOptions.flags().values()]
     assert values["--lr"] == "0.005" and values["--device"] == "cpu" and values["--loader"] == "fast"
     assert re.match(r"(off|bf16) \(.+\)$", values["--amp"]) and values["--noise_units"] == "absolute"
-    assert values["--input_size"] == "8 8 (digits's)" and values["--mean"] == "0.3053 (digits's)"
+    assert values["--input_size"] == "8 8 (the data set's)" and values["--mean"] == "0.3053 (the data set's)"
     assert values["--model_kwargs"] == "embed_dim=36 depth=2 num_heads=3" and values["--nb_classes"] == "10"
     assert values["--hflip"] == "0" and values["--clip_grad"] == "no clipping" and values["--dry_run"] == "on"
     titles = re.findall(r"(?m)^(\S.*):$", said)

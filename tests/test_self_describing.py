@@ -121,9 +121,9 @@ def test_a_flag_goes_before_the_checkpoint(tmp_path):
         ("--model deit_tiny_patch16_224 --finetune x", {}, 224, IMAGENET_MEAN, "the weights'"),
         ("--model vit_tiny_patch16_224 --finetune x", {}, 224, (0.5,) * 3, "the weights'"),
         # Nobody published weights under these names, or none were given.
-        ("--model vit_tiny_patch4 --finetune x", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
-        ("--model vit_base_patch16", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
-        ("--model resnet10t", {}, 32, DATASETS["cifar10"].mean, "cifar10's"),
+        ("--model vit_tiny_patch4 --finetune x", {}, 32, DATASETS["cifar10"].mean, "the data set's"),
+        ("--model vit_base_patch16", {}, 32, DATASETS["cifar10"].mean, "the data set's"),
+        ("--model resnet10t", {}, 32, DATASETS["cifar10"].mean, "the data set's"),
         (
             "--finetune x",
             {"model": "vit_base_patch16", "img_size": [48, 48], "in_chans": 3, "mean": [0.1] * 3, "std": [0.2] * 3},

@@ -67,7 +67,7 @@ def resolve_meta(
         fits = next((p for p in (16, 8, 4, 2) if not any(side % p for side in size) and min(size) // p >= 4), 1)
         raise UserError(
             f"--model: is not given, and the default {DEFAULT_MODEL} does not take {size[0]} x {size[1]} pixels "
-            f"({dataset}'s); give for instance --model vit_tiny_patch{fits}, or --input_size 224"
+            f"(the data set's); give for instance --model vit_tiny_patch{fits}, or --input_size 224"
         )
     # Evaluation crops files as it did for the checkpoint; at another input size only if nothing is trained.
     crop_pct = given.crop_pct
@@ -112,7 +112,7 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
         ("the checkpoint's", _pair(source.get("img_size"))),
         ("the weights'", own_size if foreign_weights else None),
         ("the model's", own_size if spec.img_size >= 224 or config.get("fixed_input_size") else None),
-        (f"{dataset}'s", (spec.img_size, spec.img_size)),
+        ("the data set's", (spec.img_size, spec.img_size)),
     ]
     size_from, size = next(c for c in candidates if c[1] is not None)
     in_chans = given.in_chans or source.get("in_chans")
@@ -123,7 +123,7 @@ def resolve_input(given: Input, model: str, dataset: str, source: dict, *, forei
     elif foreign_weights and config.get("mean"):
         values_from, values = "the weights'", (config["mean"], config["std"])
     else:
-        values_from, values = f"{dataset}'s", spec.normalisation(in_chans)
+        values_from, values = "the data set's", spec.normalisation(in_chans)
     if own := [flag for flag, value in (("--mean", given.mean), ("--std", given.std)) if value is not None]:
         values_from = " and ".join(own if len(own) == 2 else [*own, values_from])
     mean, std = given.normalisation(in_chans, values)
