@@ -382,6 +382,27 @@ def test_probabilities_of_two_ranks_are_in_the_order_of_the_images(tmp_path):
     assert Ranks(2, rank, log).exit_codes() == [0, 0], log.read_text()
 
 
+class Unreadable:
+    """A split of three images of which none comes through."""
+
+    world, data = World(), range(3)
+
+    def __len__(self):
+        return 1
+
+    def epoch(self):
+        return iter(())
+
+
+def test_evaluation_stops_when_told_and_refuses_a_split_without_a_readable_image():
+    told = iter([False, True])
+    loader = toy_loader(toy_data(), 8, train=False)
+    assert evaluate(toy_net(), loader, Precision("off", CPU), 3, poll=lambda: next(told)) is None
+    assert list(told) == []
+    with pytest.raises(UserError, match=r"none of the 3 images to evaluate can be read"):
+        evaluate(toy_net(), Unreadable(), Precision("off", CPU), 3)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_scores_with_absent_and_never_predicted_classes_equal_scikit_learn():
     y, p = [0, 0, 0, 2, 2, 4], [0, 0, 1, 2, 0, 2]

@@ -96,6 +96,7 @@ def test_token_drop_keeps_as_many_tokens_of_each_sample_in_their_order_and_each_
 
 def test_manifold_mixup_mixes_tokens_and_targets_alike_by_a_beta():
     noise, z = kind("manifold_mixup"), torch.randn(6, 5, 4)
+    assert torch.equal(noise(z), z), "no pass is mixed whose targets were not"
     targets, lams = torch.tensor([0, 1, 2, 0, 1, 2]), []
     np.random.seed(0)
     for _ in range(2000):
