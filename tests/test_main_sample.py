@@ -18,7 +18,7 @@ from util.probe.frozen import load_noprop
 def checkpoint(tmp_path_factory):
     """A pretraining checkpoint for digits, of an untrained network."""
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint-last.pth"
-    net = tiny_net()
+    net = tiny_net(img_size=8)
     meta = {
         "kind": "pretrain",
         "model": "vit_custom_patch2",

@@ -154,12 +154,12 @@ def test_values_out_of_range_are_refused(bad):
 
 
 FAMILIES = [
-    ("vit_tiny_patch16", 32, "blocks.0"),
-    ("swinv2_tiny_window8_256", 256, "layers.0.blocks.0"),
-    ("convnext_atto", 64, "stages.0.blocks.0"),
-    ("eva02_tiny_patch14_224", 28, "blocks.0"),
-    ("tf_efficientnet_lite0", 64, "blocks.0.0"),
-    ("resnet18", 64, "layer1.0"),
+    ("vit_tiny_patch16", (32, 48), "blocks.0"),
+    ("swinv2_tiny_window8_256", (64, 128), "layers.0.blocks.0"),
+    ("convnext_atto", (64, 96), "stages.0.blocks.0"),
+    ("eva02_tiny_patch14_224", (28, 42), "blocks.0"),
+    ("tf_efficientnet_lite0", (64, 96), "blocks.0.0"),
+    ("resnet18", (96, 64), "layer1.0"),
 ]
 
 
@@ -174,7 +174,7 @@ def test_noise_enters_every_family_at_its_embedding_and_only_in_training(name, s
     names = {id(m): n for n, m in noised.named_modules()}
     assert names[id(trunk_blocks(noised)[0])] == point
 
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(3, 3, *size)
     assert torch.equal(plain.eval()(x), noised.eval()(x))
 
     # The block's input in training is the clean embedding blended with the noise of the same generator state.

@@ -7,10 +7,10 @@ from models.noprop_mae import NoPropMAE
 MEAN, STD = (0.3053,), (0.3761,)
 
 
-def tiny_net() -> NoPropMAE:
+def tiny_net(img_size=(8, 12)) -> NoPropMAE:
     torch.manual_seed(0)
     return NoPropMAE(
-        img_size=8,
+        img_size=img_size,
         patch_size=2,
         in_chans=1,
         embed_dim=12,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from augment.batch import normalize
+from augment.batch import normalize, resize
 from tests.harness.noprop import MEAN, STD, tiny_net
 from util.data.datasets import read_split
 from util.probe.sampling import Study, mean_visible_patch
@@ -23,19 +23,19 @@ class Batches:
 
 
 def test_psnr_is_that_of_a_plain_loop_over_hidden_pixels(tmp_path):
-    images = normalize(read_split("digits", ".", "val").images[:7], MEAN, STD)
+    images = normalize(resize(read_split("digits", ".", "val").images[:7], (8, 12)), MEAN, STD)
     study = Study(tiny_net(), list(MEAN), list(STD), 0.75, ["euler"], seed=3)
     scores = study.reconstruct(Batches(images), 2, str(tmp_path / "{}.png"))
     errors = {"mean colour": [], "mean visible patch": [], "euler": []}
 
     def patch(picture: torch.Tensor, i: int) -> np.ndarray:
-        row, column = 2 * (i // 4), 2 * (i % 4)
+        row, column = 2 * (i // 6), 2 * (i % 6)
         return (picture[0, row : row + 2, column : column + 2].double().numpy() * STD[0] + MEAN[0]).clip(0, 1)
 
     for step, batch in enumerate(images.split(4)):
         out, (keep, hide) = study.hide_and_sample(batch, step, "euler")
         for image, final, kept, hidden in zip(batch, out["final"], keep.tolist(), hide.tolist()):
-            assert (len(kept), len(hidden)) == (4, 12)
+            assert (len(kept), len(hidden)) == (6, 18)
             visible = np.mean([patch(image, i) for i in kept], axis=0)
             for i in hidden:
                 errors["mean colour"].append((patch(image, i) - MEAN[0]) ** 2)
@@ -46,7 +46,7 @@ def test_psnr_is_that_of_a_plain_loop_over_hidden_pixels(tmp_path):
 
 
 def test_every_sampler_gets_the_same_masks_and_the_baseline_keeps_what_is_visible():
-    net, images = tiny_net(), torch.randn(5, 1, 8, 8)
+    net, images = tiny_net(), torch.randn(5, 1, 8, 12)
     study = Study(net, list(MEAN), list(STD), 0.75, [], seed=3)
     (a, ids), (b, _) = (study.hide_and_sample(images, 2, sampler) for sampler in ("heun", "stochastic"))
     assert torch.equal(a["mask"], b["mask"]) and not torch.equal(a["final"], b["final"])
