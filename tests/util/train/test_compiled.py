@@ -1,5 +1,6 @@
 """--compile: compiled nets compute, save and load as others do."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from augment.alpha_blend import AlphaBlend
 from models import create_model
 from tests.harness.checks import comparable, one_line, undocumented
 from tests.harness.runs import NET
+from util.choices import NOISE_KINDS
 from util.errors import UserError
 from util.log import read_log
 from util.optim import build_ema
@@ -59,6 +61,24 @@ def test_compiled_net_keeps_keys_noise_and_ema_and_computes_the_same(traced):
     assert torch.allclose(ema.module.eval()(x), plain, atol=1e-5)
     fresh = small_vit(None)
     fresh.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_each_kind_of_noise_is_the_same_compiled(traced, kind):
+    own = {"token_drop": 0.5, "manifold_mixup": 2.0}.get(kind)
+    strength = {"strength": own} if own else {"snr": 12.0}
+    net, x, outputs = small_vit(AlphaBlend(kind=kind, **strength)).train(), torch.randn(4, 3, 8, 8), []
+    np.random.seed(0)
+    if kind == "manifold_mixup":
+        net.alpha_blend.mix_targets(torch.zeros(4, dtype=torch.long), 3)
+    for compiled in (False, True):
+        if compiled:
+            compile_net(net)
+        net.alpha_blend.measure()
+        torch.manual_seed(1)
+        outputs.append((net(x), net.alpha_blend.snr()))
+    assert torch.allclose(outputs[0][0], outputs[1][0], atol=1e-6) and len(traced) >= 1
+    assert outputs[0][1] == (pytest.approx(outputs[1][1], abs=1e-4) if own is None else None)
 
 
 def test_compiled_noprop_computes_the_same_and_its_decoders_share_a_graph(traced):
