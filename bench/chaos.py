@@ -1,13 +1,13 @@
-"""Kill a run at random moments until it has finished, and compare what it leaves with a run that nobody disturbed.
+"""Kill a run at random moments until it has finished, and compare its files with those of an undisturbed run.
 
     python -m bench.chaos --kills 30                       # fine-tuning on one process
     python -m bench.chaos --kills 30 --ranks 2 --main pretrain --num_workers 2
 
-Each disturbance is SIGKILL, SIGTERM, SIGUSR1 or SIGINT to all ranks, or to one of them alone, drawn by --seed, after a
-random time of up to the undisturbed run's length; then the same line is started again with --resume auto. Compared bit
-for bit: weights, optimizer, EMA, best metric, generators, checkpoint-best.pth, log.txt (but for seconds), and every
-scalar of TensorBoard with its step. Exit code 0 only if all are equal. The ranks are forks (bench/ranks.py); that
-torchrun starts them again by itself is tests/test_faults.py's.
+Each disturbance is SIGKILL, SIGTERM, SIGUSR1 or SIGINT to all ranks or to one, drawn by --seed, after a random time of
+up to the undisturbed run's length; then the same command is started again with --resume auto. Compared bit for bit:
+weights, optimizer, EMA, best metric, generators, checkpoint-best.pth, log.txt (without seconds), and TensorBoard's
+scalars with their steps. Exit code 0 only if all are equal. The ranks are forks (bench/ranks.py); tests/test_faults.py
+tests that torchrun restarts them.
 """
 
 import argparse
@@ -52,12 +52,12 @@ LINES = {
     "pretrain": (main_pretrain_noprop.main, COMMON + PRETRAIN),
 }
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-# 75: saved and stopped. 130 and -N: the signal came before the run had its handlers. 2: another rank died.
+# 75: saved and stopped. 130 and -N: the signal came before the handlers were installed. 2: another rank died.
 EXPECTED = {75, 130, 2, *(-s for s in SIGNALS)}
 
 
 def write_photos(folder: str) -> None:
-    """Digits as files, so that loader processes have work: per class 24 for training and 6 for validation."""
+    """Digits as files, to exercise loader processes: per class 24 for training and 6 for validation."""
     data = load_digits()
     for c in range(10):
         for i, pixels in enumerate(data.images[data.target == c][:30]):
@@ -86,7 +86,7 @@ def start(args, photos: str, output_dir: str) -> Ranks:
 
 
 def disturb(ranks: Ranks, rng: random.Random) -> str:
-    """One signal to all ranks or to one; returns what was done."""
+    """Send a signal to all ranks or to one; returns a description."""
     number, alone = rng.choice(SIGNALS), len(ranks.processes) > 1 and rng.random() < 0.5
     for process in [rng.choice(ranks.processes)] if alone else ranks.processes:
         if process.is_alive():
@@ -110,20 +110,20 @@ def differences(a, b, path: str = "") -> list[str]:
 
 
 def tensorboard_scalars(folder: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """tag -> (step, value), as a reader sees them that honours the purges of resumed runs."""
+    """tag -> (step, value), after applying the purges of resumed runs."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def compare(killed: str, whole: str) -> dict[str, list[str]]:
-    """What was compared -> where it differs."""
+    """Name of what was compared -> the differences."""
     result = {}
     for name in (LAST, BEST):
         if os.path.exists(os.path.join(whole, name)):
             contents = [read_checkpoint(os.path.join(folder, name)) for folder in (killed, whole)]
             for content in contents:
-                content.pop("args")  # names the folder
+                content.pop("args")  # contains the folder's name
             for key in contents[1]:
                 result[f"{name} {key}"] = differences(contents[0].get(key), contents[1][key])
     logs = [

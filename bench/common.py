@@ -1,11 +1,10 @@
-"""Two ways of doing the same work, timed in turns.
+"""Times several variants of the same work in turns.
 
-Every variant lives in a fresh process of its own: what one of them asks of the allocator, the thread pool or timm's
-globals does not reach the others, and its peak memory is its own. They take turns, one working while the others wait,
-so that a slow minute of the machine hits all of them.
+Every variant has its own process, so that variants do not share allocator, thread pool, timm's globals or peak memory.
+They take turns, one working while the others wait, so that a slow minute of the machine affects all of them.
 
-A benchmark is a module with `build(variant, args) -> callable` that sets up and returns the function to time; one call
-of it is one measurement and returns the number of images it worked on.
+A benchmark is a module with `build(variant, args) -> callable`, which sets up and returns the function to time; each
+call is one measurement and returns the number of images processed.
 """
 
 import argparse
@@ -24,7 +23,7 @@ ROOT = Path(__file__).absolute().parent.parent
 
 
 def main(name: str, doc: str, build: Callable, add_flags: Callable, *, extra: tuple[str, ...] = ()) -> None:
-    """Command line of one benchmark. extra: variants beside `product` and `baseline`, measured when asked for."""
+    """Command line of one benchmark. extra: variants besides `product` and `baseline`, measured on request."""
     args = make_parser(doc, add_flags, extra).parse_args()
     if args.worker:
         serve(build, args)
@@ -47,11 +46,11 @@ def make_parser(doc: str, add_flags: Callable, extra: tuple[str, ...] = ()) -> a
     return parser
 
 
-# The child: set up, then one measurement for each line on stdin.
+# The child process: set up, then one measurement per line on stdin.
 
 
 def serve(build: Callable, args) -> None:
-    # The original stdout carries the answers; what the measured code prints is dropped.
+    # The original stdout is for the answers; output of the measured code is dropped.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     import torch
@@ -73,10 +72,10 @@ CHOICES = ("other_attention", "glibc_default", "mmap_32mb")
 
 
 def start_up(variant: str, device: str):
-    """The World as the mains make it; the variants of CHOICES each leave one thing out.
+    """The World as the mains create it; each variant of CHOICES changes one thing.
 
-    other_attention: fused where the product takes plain attention, and the other way round. glibc_default: without
-    keep_freed_memory(). mmap_32mb: freed memory is kept as well, but blocks from 32 MB on are mapped and unmapped.
+    other_attention: fused attention where the product uses plain attention, and vice versa. glibc_default: without
+    keep_freed_memory(). mmap_32mb: freed memory is kept, but blocks of 32 MB or more are mapped and unmapped.
     """
     from util import dist
 
@@ -91,7 +90,7 @@ def start_up(variant: str, device: str):
 
 
 def precision_of(variant: str, net, world, amp: str | None):
-    """The Precision as the mains make it for `net`, which is prepared for it."""
+    """The Precision as the mains create it for `net`; also prepares `net`."""
     from util import dist
 
     precision = dist.Precision(amp, world.device, net)
@@ -104,9 +103,9 @@ def precision_of(variant: str, net, world, amp: str | None):
 
 
 def peak_gb() -> float:
-    """Peak resident memory of this process in GiB, shared libraries included, loader workers not.
+    """Peak resident memory of this process in GiB, with shared libraries, without loader workers.
 
-    VmHWM where there is one: ru_maxrss also remembers the size of the process that this one was forked from.
+    VmHWM if available: ru_maxrss includes the size of the process that this one was forked from.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -121,7 +120,7 @@ def peak_gb() -> float:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its children, the living ones too (loader workers)."""
+    """CPU time of this process and its children, including living ones (loader workers)."""
     try:
         return sum(_ticks(pid) for pid in [os.getpid(), *_children(os.getpid())]) / os.sysconf("SC_CLK_TCK")
     except OSError:
@@ -136,12 +135,12 @@ def _children(pid: int) -> list[int]:
 def _ticks(pid: int) -> int:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:  # ended since it was listed; its time is among the parent's children's now
+    except OSError:  # it has ended since; its time is now in the parent's cutime and cstime
         return 0
     return sum(int(v) for v in fields[11:15])  # utime, stime, cutime, cstime
 
 
-# The parent: processes in turns, medians, a table.
+# The parent process: runs variants in turns, medians, a table.
 
 
 class Worker:
@@ -217,7 +216,7 @@ def machine() -> str:
 
 
 def print_table(name: str, results: dict) -> None:
-    """One row per variant; `x` is how many times the baseline's median the variant is faster."""
+    """One row per variant; `x` is the baseline's median over the variant's."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"{name}: {machine()}; load average {load}")
     print(

@@ -1,9 +1,9 @@
-"""Fine-tuning step: the engine at its defaults against a plain fp32 step in the manner of MAE's engine.
+"""Fine-tuning step: the engine at its defaults against a plain fp32 step like MAE's engine.
 
     python -m bench.finetune_step --model vit_base_patch16 --img_size 224 --batch_size 16
 
 Both have mixup, cutmix, label smoothing, drop path, DiffNoise at t = 15, layer decay and AdamW. The product starts from
-uint8 images, the baseline from normalised floats: its loader has done that. Further --variants: see common.start_up.
+uint8 images, the baseline from floats normalised by its loader. More --variants: see common.start_up.
 """
 
 from bench import common
@@ -82,7 +82,7 @@ def build_product(variant: str, args):
 
 
 def build_baseline(args):
-    """fp32, plain attention, AdamW tensor by tensor, the loss fetched at every step."""
+    """fp32, plain attention, AdamW tensor by tensor, the loss read at every step."""
     import torch
     from timm.layers import set_fused_attn
     from timm.loss import SoftTargetCrossEntropy
@@ -101,7 +101,7 @@ def build_baseline(args):
         for _ in range(args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-5 * group["lr_scale"]
-            mixed, soft = mixup(images.clone(), targets)  # Mixup writes into its input
+            mixed, soft = mixup(images.clone(), targets)  # Mixup modifies its input
             loss = criterion(net(mixed), soft)
             if not torch.isfinite(torch.tensor(loss.item())):
                 raise SystemExit("baseline: loss is not finite")

@@ -3,8 +3,8 @@
     python -m bench.gpu                          writes bench/GPU.md and bench/GPU.json
     python -m bench.gpu --device cpu --out DIR   the same code in miniature: DIR/GPU-miniature.md, without speeds
 
-Every row runs in a fork of this process, which itself never touches the GPU: one that fails, hangs or wants too much
-memory is a line of the table. GPU.json is written anew after each.
+Every row runs in a fork of this process, which itself never touches the GPU: a row that fails, hangs or runs out of
+memory becomes a line of the table. GPU.json is rewritten after each row.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pathlib import Path
 from bench import common
 from bench.common import ROOT
 
-SECONDS, TEST_SECONDS, ROW_SECONDS = 460.0, 150.0, 110.0  # at most: in all, the tests, one row
+SECONDS, TEST_SECONDS, ROW_SECONDS = 460.0, 150.0, 110.0  # limits: total, the tests, one row
 STEP = "--steps 10"
-# id: (what, module and flags, flags that make it a miniature, is it compiled as well)
+# id: (description, module and flags, flags for the miniature, whether it also runs compiled)
 ROWS = {
     "vit_base": (
         "fine-tuning ViT-B/16, 224 px, batch 128",
@@ -84,12 +84,12 @@ ROWS = {
 
 
 def in_a_fork(seconds: float, log: Path, call: Callable[[], dict]) -> dict:
-    """call()'s dict from a process of its own, whose output goes to `log`; {"failed": why} if none comes in time."""
+    """call()'s dict from its own process, whose output goes to `log`; {"failed": why} if it fails or takes too long."""
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
 
     def child() -> None:
-        os.setpgrp()  # so that its loader and compiler processes end with it
+        os.setpgrp()  # so that its loader and compiler processes can be ended with it
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -107,7 +107,7 @@ def in_a_fork(seconds: float, log: Path, call: Callable[[], dict]) -> dict:
         if not reader.poll(max(0.0, seconds)):
             return {"failed": f"not done after {seconds:.0f} s"}
         answer = reader.recv()
-        process.join(5)  # time to give the GPU back
+        process.join(5)  # time to release the GPU
         return answer
     except EOFError:
         process.join(5)
@@ -119,7 +119,7 @@ def in_a_fork(seconds: float, log: Path, call: Callable[[], dict]) -> dict:
 
 
 def describe_device(name: str) -> dict:
-    """What the device is, and what its matrix products reach. UserError, one line, where it is not there."""
+    """The device and the speed of its matrix products. UserError if it is missing."""
     import torch
 
     from util.dist import pick_device
@@ -142,7 +142,7 @@ def describe_device(name: str) -> dict:
 
 
 def run_tests(device: str, choice: str, limit: float) -> dict:
-    """pytest's result: passed, skipped, seconds, {test: why it failed}, and whether the time's end left some out."""
+    """pytest's result: passed, skipped, seconds, {test: why it failed}, and whether time ran out."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         pytest = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-p", "no:cacheprovider"]
@@ -152,7 +152,7 @@ def run_tests(device: str, choice: str, limit: float) -> dict:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             cut_off = True
-            for _ in range(2):  # the first one a run takes for its own, and saves
+            for _ in range(2):  # a training run may take the first signal and save
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(5)
@@ -174,7 +174,7 @@ def run_tests(device: str, choice: str, limit: float) -> dict:
 
 
 def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: int) -> dict:
-    """Medians of `rounds` calls of a benchmark's product after its first ones, its peak memory, the FLOP of a call."""
+    """Medians of `rounds` calls of a benchmark's product after warm-up, its peak memory, the FLOP of a call."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,7 +188,7 @@ def measure(flags: str, device: str, compiled: bool, miniature: bool, rounds: in
     args = common.make_parser("", bench.add_flags, ()).parse_args(argv)
     if miniature:
         torch.set_num_threads(1)
-        util.train.compiled.BACKEND = "eager"  # graphs are captured, and no compiler keeps a core busy for a minute
+        util.train.compiled.BACKEND = "eager"  # capture graphs without compiling, which takes a minute
     on_cuda = torch.device(device).type == "cuda"
 
     def wait() -> None:
@@ -232,7 +232,7 @@ def write(results: dict, path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     about, tests, rate = results["about"], results["tests"], results["about"]["rates"]["bfloat16"]
     lines = [
-        "# On a GPU" if not results["miniature"] else "# In miniature, on a CPU: whether it works, not how fast it is",
+        "# On a GPU" if not results["miniature"] else "# In miniature, on a CPU: a test that it works, not of speed",
         "",
         f"Written by `{results['command']}` (bench/gpu.py) on {results['date']}, commit {results['commit']}, in "
         f"{results['seconds']:.0f} s.",
@@ -259,8 +259,8 @@ def write(results: dict, path: Path) -> None:
         "## Speed",
         "",
         "The product at its defaults, from uint8 images or files to the update; medians, and the range of the rounds. "
-        "Share: the model's FLOP/s by torch's counter, of the bfloat16 product's above. Ready: until the first call "
-        "is done, compilation included. Memory is what torch allocated at most.",
+        "Share: the model's FLOP/s by torch's counter over the bfloat16 product's above. Ready: time until the first "
+        "call is done, with compilation. Memory: the most that torch allocated.",
         "",
         "| work | | images/s | ms per step | range | peak GiB | TFLOP/s | share of bf16 | ready |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -278,7 +278,7 @@ def write(results: dict, path: Path) -> None:
                 f"| {ROWS[row][0]} | {mode} | {r['images'] / r['s']:,.4g} | {step} | {span} | {r['peak_gb']:.2f} | "
                 f"{speed[0]} | {speed[1]} | {r['ready_s']:.0f} s |"
             )
-    lines += ["", "The benchmarks behind the rows, with `--device` (and `--compile`):", ""]
+    lines += ["", "The benchmark of each row, with `--device` (and `--compile`):", ""]
     lines += [f"    {row}: bench.{results['flags'][row]}" for row in results["rows"]]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault(
         "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-    )  # a look at whether there is a GPU must not spoil the forks
+    )  # checking for a GPU must not initialise CUDA before the forks
     for module in (
         "engine_finetune",
         "engine_predict",
@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         "torch._dynamo",
         "util.train.profile",
     ):
-        importlib.import_module(module)  # once, for all forks; what touches the GPU is theirs
+        importlib.import_module(module)  # once, for all forks; only they touch the GPU
     from util.log import git_commit
 
     miniature = not args.device.startswith("cuda")
@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{about['device']}; output of what runs: {log}", flush=True)
     results["tests"] = in_a_fork(TEST_SECONDS, log, lambda: run_tests(args.device, args.tests, TEST_SECONDS - 15))
     note("tests", results["tests"])
-    for mode in ("eager", "--compile"):  # what is cut off by the time's end is compiled
+    for mode in ("eager", "--compile"):  # compiled rows last: they are dropped if time runs out
         for row in args.only:
             what, flags, small, compiles = ROWS[row]
             if mode == "--compile" and not compiles:

@@ -1,12 +1,12 @@
-"""JPEG files to augmented float batches on one core: the product's loader against timm's pipeline image by image.
+"""JPEG files to augmented float batches on one core: the product's loader against timm's per-image pipeline.
 
     python -m bench.loader_jpeg --photo 500 375 --aug pretrain
     python -m bench.loader_jpeg --photo 500 375 --aug mae
     python -m bench.loader_jpeg --photo 2000 1500 --aug pretrain
 
---aug pretrain: crop of 20-100 % and flip, as MAE pretrains. --aug mae: crop of 8-100 %, flip, RandAugment, erasing, as
-it fine-tunes. The photographs are synthetic (bench/photos.py), in a temporary folder, and in the page cache after the
-first round. With --workers 0 all work is done in the measured process, which makes images/s those of one core.
+--aug pretrain: crop of 20-100 % and flip, as in MAE's pretraining. --aug mae: crop of 8-100 %, flip, RandAugment,
+erasing, as in its fine-tuning. The photographs are synthetic (bench/photos.py), in a temporary folder, and in the page
+cache after the first round. With --workers 0 the measured process does all work, so images/s are per core.
 """
 
 import tempfile

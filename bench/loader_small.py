@@ -1,9 +1,9 @@
-"""32 px input pipeline: one uint8 tensor augmented by the batch, against an image at a time through a DataLoader.
+"""32 px input pipeline: one uint8 tensor augmented by the batch, against a DataLoader with one image at a time.
 
     python -m bench.loader_small --images 10000 --workers 2
 
-One timed call is one epoch, normalised float batches out. Default work: flip, to float, normalise (pretraining);
-`--crop` adds the zero-padded random crop of small-image fine-tuning.
+One timed call is one epoch of normalised float batches. Default: flip, to float, normalise (pretraining); `--crop` adds
+the zero-padded random crop of fine-tuning on small images.
 """
 
 from bench import common

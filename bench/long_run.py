@@ -1,12 +1,12 @@
-"""Do memory and open files grow over a long run? Trains 200 short epochs of each main and prints the slopes.
+"""Checks whether memory and open files grow: trains 200 short epochs with each main and prints the slopes.
 
     python -m bench.long_run                      # two minutes on a quiet core
     python -m bench.long_run --main pretrain --epochs 1000
 
-Resident memory (VmRSS) and open file descriptors (/proc/self/fd) are read after each epoch in a process of its own,
-with loader processes, checkpoints and TensorBoard as in any run; the least-squares slope is over the second half, when
-caches are warm. The last line is JSON. Exit code 1 if memory grows by more than --limit_kb per epoch, or the
-descriptors by one or more over the half.
+Resident memory (VmRSS) and open file descriptors (/proc/self/fd) are read after each epoch in a separate process, with
+loader processes, checkpoints and TensorBoard as usual; the least-squares slope is over the second half, when caches are
+warm. The last line is JSON. Exit code 1 if memory grows by more than --limit_kb per epoch, or descriptors by one or
+more over that half.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--main", choices=[*sorted(LINES), "both"], default="both")
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument(
-        "--limit_kb", type=float, default=20.0, help="growth of resident memory that is too much, KiB per epoch"
+        "--limit_kb", type=float, default=20.0, help="largest allowed growth of resident memory, KiB per epoch"
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

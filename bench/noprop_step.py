@@ -2,10 +2,10 @@
 
     python -m bench.noprop_step --T 4 --batch_size 128
 
-The baseline works as masked autoencoders usually do: every decoder gets the whole grid, the noised patches blended in
-by the mask, the encoder's tokens put back in order by a gather, a prediction for all patches and a masked mean; one
-backward pass through the sum of all T losses. Sizes are those of main_pretrain_noprop.py for 32 px images.
-Further --variants: see common.start_up. Under torchrun's variables (bench.scaling sets them) the product runs in DDP.
+The baseline works like usual masked autoencoders: every decoder gets the whole grid, with the noised patches blended in
+by the mask and the encoder's tokens reordered by a gather, predicts all patches and takes a masked mean; one backward
+pass for the sum of all T losses. Sizes are those of main_pretrain_noprop.py for 32 px images.
+More --variants: see common.start_up. With torchrun's variables (set by bench.scaling) the product runs in DDP.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Synthetic photographs for the benchmarks: JPEG files that cost about what real ones of their size cost to decode."""
+"""Synthetic photographs for the benchmarks: JPEG files that take about as long to decode as real ones."""
 
 import os
 
@@ -7,10 +7,10 @@ from PIL import Image
 
 
 def make_photos(folder: str, count: int, width: int, height: int, *, quality: int = 90, seed: int = 0) -> list[str]:
-    """`count` JPEGs of textured colour noise with a photograph's falling spectrum; returns their paths.
+    """Write `count` JPEGs of colour noise with the decaying spectrum of a photograph; returns their paths.
 
-    Octaves of random fields, each 0.8 times as strong as the one twice its size, over a random colour. At quality 90
-    a 500 x 375 image has about 70 kB (ImageNet's: 110 kB on average), one of 2000 x 1500 about 870 kB.
+    Octaves of random fields, each 0.8 times as strong as the next larger one, over a random colour. At quality 90 a
+    500 x 375 image has about 70 kB (ImageNet's: 110 kB on average), one of 2000 x 1500 about 870 kB.
     """
     rng = np.random.default_rng(seed)
     os.makedirs(folder, exist_ok=True)

@@ -1,11 +1,11 @@
-"""A training step in fp32 and in bf16 for kinds of networks: what the default of util.dist.Precision follows on a CPU.
+"""Training steps in fp32 and bf16 for several kinds of networks: the basis of util.dist.Precision's default on CPU.
 
     python -m bench.precision                                        # rewrites bench/precision.md
     python -m bench.precision --rows vit_small_patch16:224:4 --output ''
 
-Both steps are of one network with the same weights and images, in turns, in one process with one thread; medians. An
-`x` is the bf16 step's time over the fp32 step's in the same turn, so below 1 where bf16 is faster. Attention is plain
-in bf16 and fused in fp32, as the product has it.
+Both steps use one network with the same weights and images, in turns, in one process with one thread; medians. `x` is
+the bf16 step's time over the fp32 step's in the same turn: below 1, bf16 is faster. Attention is plain in bf16 and
+fused in fp32, as in the product.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ROWS = {
 }
 CPU = torch.device("cpu")
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
-READING = "## What follows"  # from here on the table's file is written by hand
+READING = "## What follows"  # from this heading on, the file is written by hand
 AMD = 0.5  # a bf16 product's time over an fp32 one's by AMD's AVX512_BF16: 32 multiply-adds a cycle against 16
 
 
@@ -73,7 +73,7 @@ def build(model: str, size: int, batch: int):
 
 
 def product_share(call) -> float:
-    """The share of matrix products in the CPU time of call()."""
+    """Share of matrix products in the CPU time of call()."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
@@ -81,7 +81,7 @@ def product_share(call) -> float:
 
 
 def measure(row: str, repeats: int, product: float) -> dict:
-    """One row of the table. product: how many times as long as in fp32 a bf16 matrix product takes here."""
+    """One row of the table. product: a bf16 matrix product's time over an fp32 one's."""
     model, size, batch = row.split(":")
     net, backward = build(model, int(size), int(batch))
     optimizer = build_adamw(param_groups(net, weight_decay=0.05), lr=1e-5)
@@ -152,8 +152,8 @@ def table(rows: list[tuple[str, dict]], product: float) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", metavar="MODEL:SIZE:BATCH", help="these instead of all kinds")
-    parser.add_argument("--repeats", type=int, default=7, help="turns that count")
+    parser.add_argument("--rows", nargs="+", metavar="MODEL:SIZE:BATCH", help="rows to measure (default: all)")
+    parser.add_argument("--repeats", type=int, default=7, help="measured turns")
     parser.add_argument("--output", default=str(ROOT / "bench" / "precision.md"), help="'' prints only")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -175,10 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     text = [
         "# Precision by kind of network",
         "",
-        "Written by `python -m bench.precision`, whose head says what was measured.",
+        "Written by `python -m bench.precision`; its docstring says what is measured.",
         "",
         f"Machine: {machine()}, torch {torch.__version__}; bf16 products are{'' if computes_bf16(CPU) else ' not'} "
-        f"taken for faster; {date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} "
+        f"taken as faster; {date:%Y-%m-%d %H:%M} UTC; load average {load:.1f} at the start, {os.getloadavg()[0]:.1f} "
         "at the end.",
         "",
         *table(rows, product),

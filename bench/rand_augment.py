@@ -1,4 +1,4 @@
-"""RandAugment three ways, CPU milliseconds of one thread per batch: why each of them is in augment/.
+"""CPU milliseconds per batch, on one thread, of the three implementations of RandAugment in augment/.
 
 python -m bench.rand_augment
 """
@@ -10,7 +10,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def ways(x) -> dict:
-    """Names, and functions that augment the batch x, uint8 [B, 3, H, W], in the epoch that they are given."""
+    """{name: function(epoch) that augments the batch x, uint8 [B, 3, H, W]}."""
     import torch
 
     from augment.fast_image import to_array, to_tensor

@@ -1,5 +1,5 @@
-"""Ranks of one group as forks of this process, where torch is loaded already: starting torchrun and n interpreters
-takes n + 1 times four seconds of CPU."""
+"""Ranks of a process group as forks of this process, which has loaded torch: starting torchrun and n interpreters
+would take n + 1 times four seconds of CPU."""
 
 import multiprocessing
 import os
@@ -16,14 +16,14 @@ def empty_store() -> TCPStore:
 
 
 class Ranks:
-    """call() in n processes, which are a group if n > 1. Their output is added to the file `log`."""
+    """Runs call() in n processes, a group if n > 1. Their output is appended to the file `log`."""
 
     def __init__(
         self, n: int, call: Callable[[], int | None], log: str | os.PathLike = os.devnull, store: TCPStore | None = None
     ):
-        # The store lives in this process: no port is looked for, nor kept by the dead.
+        # The store is in this process: no port has to be found, and dead ranks keep none.
         self.store = store or empty_store()
-        open(log, "a").close()  # whoever waits for a line in it may open it at once
+        open(log, "a").close()  # so that the file exists when others wait for a line in it
 
         def rank_main(rank: int) -> None:
             if n > 1:
@@ -44,17 +44,17 @@ class Ranks:
             process.start()
 
     def wait(self, seconds: float) -> bool:
-        """Until the first one ends, or so long; True if any has ended."""
+        """Wait until the first rank ends, or this many seconds; True if any has ended."""
         return bool(wait([process.sentinel for process in self.processes], seconds))
 
     def exit_codes(self, seconds: float = 240) -> list[int]:
-        """Of each rank, -N for signal N. As with torchrun, one that fails ends the others; so does the time's end."""
+        """Exit code of each rank, -N for signal N. As in torchrun, a failed rank or the time limit ends all."""
         left = list(self.processes)
         while left:
             in_time = wait([process.sentinel for process in left], seconds)
             left = [process for process in left if process.is_alive()]
             if not in_time or any(process.exitcode for process in self.processes):
                 for process in left:
-                    process.join(5)  # time to say why
+                    process.join(5)  # time to report the reason
                     process.kill()
         return [process.exitcode for process in self.processes]

@@ -1,11 +1,11 @@
-"""`make bench`: the small settings of every benchmark, and BENCH.md from what they print.
+"""`make bench`: runs every benchmark with small settings and writes BENCH.md from their output.
 
     python -m bench.run_all                       all rows
-    python -m bench.run_all --only noprop_T4 tta  these rows anew, the others as they were measured
+    python -m bench.run_all --only noprop_T4 tta  only these rows; stored results for the others
     python -m bench.run_all --only                no row: BENCH.md from the stored results
 
-Results are kept in bench/results.json with their date, machine and commit; bench/notes.md is the part of BENCH.md that
-people write.
+Results are stored in bench/results.json with date, machine and commit; bench/notes.md is the handwritten part of
+BENCH.md.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from bench.common import ROOT
 
 FOLDER = ROOT / "bench"
 RESULTS = FOLDER / "results.json"
-# One thread: with another job on the machine, two would mostly wait for each other.
+# One thread: with other jobs on the machine, two threads would mostly wait for each other.
 COMMON = "--threads 1 --repeats"
 ALL = "--variants product baseline other_attention glibc_default mmap_32mb"
 MEMORY = "--variants product baseline glibc_default mmap_32mb"
 
-# id: (what, module and flags, rounds, goal)
+# id: (description, module and flags, rounds, goal)
 ROWS = {
     "finetune_lite0": (
         "fine-tune step, EfficientNet-Lite0 224 px, batch 16",
@@ -73,7 +73,7 @@ def command_of(row: str) -> str:
 
 
 def run(row: str) -> dict:
-    """One benchmark in its own process; its summary with the command, date and load."""
+    """Run a benchmark in its own process; its summary with command, date and load."""
     command = command_of(row)
     print(f"\n$ {command}", flush=True)
     load = os.getloadavg()[0]
@@ -95,7 +95,7 @@ def store(results: dict) -> None:
 
 
 def measured_commit() -> str:
-    """HEAD, with `-dirty` if code outside bench/ was edited since."""
+    """HEAD, with `-dirty` if code outside bench/ has changed."""
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     edited = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", ":!bench"], cwd=ROOT, capture_output=True)
     return head.stdout.strip() + "-dirty" * (edited.returncode == 1)
@@ -162,7 +162,7 @@ def write(results: dict) -> None:
             r = results[row]
             lines.append(f"| {what} | `{r['command']}` | {r['date']} | {r['commit']} |")
     parts = ["\n".join(lines)]
-    for name in ("scaling.md", "notes.md"):  # the first is written by bench/scaling.py
+    for name in ("scaling.md", "notes.md"):  # bench/scaling.py writes the first
         if (FOLDER / name).exists():
             parts.append((FOLDER / name).read_text("utf-8").strip())
     (FOLDER / "BENCH.md").write_text("\n\n".join(parts) + "\n", "utf-8")
@@ -174,7 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     for row in ROWS if args.only is None else args.only:
         result = run(row)
-        store({**stored(), row: result})  # at once: a later row may fail
+        store({**stored(), row: result})  # at once, because a later row may fail
     write(stored())
     print(f"wrote {FOLDER / 'BENCH.md'}")
 

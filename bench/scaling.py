@@ -1,11 +1,11 @@
-"""How the NoProp step's time and memory grow with batch, T, image size and gloo ranks: a table, and bench/scaling.png.
+"""Growth of the NoProp step's time and memory with batch, T, image size and gloo ranks: a table and a plot.
 
     python -m bench.scaling
     python -m bench.scaling --batch 32 64 128 256 --T 1 2 4 10 --img_size 32 64 96 --ranks 1 2 4
 
-One quantity changes at a time; the others stay at --base. A point is one process (for ranks, that many), its first call
-not counted. Ranks keep the batch per rank: on more ranks than cores the time shows the cores, not the network.
-Writes bench/scaling.md, which `python -m bench.run_all` puts into BENCH.md.
+One quantity changes at a time; the others stay at --base. A point is one process (or one per rank) without its first
+call. The batch per rank is constant: with more ranks than cores, the time is limited by the cores, not communication.
+Writes bench/scaling.png and bench/scaling.md, which `python -m bench.run_all` includes in BENCH.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FOLDER = ROOT / "bench"
 
 
 def measure(point: dict, ranks: int, repeats: int) -> dict:
-    """Medians of one setting: the slowest rank's time, CPU seconds and peak memory of one rank."""
+    """Medians for one setting: the slowest rank's time, CPU seconds and peak memory of one rank."""
     argv = [word for flag, value in point.items() for word in (f"--{flag}", str(value))] + ["--threads", "1"]
     with socket.socket() as s:  # a free port
         s.bind(("127.0.0.1", 0))
@@ -117,7 +117,7 @@ def main() -> None:
     for name, points in settings:
         for point, ranks, x in points:
             key = (*point.values(), ranks)
-            if key not in known:  # the base setting occurs in every series
+            if key not in known:  # the base setting is part of every series
                 known[key] = measure(point, ranks, args.repeats)
             row = {"x": x, **known[key]}
             row["grown_gb"] = row["peak_gb"] - row["start_gb"]

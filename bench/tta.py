@@ -1,9 +1,9 @@
-"""Test-time augmentation with 12 views and an ensemble: engine_predict against a data pass per view and model.
+"""Test-time augmentation with 12 views and an ensemble: engine_predict against one data pass per view and model.
 
     python -m bench.tta --models convnext_atto tf_efficientnet_lite0 --img_size 384 --images 8
 
-The baseline decodes, resizes and normalises every image anew for each view of each model, in fp32 with contiguous
-tensors. One timed call predicts all images. Weights are random; the photographs are synthetic (bench/photos.py).
+The baseline decodes, resizes and normalises every image again for each view of each model, in fp32 with contiguous
+tensors. One timed call predicts all images. Weights are random, photographs synthetic (bench/photos.py).
 """
 
 import tempfile
@@ -55,7 +55,7 @@ def product(variant: str, paths: list[str], modules, args):
     world = common.start_up(variant, args.device)
     data = FileDataset(paths, torch.full((len(paths),), -1), [str(i) for i in range(CLASSES)])
     nets, meta = [], {"img_size": [args.img_size] * 2, "in_chans": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    for m, module in enumerate(modules):  # as util.predict.members.load_nets prepares them
+    for m, module in enumerate(modules):  # prepared as in util.predict.members.load_nets
         place(module, world.device)
         precision = common.precision_of(variant, module, world, args.amp)
         order = torch.arange(CLASSES, device=world.device)
