@@ -114,7 +114,7 @@ def test_table_has_ratio_goal_and_command_of_each_measured_row(monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_make_gpu_in_miniature_runs_every_row_and_one_that_fails_is_a_line(tmp_path, monkeypatch):
+def test_make_gpu_in_miniature_runs_every_row_despite_failures(tmp_path, monkeypatch):
     """One test stands for all of tests/test_gpu.py, which run by themselves; one compiled row stands for five."""
     rows = {row: (*rest, compiles and row == "vit_base") for row, (*rest, compiles) in gpu.ROWS.items()}
     monkeypatch.setattr(gpu, "ROWS", {**rows, "broken": ("no net", "finetune_step --model no_such_net", "", False)})

@@ -15,7 +15,7 @@ from util.predict.result import Prediction
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_the_member_and_the_image_of_the_first_answer_that_is_no_number_are_named(bad):
+def test_the_first_nan_prediction_names_its_member_and_image(bad):
     """Networks 0 and 1 are the first member's folds; images 4, 9 and 2 are in the batch."""
     nets = [SimpleNamespace(member=member) for member in (0, 0, 1)]
     data, index = SimpleNamespace(name=lambda i: f"image {i}"), torch.tensor([4, 9, 2])
@@ -29,7 +29,7 @@ def test_the_member_and_the_image_of_the_first_answer_that_is_no_number_are_name
         require_finite(p, nets, data, index)
 
 
-def test_each_fold_goes_through_its_networks_and_what_comes_back_stands_at_its_image(monkeypatch):
+def test_each_fold_is_predicted_by_its_networks_at_its_images(monkeypatch):
     """Six images of folds 1, 0, 2, -1 (unreadable), 0, 1; three folds of two members, networks 0 to 5."""
     asked_for = {}
 

@@ -147,7 +147,7 @@ def test_what_the_probe_cannot_read_of_a_family_is_one_line(argv, words, photo_f
     assert all(w in str(caught.value) for w in words), str(caught.value)
 
 
-def test_batchnorm_at_batch_1_trains_where_its_statistics_are_frozen_or_have_pixels(tmp_path):
+def test_batchnorm_trains_at_batch_1_if_frozen_or_with_pixels(tmp_path):
     line = [*DIGITS, "--model", "resnet10t", "--batch_size", 1, "--dry_run", "--output_dir", ""]
     assert finetune(*line, "--input_size", 32, "--freeze_bn") == 0
     assert finetune(*line, "--input_size", 64) == 0

@@ -76,7 +76,7 @@ def test_disk_that_is_full_for_an_epoch_costs_nothing_in_the_end(whole_run, tmp_
     assert log_without_times(tmp_path) == log_without_times(whole_run)
 
 
-def test_disk_that_stays_full_ends_in_one_line_that_says_what_is_lost(tmp_path):
+def test_a_disk_that_stays_full_is_one_line(tmp_path):
     with largest_file(20_000), pytest.raises(UserError, match="could not be written; make room") as caught:
         main_finetune.main([*NET, "--epochs", "1", "--output_dir", str(tmp_path)])
     one_line(caught)
@@ -137,9 +137,7 @@ def test_fine_tuning_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_
 
 
 @pytest.mark.slow
-def test_prediction_keeps_its_numbers_without_its_pictures_and_says_in_one_line_that_it_has_none(
-    photo_folder, tmp_path, capsys
-):
+def test_prediction_survives_failed_pictures_with_a_warning(photo_folder, tmp_path, capsys):
     save_member(
         tmp_path / "a.pth", VIT, classes=("red", "blue")
     )  # it is right otherwise, and no sheet shows wrong ones
@@ -226,7 +224,7 @@ def test_output_that_goes_nowhere_does_not_end_a_run(tmp_path):
         plain.flush()  # what print would have met
 
 
-def test_loader_process_that_dies_ends_the_run_in_one_line_with_the_file_it_was_at(photo_folder, tmp_path, monkeypatch):
+def test_a_dead_loader_process_is_one_line_with_its_file(photo_folder, tmp_path, monkeypatch):
     """torch raises where it notices, in the middle of anything: in the loader or in a step."""
     line = [
         "--data_path",
@@ -299,7 +297,7 @@ def rank_process(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(tmp_path):
+def test_a_rank_killed_under_torchrun_restarts_and_the_result_is_equal(tmp_path):
     line = [*NET, "--batch_size", "32", "--epochs", "4", "--resume", "auto", "--output_dir"]
     command = [
         sys.executable,

@@ -118,7 +118,7 @@ def test_the_loss_goes_as_on_the_cpu(name, tmp_path, same_random_numbers):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_deterministic_run_that_is_stopped_and_goes_on_has_the_bits_of_one_that_is_not(name, tmp_path, monkeypatch):
+def test_a_deterministic_run_resumes_bit_for_bit(name, tmp_path, monkeypatch):
     """So two runs of the same line have the same bits as well."""
     main, line = RUNS[name]
     amp = "bf16" if CUDA else "off"  # convolutions in bf16 are not the CPU's business

@@ -94,7 +94,7 @@ def test_long_and_tiny_images_become_inputs_in_little_memory(tmp_path, size):
     assert not bad and views[0].shape == (12, 3, 64, 64)
 
 
-def test_only_images_longer_than_16_to_1_are_cut_and_the_crop_is_the_same():
+def test_only_images_longer_than_16_to_1_are_cropped():
     """The centre crop of the whole resize, computed the expensive way, is what comes out of the cut image."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 640, 3), dtype=np.uint8))
     assert to_channels(photo, 3).size == (640, 40)

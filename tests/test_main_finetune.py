@@ -176,7 +176,7 @@ def test_effective_batch_and_learning_rate_are_those_of_an_update(main, accum_it
     assert any(text.startswith(f"effective batch: {images} (= 64 x accum {images // 64} x 1") for text in rest)
 
 
-def test_the_first_lines_tell_a_batch_that_shrinks_and_a_warm_up_without_end(tmp_path, capsys):
+def test_a_smaller_batch_and_an_endless_warm_up_are_announced(tmp_path, capsys):
     line = [*NET, "--epochs", 2, "--batch_size", 4000, "--warmup_epochs", 3, "--output_dir", tmp_path]
     assert finetune(*line) == 0
     said = capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_the_first_lines_tell_a_batch_that_shrinks_and_a_warm_up_without_end(tmp
     assert "warning: --epochs 2 ends within --warmup_epochs 3" in said
 
 
-def test_a_default_model_that_does_not_take_the_images_names_one_that_does(tmp_path):
+def test_a_default_model_that_does_not_fit_names_one_that_does(tmp_path):
     with pytest.raises(
         UserError, match=r"--model: is not given, .* 8 x 8 pixels .*--model vit_tiny_patch2, "
     ) as caught:

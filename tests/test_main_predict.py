@@ -46,7 +46,7 @@ def predicted(ensemble, photo_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_probabilities_are_the_mean_over_views_folds_and_members_computed_one_by_one(ensemble, photo_folder, predicted):
+def test_probabilities_are_the_mean_over_views_folds_and_members(ensemble, photo_folder, predicted):
     header, rows = read_csv(predicted)
     assert header == ["ID", "Predict", "blue", "red"] and len(rows) == 12
     for name in list(rows)[::3]:
@@ -230,7 +230,7 @@ def test_unreadable_image_is_an_error_that_names_it_or_an_empty_row(ensemble, tm
         predict(*line, "--output_dir", out, "--on_bad_image", "skip")
 
 
-def test_names_are_written_as_they_are_or_safe_for_spreadsheets_and_pictures_of_another_run_go(ensemble, tmp_path):
+def test_names_are_literal_or_spreadsheet_safe_and_old_pictures_are_deleted(ensemble, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     out.mkdir()

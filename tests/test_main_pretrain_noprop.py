@@ -83,9 +83,7 @@ def test_each_picture_is_in_tensorboard_once_after_epochs_were_done_again(uninte
     assert [event.step for event in events.Images("reconstruction")] == [2000, 3000]
 
 
-def test_finished_run_that_is_given_more_epochs_is_not_finished_until_they_are_done(
-    uninterrupted, tmp_path, monkeypatch
-):
+def test_a_finished_run_continues_with_more_epochs(uninterrupted, tmp_path, monkeypatch):
     """A run that is finished must be saved or ends in an error; one that is not goes on over a full disk."""
     (tmp_path / LAST).write_bytes((uninterrupted / LAST).read_bytes())
     saved, real = [], Run.save
@@ -97,7 +95,7 @@ def test_finished_run_that_is_given_more_epochs_is_not_finished_until_they_are_d
     assert len(saved) > 2 and [p["finished"] for p in saved] == [False] * (len(saved) - 1) + [True]
 
 
-def test_a_finished_run_says_so_and_its_decoders_are_left_out_of_fine_tuning(uninterrupted, capsys):
+def test_a_finished_pretraining_says_so_and_fine_tuning_drops_its_decoders(uninterrupted, capsys):
     """--dry_run of the fine-tuning: the file's decoders are told as what they are, and nothing is unexpected."""
     assert pretrain(*TINY, "--output_dir", uninterrupted, "--resume", "auto") == 0
     assert "the run is finished after 3 epochs" in capsys.readouterr().out
@@ -127,7 +125,7 @@ def test_other_method_at_resume_is_refused(uninterrupted, tmp_path, flags, words
 
 
 @pytest.mark.slow
-def test_sigma_data_is_one_number_on_any_ranks_and_the_checkpoints_at_resume(uninterrupted, tmp_path, monkeypatch):
+def test_sigma_data_is_equal_on_all_ranks_and_after_a_resume(uninterrupted, tmp_path, monkeypatch):
     """It is the standard deviation of all 1437 training digits, in NumPy: fewer than are looked at, and no mirror image
     changes it."""
     options = main_pretrain_noprop.get_options([*TINY, "--data_path", "."])

@@ -75,7 +75,7 @@ def test_two_axes_have_a_map_and_less_is_better_for_a_loss(scripts):
     assert len(rows) == 4 and rows[0]["mean"] == "1.00"
 
 
-def test_a_failed_run_is_told_with_its_last_lines_and_run_again_on_demand(scripts, capsys):
+def test_a_failed_run_shows_its_last_lines_and_can_be_retried(scripts, capsys):
     out = scripts / "out"
     for more, told in (({}, 2), ({}, 0), ({"retry": True}, 2)):
         assert sweep(out, "lr=1e-3,0.25", "seed=0..1", **more) == 1

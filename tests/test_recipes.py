@@ -47,7 +47,7 @@ SCONTROL = "#!/bin/sh\necho scontrol $@\n"
 
 
 @pytest.mark.slow
-def test_the_slurm_job_is_queued_again_when_its_time_is_up_and_only_then(tmp_path):
+def test_the_slurm_job_requeues_only_when_time_is_up(tmp_path):
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

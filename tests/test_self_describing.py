@@ -133,7 +133,7 @@ def test_a_flag_goes_before_the_checkpoint(tmp_path):
         ),
     ],
 )
-def test_input_follows_flag_checkpoint_weights_data_set_and_the_first_line_says_which(flags, source, size, mean, words):
+def test_input_comes_from_flag_checkpoint_weights_or_data_set_in_order(flags, source, size, mean, words):
     meta, said = resolve(["--dataset", "cifar10", *flags.split()], ["a", "b"], source)
     assert meta["img_size"] == [size, size] and meta["mean"] == pytest.approx(list(mean))
     assert f"input 3 x {size} x {size}" in said and " ".join(f"{v:.4g}" for v in mean) in said and words in said

@@ -236,7 +236,7 @@ def test_an_error_of_a_transform_is_not_reported_as_a_bad_image(photo_folder, mo
         views[0]
 
 
-def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_death(photo_folder, monkeypatch):
+def test_a_transforms_error_is_not_reported_as_a_dead_loader_process(photo_folder, monkeypatch):
     # torch waits so long for a process that raised, 5 s by default, when the loader is collected.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     data = read_split("folder", str(photo_folder), "val")
@@ -249,7 +249,7 @@ def test_an_error_of_a_transform_in_a_loader_process_is_not_reported_as_its_deat
     gc.collect()
 
 
-def test_an_error_of_the_fast_transform_is_not_hidden_by_the_plain_one(tmp_path):
+def test_an_error_of_the_fast_transform_is_not_hidden(tmp_path):
     picture(400, 300).save(tmp_path / "x.jpg")
     data = FileDataset([str(tmp_path / "x.jpg")], torch.zeros(1, dtype=torch.long), ["a"])
     reader = SampleReader(data, build_train_transform((32, 32), "light"), in_chans=3, seed=0, train=True, fast=True)

@@ -65,7 +65,7 @@ def test_crops_and_flips_are_those_of_the_pil_pipeline(ramp, preset, size, scale
     assert seen == scales
 
 
-def test_the_box_is_drawn_from_the_full_size_image_whatever_the_decoding_scale(ramp):
+def test_the_crop_box_does_not_depend_on_the_decoding_scale(ramp):
     """Many crops by different seeds: their mean colours and left-right differences follow one distribution."""
     transform = build_train_transform((16, 16), "pretrain", geometry=Geometry())
     fast = FastTrainTransform(transform, 3)

@@ -82,7 +82,7 @@ def test_neftune_by_its_own_alpha_is_the_papers():
     is_drawn_from((out - z) * math.sqrt(50 * 5000) / 5.0, FLAT)
 
 
-def test_token_drop_keeps_as_many_tokens_of_each_sample_in_their_order_and_each_as_often():
+def test_token_drop_keeps_equally_many_tokens_in_order_and_uniformly():
     noise, z = kind("token_drop"), torch.arange(2000.0 * 11).view(2000, 11, 1)
     noise.place(Layout(prefix=1))
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_the_ratio_in_every_family_is_the_one_asked_for(family, amp):
 
 
 @pytest.mark.parametrize("name", NOISE_KINDS)
-def test_a_kind_is_off_in_evaluation_and_leaves_keys_and_class_token_alone(name):
+def test_a_kind_is_off_in_evaluation_and_keeps_keys_and_class_token(name):
     model, size, keywords = FAMILIES["mae's vit"]
     images = torch.randn(4, 3, *size)
     nets = []
@@ -237,7 +237,7 @@ def test_a_ratio_is_the_timestep_that_has_it_for_schedule_and_annealing():
     assert stats.kstest(t[ratio < table[1]], stats.uniform(1, 299).cdf).pvalue > 1e-3
 
 
-def test_a_run_tells_and_keeps_the_ratio_and_warns_of_a_loud_one(tmp_path, capsys):
+def test_a_run_logs_the_noise_ratio_and_warns_if_loud(tmp_path, capsys):
     assert finetune(*NET, "--noise_snr", 12, "--noise_kind", "uniform", "--output_dir", tmp_path) == 0
     said = capsys.readouterr().out
     assert "; noise uniform 12 dB; " in said.splitlines()[0] and re.search(r"\nnoise: (11.9|12.[01]) dB", said)
@@ -258,7 +258,7 @@ def test_a_resumed_run_has_the_same_noise(tmp_path):
     assert_same_run(tmp_path / "part", tmp_path / "whole")
 
 
-def test_units_are_the_released_codes_for_maes_networks_only_and_batchnorm_has_no_noise_by_default():
+def test_default_units_follow_the_family_and_batchnorm_gets_no_noise():
     noise, net = get_options(["--dataset", "digits"]).noise, torch.nn.Linear(1, 1)
     for model, units in (
         ("vit_base_patch16", "absolute"),

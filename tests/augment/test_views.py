@@ -162,7 +162,7 @@ def test_pil_and_tensor_input_are_the_same_and_stay_as_they_are():
     assert single.shape == (12, 1, 40, 56)
 
 
-def test_a_given_centre_is_the_first_view_and_what_is_made_of_it():
+def test_a_given_centre_is_used_for_its_views():
     image, centre = picture(150, 200), saccadic_views(picture(120, 90), 48, [0])[0]
     views, own = saccadic_views(image, 48, centre=centre), saccadic_views(image, 48)
     pil = TF.to_pil_image(centre)

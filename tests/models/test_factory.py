@@ -106,7 +106,7 @@ def test_sizes_that_a_family_has_no_use_for_are_one_line(name, kwargs):
     assert "\n" not in str(caught.value)
 
 
-def test_pretrained_weights_end_after_one_try_without_a_network_in_a_whole_line(monkeypatch):
+def test_pretrained_weights_offline_fail_after_one_try_in_one_line(monkeypatch):
     tries = []
 
     def no_network(host, *args, **kwargs):

@@ -94,7 +94,7 @@ def test_positions_of_tokens_go_to_the_same_tokens(tmp_path):
         ((48, 80), (96, 96), "not a square"),
     ],
 )
-def test_a_grid_that_cannot_be_told_is_refused_and_settled_by_a_flag(tmp_path, old, new, could):
+def test_an_ambiguous_grid_is_refused_and_set_by_a_flag(tmp_path, old, new, could):
     path = as_file(tmp_path / "x.pth", with_ramp(old, (7.0,)))
     with pytest.raises(UserError) as caught:
         load_pretrained(vit(new), path)

@@ -79,7 +79,7 @@ def test_mae_names_have_the_papers_sizes(monkeypatch):
     assert "swinv2_base_window12to24_192to384" in list_models("swinv2*")
 
 
-def test_noise_that_a_network_has_no_place_for_is_one_line():
+def test_noise_without_a_place_in_the_network_is_one_line():
     """No block, a block that is called without a tensor, no grid that a spectrum could be of."""
     with pytest.raises(UserError, match="Linear: has no block"):
         trunk_blocks(torch.nn.Linear(2, 2))

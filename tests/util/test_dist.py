@@ -281,7 +281,7 @@ def untouchable_gpu(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_on_the_cpu_does_not_touch_a_gpu_that_is_there(tmp_path, untouchable_gpu):
+def test_a_run_on_cpu_does_not_touch_a_visible_gpu(tmp_path, untouchable_gpu):
     for epochs in ("1", "2"):
         assert finetune(*NET, "--epochs", epochs, "--output_dir", tmp_path, "--resume", "auto") == 0
     assert "cuda" not in checkpoint.read_checkpoint(str(tmp_path / checkpoint.LAST))["rng"][0]

@@ -75,7 +75,7 @@ def test_a_folder_is_claimed_by_its_own_kind_of_run_only(tmp_path, held, may):
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != OUTPUT_MARK} == before
 
 
-def test_only_a_folder_that_a_run_may_write_to_is_marked_as_its_output(tmp_path):
+def test_only_a_writable_output_folder_is_marked(tmp_path):
     for held, marked in (("notes old", False), ("linprobe", True)):
         fill(tmp_path / held, held)
         with suppress(UserError):

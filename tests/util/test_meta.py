@@ -5,7 +5,7 @@ from util.meta import check_meta
 from util.predict.members import find_members
 
 
-def test_checkpoints_of_fine_tuning_are_known_by_the_kind_of_their_run_and_by_its_earlier_name(tmp_path):
+def test_fine_tuned_checkpoints_are_read_under_both_kinds(tmp_path):
     for kind in ("finetune", "classifier"):
         save_head(tmp_path / kind / "checkpoint-best.pth", kind=kind)
     members, _ = find_members([str(tmp_path / kind) for kind in ("finetune", "classifier")])

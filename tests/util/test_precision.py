@@ -195,7 +195,7 @@ def test_bf16_gradients_on_maps_of_one_pixel_are_those_of_fp32(depthwise):
             assert torch.linalg.vector_norm(gradient - expected[name]) <= 0.03 * expected[name].norm() + 1e-6, name
 
 
-def test_small_photos_train_a_resnet_in_bf16_with_finite_gradients_and_a_note(monkeypatch, tmp_path, capsys):
+def test_a_resnet_on_small_photos_has_finite_bf16_gradients(monkeypatch, tmp_path, capsys):
     line = [
         *PLAIN,
         "--model",
@@ -225,7 +225,7 @@ def test_small_photos_train_a_resnet_in_bf16_with_finite_gradients_and_a_note(mo
     assert "non-finite" not in said
 
 
-def test_only_what_is_at_risk_is_kept_out_and_the_net_stays_as_it_was():
+def test_only_convolutions_at_risk_stay_in_fp32():
     """At 64 px, resnet10t's last stage gets 4 x 4 and works on 2 x 2; at 32 px it is 2 x 2, where the first kernel of
     stride 2 has its first row on the border, and 1 x 1."""
     net = create_model("resnet10t", num_classes=3, img_size=64)
@@ -242,7 +242,7 @@ def test_only_what_is_at_risk_is_kept_out_and_the_net_stays_as_it_was():
 
 
 @pytest.mark.slow
-def test_the_table_says_what_the_default_costs_and_keeps_what_is_written_by_hand(tmp_path, monkeypatch, capsys):
+def test_the_precision_table_has_the_defaults_cost_and_keeps_handwritten_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NOISEVIT_BF16", "1")
     monkeypatch.setattr(bench, "measure_product", lambda repeats: 0.5)  # as AMD's: then the two columns are one number
     out = tmp_path / "precision.md"

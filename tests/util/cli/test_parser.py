@@ -43,7 +43,7 @@ def test_a_recipes_words_are_what_they_look_like(tmp_path, text, value):
 
 
 @pytest.mark.parametrize("data,word", [(b'--output_dir "a b', "quote"), ("--epochs 3".encode("utf-16"), "(?i)utf-8")])
-def test_a_recipe_that_is_no_text_or_lacks_a_quote_is_one_line(tmp_path, data, word):
+def test_a_broken_recipe_is_one_line(tmp_path, data, word):
     (tmp_path / "x.args").write_bytes(data)
     with pytest.raises(UserError, match=word) as caught:
         parse(f"@{tmp_path / 'x.args'}")
@@ -57,7 +57,7 @@ def test_img_size_is_another_name_of_input_size(module):
 
 
 @pytest.mark.parametrize("module,line", [("main_predict", ["--checkpoints", "x"]), ("main_sample", ["x"])])
-def test_a_main_that_reads_its_network_from_a_file_says_so_of_the_networks_flags(module, line):
+def test_network_flags_are_refused_where_the_checkpoint_defines_the_network(module, line):
     for flag in ("--img_size", "--input_size", "--in_chans", "--model", "--cls_token"):
         with pytest.raises(UserError, match=f"^{flag}: no such flag; .*checkpoint.* in the file$"):
             importlib.import_module(module).get_args_parser().parse_args([*line, flag, "32"])
@@ -74,7 +74,7 @@ def test_a_main_that_reads_its_network_from_a_file_says_so_of_the_networks_flags
         ("--norm_pix_loss", "--target norm_pixel"),
     ],
 )
-def test_a_flag_of_mae_that_is_gone_is_told_with_what_does_its_work(module, flag, instead):
+def test_removed_flags_of_mae_name_their_replacement(module, flag, instead):
     with pytest.raises(UserError) as caught:
         importlib.import_module(f"util.cli.{module}").get_args_parser().parse_args([flag])
     assert instead in str(caught.value) and "did you mean" not in str(caught.value)
@@ -100,7 +100,7 @@ def test_a_flag_of_mae_that_is_gone_is_told_with_what_does_its_work(module, flag
     ],
 )
 @pytest.mark.parametrize("module", ["finetune", "linprobe"])
-def test_model_kwargs_that_have_a_flag_or_could_not_be_saved_are_one_line(module, given, flag):
+def test_model_kwargs_with_their_own_flag_or_unsaveable_are_one_line(module, given, flag):
     get_options = importlib.import_module(f"util.cli.{module}").get_options
     line = ["--model", "vit_tiny_patch16_224", "--pretrained", "--model_kwargs", "depth=2", given]
     with pytest.raises(UserError) as caught:

@@ -57,7 +57,7 @@ def test_a_default_that_depends_is_that_of_the_main():
 
 
 @pytest.mark.parametrize("main", OF_MAE)
-def test_maes_flags_come_first_in_each_group_and_its_groups_before_the_others(main):
+def test_maes_flags_and_groups_come_first(main):
     groups = [
         [action.dest in MAE for action in group._group_actions] for group in Parser(MAINS[main])._action_groups[2:]
     ]

@@ -106,7 +106,7 @@ def test_hidden_and_system_folders_are_read_at_no_depth(tmp_path):
     assert "hidden and system folders" in note and "2 @eaDir" in note and "2 .ipynb_checkpoints" in note
 
 
-def test_thumbnails_beside_their_photos_are_left_out_and_a_class_of_that_name_is_not(tmp_path):
+def test_thumbnail_folders_beside_photos_are_left_out_but_not_classes(tmp_path):
     for name in ("thumbs/0.jpg", "fists/0.jpg", "fists/Thumbs/0.jpg", "fists/more/thumbnails/0.jpg"):
         save(tmp_path / name)
     assert below(tmp_path) == ["fists/0.jpg", "fists/more/thumbnails/0.jpg", "thumbs/0.jpg"]

@@ -71,7 +71,7 @@ def test_batches_do_not_depend_on_worker_count_or_start(photo_folder):
     assert not torch.equal(plain[0].images, next(iter(file_loader(photo_folder).epoch(3))).images)
 
 
-def test_no_copy_of_a_batch_to_the_device_waits_for_what_it_has_to_do(photo_folder, monkeypatch):
+def test_copying_a_batch_to_the_device_does_not_wait(photo_folder, monkeypatch):
     """On CUDA, a blocking copy of the sample numbers would wait for the step before."""
     images = torch.arange(32 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(32, 1, 8, 8)
     data = ArrayDataset(images, torch.arange(32), [str(i) for i in range(32)])

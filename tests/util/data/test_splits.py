@@ -30,7 +30,7 @@ def test_stratified_splits_are_disjoint_complete_seeded_and_balanced():
         stratified_split(torch.tensor([0, 1] * 4), 0.1, seed=0)
 
 
-def test_a_subset_has_each_class_by_its_share_and_is_drawn_by_the_seed():
+def test_a_subset_is_stratified_and_seeded():
     targets = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
     kept = stratified_subset(targets, 50, seed=3)
     assert torch.bincount(targets[kept]).tolist() == [30, 15, 5] and len(set(kept.tolist())) == 50

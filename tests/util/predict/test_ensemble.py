@@ -87,7 +87,7 @@ def log_loss_of(weights, biases, logs, targets, image_weights) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("class_weights", ["none", "balanced"])
-def test_stacking_minimises_the_penalised_loss_of_a_weight_per_member_and_a_bias_per_class(tmp_path, class_weights):
+def test_stacking_minimises_its_penalised_loss(tmp_path, class_weights):
     members, targets, p = two_kfold_runs(tmp_path, class_weights=class_weights)
     combiners = build_combiners(members, CLASSES, "stacked")
     stacked, logs = combiners.ways["stacked"], torch.from_numpy(np.log(p.clip(1e-6)))
@@ -142,7 +142,7 @@ def test_stacking_stays_calibrated_on_means_over_networks_and_views():
     )
 
 
-def test_a_class_in_one_fold_only_or_in_none_costs_what_needs_it_and_no_more(tmp_path):
+def test_a_class_missing_from_folds_disables_only_stacking(tmp_path):
     members, targets, p = two_kfold_runs(tmp_path)
     for run, columns in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
         for fold in (0, 1):

@@ -7,7 +7,7 @@ from util.errors import UserError
 from util.predict.members import find_members, short_names
 
 
-def test_a_member_is_a_file_a_run_or_all_folds_of_a_run(tmp_path):
+def test_a_member_is_a_file_a_run_or_all_folds(tmp_path):
     save_head(tmp_path / "one.pth")
     save_head(tmp_path / "run" / "checkpoint-best.pth", ["owl", "cat", "dog"])
     save_folds(tmp_path / "folds", range(11), 11)

@@ -81,7 +81,7 @@ def test_each_image_is_predicted_by_the_folds_that_had_not_seen_it(members, phot
 
 
 @pytest.mark.slow
-def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validation_gave(photo_folder, tmp_path):
+def test_a_head_with_extra_outputs_predicts_as_in_validation(photo_folder, tmp_path):
     line = [
         "--data_path",
         photo_folder / "train",
@@ -108,7 +108,7 @@ def test_a_head_with_more_outputs_than_classes_is_stacked_and_gives_what_validat
 
 
 @pytest.mark.slow
-def test_an_image_that_the_run_could_not_read_has_an_empty_row_or_ends_in_one_line(members, photo_folder, tmp_path):
+def test_an_unreadable_image_has_an_empty_row_or_is_one_line(members, photo_folder, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(photo_folder / "val", images)
     (images / "blue" / "broken.png").write_bytes((images / "blue" / "blue_00.png").read_bytes()[:60])

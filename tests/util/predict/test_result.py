@@ -5,7 +5,7 @@ import numpy as np
 from util.predict.result import Prediction
 
 
-def test_parts_in_any_order_become_one_prediction_in_the_order_of_the_images():
+def test_parts_of_a_prediction_are_joined_in_image_order():
     one, many, geometric = np.random.default_rng(0).random((3, 2, 7, 4))  # members, images, classes
     numbers = np.array([2, 3, 5, 7, 11, 13, 17])
     cut = [[5, 0], [6], [3, 1, 4, 2]]

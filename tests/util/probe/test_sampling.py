@@ -45,7 +45,7 @@ def test_psnr_is_that_of_a_plain_loop_over_hidden_pixels(tmp_path):
         assert scores[name] == pytest.approx(-10 * np.log10(np.mean(squared)), abs=1e-3)
 
 
-def test_every_sampler_gets_the_same_masks_and_the_baseline_keeps_what_is_visible():
+def test_samplers_share_masks_and_the_baseline_keeps_visible_patches():
     net, images = tiny_net(), torch.randn(5, 1, 8, 12)
     study = Study(net, list(MEAN), list(STD), 0.75, [], seed=3)
     (a, ids), (b, _) = (study.hide_and_sample(images, 2, sampler) for sampler in ("heun", "stochastic"))
