@@ -107,7 +107,7 @@ def test_margin_0_shows_the_whole_image(ensemble, photo_folder, tmp_path):
     net, meta = ensemble[1][0]
     _, rows = read_csv(tmp_path)
     mean, std = (torch.tensor(meta[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    whole, transform = [], build_eval_transform((32, 32), crop_pct=1.0)
+    whole, transform = [], build_eval_transform((24, 40), crop_pct=1.0)
     for name in rows:
         x = transform(Image.open(photo_folder / "val" / name).convert("RGB")).float() / 255
         with torch.no_grad():

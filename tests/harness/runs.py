@@ -43,7 +43,7 @@ def pretrain(*argv) -> int:
 
 
 def save_member(
-    path, family: dict, *, classes=("blue", "red"), size=(32, 32), in_chans=3, seed=0, ema=False, crop_pct=None, **args
+    path, family: dict, *, classes=("blue", "red"), size=(24, 40), in_chans=3, seed=0, ema=False, crop_pct=None, **args
 ):
     """A checkpoint of main_finetune.py, with random weights so large that images differ. Returns (net, meta)."""
     torch.manual_seed(seed)
