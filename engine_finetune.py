@@ -175,14 +175,14 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
 def noise_curve(
     net: nn.Module, loader: Loader, precision: Precision, num_classes: int, config: NoiseConfig, levels: list[float]
 ) -> list[dict[str, float]]:
-    """What noise in evaluation does, at each of `levels` (dB, relative units); the first point is without noise.
+    """Effect of noise in evaluation at each of `levels` (dB, relative units); the first point has no noise.
 
     config: the run's noise, whose kind, tokens, layers and space are kept (alpha_blend where its kind has no ratio).
     Points: snr; acc1 in percent; agreement, the percentage of images whose first class is that without noise; change,
-    the mean total variation between the probabilities with noise and without; distance |z' - z| / |z| where it goes in.
+    mean total variation between probabilities with and without noise; distance: |z' - z| / |z| where it is added.
     """
     clean = evaluate(net, loader, precision, num_classes, collect=True)
-    assert clean is not None and clean.probabilities is not None  # nothing polls for a stop
+    assert clean is not None and clean.probabilities is not None  # without poll, evaluation does not stop early
     points = [{"snr": math.inf, "acc1": clean.acc1, "agreement": 100.0, "change": 0.0, "distance": 0.0}]
     kind = config.kind if config.kind not in ("token_drop", "manifold_mixup") else "alpha_blend"
     for level in levels:

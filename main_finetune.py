@@ -196,7 +196,7 @@ def judge(run: Run, result: Evaluation) -> bool:
 def evaluate_only(
     options: FinetuneOptions, net: nn.Module, loader: Loader, precision: Precision, meta: dict, log: RunLog
 ) -> int:
-    """--eval: the scores of the weights as they are; --noise_curve: and under noise."""
+    """--eval: score the weights; with --noise_curve, also under noise."""
     try_forward(net.eval(), meta, 1)
     prepare_net(net, precision)
     result = evaluate(net, loader, precision, meta["num_classes"])
@@ -209,7 +209,7 @@ def evaluate_only(
 def under_noise(
     options: FinetuneOptions, net: nn.Module, loader: Loader, precision: Precision, meta: dict, log: RunLog
 ) -> list[dict[str, float]]:
-    """--noise_curve: its points, told one a line; [] without it."""
+    """The points of --noise_curve, each also logged; [] without the flag."""
     if not options.selection.noise_curve:
         return []
     noise = build_noise(options.noise, meta["model"], net) or AlphaBlend(tokens=options.noise.noise_tokens)
@@ -218,7 +218,7 @@ def under_noise(
     for p in points:
         log.say(
             f"noise of {p['snr']:g} dB: acc1 {p['acc1']:.2f}, same class {p['agreement']:.1f} %, probability moved "
-            f"{p['change']:.3f}, distance where it goes in {p['distance']:.3f}"
+            f"{p['change']:.3f}, distance where it is added {p['distance']:.3f}"
         )
     return points
 

@@ -5,13 +5,13 @@ python main_sweep.py --grid alpha_blend=0,15,50 seed=0..4 --paired seed --jobs 2
 python main_sweep.py --grid T=1,4 seed=0..2 --paired seed --metric knn_acc1 --output_dir sweeps/levels \\
     -- main_pretrain_noprop.py @recipes/digits_pretrain.args -- main_linprobe.py --checkpoint {pretrain}
 
-The same line goes on where it was: finished runs stay, interrupted ones resume; more values add arms.
+The same command continues a sweep: finished runs stay, interrupted ones resume; more values add arms.
 """
 
 from util.cli.script import check_command_line, run_main, says_flags
 from util.cli.sweep import get_args_parser, get_options  # noqa: F401 (a public name)
 
-if __name__ == "__main__":  # a mistyped flag is answered before anything else is imported
+if __name__ == "__main__":  # report a mistyped flag before other imports
     check_command_line(get_options)
 
 import os
@@ -37,14 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     make_folder(settings.output_dir, "--output_dir")
     jobs.read_records(runs, settings.retry)
     waiting = sum(job.state == "waiting" for job in runs)
-    print(
-        f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} of them to do, {settings.jobs} at a time", flush=True
-    )
+    print(f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} to do, {settings.jobs} at a time", flush=True)
     if jobs.run_all(runs, settings.jobs, say=lambda text: print(text, flush=True)):
-        print("interrupted; the same line goes on", flush=True)
+        print("interrupted; the same command continues", flush=True)
         return 130
 
-    from util.report.sweep import write_sweep_report  # draws: only now
+    from util.report.sweep import write_sweep_report  # imports Matplotlib
     from util.sweep.results import collect
 
     results = collect(arms, chains, settings)

@@ -77,7 +77,7 @@ def test_disk_that_is_full_for_an_epoch_costs_nothing_in_the_end(whole_run, tmp_
 
 
 def test_a_disk_that_stays_full_is_one_line(tmp_path):
-    with largest_file(20_000), pytest.raises(UserError, match="could not be written; make room") as caught:
+    with largest_file(20_000), pytest.raises(UserError, match="could not be written; free some space") as caught:
         main_finetune.main([*NET, "--epochs", "1", "--output_dir", str(tmp_path)])
     one_line(caught)
     assert not os.path.exists(tmp_path / LAST) and os.path.exists(tmp_path / "log.txt")

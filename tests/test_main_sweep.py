@@ -61,9 +61,9 @@ def test_arms_are_compared_by_seed_and_the_report_says_how(scripts, capsys):
     assert "Every run finished." in (out / "report.md").read_text()
     capsys.readouterr()
     assert sweep(out, "lr=1e-3,2e-3,4e-3", "seed=0..2", paired="seed", jobs=3) == 0
-    assert "9 runs, 0 of them to do" in capsys.readouterr().out
+    assert "9 runs, 0 to do" in capsys.readouterr().out
     assert sweep(out, "lr=1e-3,2e-3,4e-3,8e-3", "seed=0..2", paired="seed", base="lr=2e-3", pick="last") == 0
-    assert "12 runs, 3 of them to do" in capsys.readouterr().out
+    assert "12 runs, 3 to do" in capsys.readouterr().out
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert rows[0]["arm"] == "lr=2e-3" and [row["difference"] for row in rows[1:]] == ["-1.00", "2.00", "6.00"]
 
@@ -111,10 +111,10 @@ def test_an_interrupt_stops_the_runs_and_the_same_line_goes_on(scripts, monkeypa
     timer.start()
     began = time.monotonic()
     assert sweep(scripts / "out", "seed=0..3", jobs=2) == 130
-    assert time.monotonic() - began < 20 and "the same line goes on" in capsys.readouterr().out
+    assert time.monotonic() - began < 20 and "the same command continues" in capsys.readouterr().out
     monkeypatch.setenv("TAKES", "0")
     assert sweep(scripts / "out", "seed=0..3", jobs=2) == 0
-    assert "4 runs, 4 of them to do" in capsys.readouterr().out
+    assert "4 runs, 4 to do" in capsys.readouterr().out
 
 
 def test_another_line_in_the_same_folder_is_refused_and_names_the_difference(scripts):

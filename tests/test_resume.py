@@ -192,7 +192,7 @@ def test_going_back_in_a_folder_removes_what_is_later_or_is_refused(uninterrupte
     for path in uninterrupted.glob("checkpoint-*.pth"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     line = [*TINY, "--output_dir", tmp_path, "--lr", "1e-3", "--resume"]
-    with pytest.raises(UserError, match=r"checkpoint-0\.pth: .*checkpoint-last\.pth goes beyond it.*--overwrite"):
+    with pytest.raises(UserError, match=r"checkpoint-0\.pth: .*checkpoint-last\.pth is later.*--overwrite"):
         finetune(*line, tmp_path / "checkpoint-0.pth")
     real, calls = Interrupts.poll, []
     monkeypatch.setattr(

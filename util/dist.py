@@ -155,7 +155,7 @@ def lost_rank(error: RuntimeError) -> UserError | None:
         happened = "the exchange with another rank failed: it died, or /dev/shm is full (NCCL_DEBUG=INFO tells more)"
     return UserError(
         f"rank {dist.get_rank()} of {dist.get_world_size()}: {happened} ({text[:160]}); the last checkpoint is kept, "
-        "--resume auto goes on; torchrun's --max-restarts does so by itself"
+        "--resume auto continues; torchrun's --max-restarts does so by itself"
     )
 
 

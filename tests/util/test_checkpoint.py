@@ -177,7 +177,7 @@ def test_what_is_not_finite_is_neither_saved_nor_resumed_from(tmp_path, part, en
     poisoned = {"net": training.net, "ema": training.ema.module}[part]
     poisoned.state_dict()[entry].view(-1)[1] = float("nan")
     bad = run.state(training)
-    with pytest.raises(UserError, match=f"epoch 0: {re.escape(entry)} holds NaN .* the checkpoint before is kept"):
+    with pytest.raises(UserError, match=f"epoch 0: {re.escape(entry)} holds NaN .* the previous checkpoint is kept"):
         run.save(training)
     assert (tmp_path / LAST).read_bytes() == before and not (tmp_path / PREVIOUS).exists()
 

@@ -141,7 +141,7 @@ def test_folds_are_finished_by_results_overwritten_on_demand_and_apart_in_tensor
     for fold in range(2):
         options = json.loads((tmp_path / "out" / f"fold-{fold}" / "result.json").read_text())["options"]
         assert (options["smoothing"], options["kfold"]) == (0.2, 2)
-    with pytest.raises(UserError, match=r"--epochs 2: .*fold-0 was finished with 1; --resume auto goes on"):
+    with pytest.raises(UserError, match=r"--epochs 2: .*fold-0 was finished with 1; --resume auto continues"):
         finetune(*again, "--epochs", 2)
     with pytest.raises(UserError, match=r"--seed 9: .*fold-0 was finished with 0"):
         finetune(*again, "--epochs", 2, "--seed", 9, "--resume", "auto")

@@ -11,12 +11,12 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class SweepOptions(Options):
-    """What a sweep is told."""
+    """All options of a sweep."""
 
     MAIN = "sweep"
     DESCRIPTION = (
         "Run a script for every combination of some flags' values, compare the arms, and write a report: "
-        "main_sweep.py --grid NAME=VALUES ... -- main_finetune.py FLAGS [-- another script's line]"
+        "main_sweep.py --grid NAME=VALUES ... -- main_finetune.py FLAGS [-- another script's command]"
     )
 
     sweep: Sweep
@@ -27,18 +27,18 @@ def get_args_parser() -> Parser[SweepOptions]:
 
 
 def get_options(argv: list[str] | None = None) -> tuple[SweepOptions, list[list[str]]]:
-    """(options, the words of each stage's line)."""
+    """(options, the words of each stage's command)."""
     own, *stages = split_lines(sys.argv[1:] if argv is None else argv)
     options = get_args_parser().options(own)
     if not stages or not all(stages):
-        raise UserError("main_sweep.py: give the line to run behind ` -- `, e.g. -- main_finetune.py @recipe.args")
+        raise UserError("main_sweep.py: give the command to run after ` -- `, e.g. -- main_finetune.py @recipe.args")
     if not options.sweep.output_dir:
         raise UserError("--output_dir: give a folder for the runs")
     return options, stages
 
 
 def split_lines(words: list[str]) -> list[list[str]]:
-    """What stands between the words `--`."""
+    """Split at the words `--`."""
     lines: list[list[str]] = [[]]
     for word in words:
         if word == "--":

@@ -159,7 +159,7 @@ def plot_noise_curve(curve: list[dict[str, float]], path: str) -> None:
         bottom.plot(
             snr, [point["distance"] for point in points], "s--", color="#CC79A7", label="distance of the tokens"
         )
-        bottom.set(xlabel="signal to noise where it goes in, dB", ylim=(0, None))
+        bottom.set(xlabel="signal-to-noise ratio where it is added, dB", ylim=(0, None))
         bottom.invert_xaxis()
         bottom.legend(fontsize=8, frameon=False)
 

@@ -1,4 +1,4 @@
-"""A sweep's report: report.html, one file with its pictures inside; report.md; table.csv."""
+"""A sweep's report: report.html (one file, with pictures), report.md, table.csv."""
 
 import io
 import math
@@ -27,7 +27,7 @@ def interval(low: float, high: float) -> str:
 
 
 def table(results: list[ArmResult]) -> list[dict[str, str]]:
-    """A row per arm, as text: the base first."""
+    """A row of text per arm, the base first."""
     rows, lacking = [], any(result.missing for result in results)
     for result in results:
         mean, low, high = result.summary
@@ -51,7 +51,7 @@ def table(results: list[ArmResult]) -> list[dict[str, str]]:
 
 
 def draw(figure: Figure) -> str:
-    """A figure as SVG text without its XML head, for a page."""
+    """A figure as SVG without the XML header, to embed in a page."""
     figure.tight_layout()
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True)
@@ -59,7 +59,7 @@ def draw(figure: Figure) -> str:
 
 
 def draw_means(results: list[ArmResult], metric: str) -> str:
-    """Each arm's mean and interval, its runs as dots."""
+    """Plot each arm's mean and interval, with its runs as dots."""
     figure = Figure(figsize=(7, 1.0 + 0.38 * len(results)))
     axes = figure.add_subplot()
     for i, result in enumerate(results):
@@ -77,7 +77,7 @@ def draw_means(results: list[ArmResult], metric: str) -> str:
 
 
 def draw_curves(results: list[ArmResult], metric: str) -> str:
-    """The mean over an arm's runs by epoch, with a band from the lowest to the highest."""
+    """Plot the mean over an arm's runs by epoch, with a band from lowest to highest."""
     figure = Figure(figsize=(7, 3.6))
     axes = figure.add_subplot()
     for i, result in enumerate(results[: len(COLOURS)]):
@@ -96,7 +96,7 @@ def draw_curves(results: list[ArmResult], metric: str) -> str:
 
 
 def draw_map(results: list[ArmResult], metric: str) -> str | None:
-    """A heat map of the means over two axes; None for arms of another form."""
+    """A heat map of the means over two axes; None if the arms do not have two axes."""
     axes_of = [tuple(result.values) for result in results]
     if len(set(axes_of)) != 1 or len(axes_of[0]) != 2:
         return None

@@ -21,15 +21,15 @@ SCRIPTS = {
         "sample": "sample",
     }.items()
 }
-LEFT_OUT = "-"  # a value: the flag is not given
-MOST = 10_000  # values of an axis
+LEFT_OUT = "-"  # as a value: omit the flag
+MOST = 10_000  # most values of an axis
 _UNSAFE = re.compile(r"[^\w.+-]")
 _FUNCTION = re.compile(r"(lin|log)\(([^,]+),([^,]+),(\d+)\)")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A flag and its values. stage: of the one stage that has it, or '' for each whose script has such a flag."""
+    """A flag and its values. stage: the stage that gets it, or '' for every stage whose script has the flag."""
 
     name: str
     values: tuple[str, ...]
@@ -51,7 +51,7 @@ class Stage:
 
 
 def parse_axis(text: str) -> Axis:
-    """NAME=VALUES. UserError, one line, for what is none."""
+    """Parse NAME=VALUES; UserError if it is invalid."""
     name, sep, values = text.partition("=")
     stage, _, flag = name.rpartition(".")
     if not sep or not re.fullmatch(r"\w+", flag):
@@ -81,13 +81,13 @@ def parse_values(text: str, whole: str) -> list[str]:
     if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
         first, last = int(found[1]), int(found[2])
         if not 0 <= last - first < MOST:
-            raise UserError(f"--grid {whole}: should rise, over at most {MOST} values")
+            raise UserError(f"--grid {whole}: should increase, with at most {MOST} values")
         return [str(i) for i in range(first, last + 1)]
     return [value.strip() for value in text.split(",") if value.strip()]
 
 
 def parse_stages(lines: list[list[str]]) -> list[Stage]:
-    """The scripts that run one after the other, each by its name: pretrain, finetune, ... (finetune2 for a second)."""
+    """The scripts to run in order, each with a key: pretrain, finetune, ... (finetune2 for a second one)."""
     stages: list[Stage] = []
     for words in lines:
         words = words[1:] if re.fullmatch(r"python[\d.]*", os.path.basename(words[0])) and len(words) > 1 else words
@@ -95,7 +95,7 @@ def parse_stages(lines: list[list[str]]) -> list[Stage]:
         if script not in SCRIPTS:
             near = difflib.get_close_matches(script, SCRIPTS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; should be one of {', '.join(SCRIPTS)}"
-            raise UserError(f"{words[0]}: no script that a sweep can run{hint}")
+            raise UserError(f"{words[0]}: not a script that a sweep can run{hint}")
         module = importlib.import_module(f"util.cli.{SCRIPTS[script]}")
         same = sum(stage.script == script for stage in stages)
         key = SCRIPTS[script] + (str(same + 1) if same else "")
@@ -104,9 +104,9 @@ def parse_stages(lines: list[list[str]]) -> list[Stage]:
 
 
 def expand(grids: list[list[str]], stages: list[Stage]) -> list[dict[str, str]]:
-    """Arms: {axis: value}, each grid's combinations in turn, the last axis the fastest.
+    """Arms {axis: value}: all combinations of each grid; the last axis changes fastest.
 
-    UserError for a flag that none of the scripts has, and for the same arm twice.
+    UserError for a flag that no script has, and for duplicate arms.
     """
     arms: list[dict[str, str]] = []
     for texts in grids:
@@ -114,11 +114,11 @@ def expand(grids: list[list[str]], stages: list[Stage]) -> list[dict[str, str]]:
         for axis in axes:
             check_axis(axis, stages)
         if len({axis.key for axis in axes}) < len(axes):
-            raise UserError(f"--grid {' '.join(texts)}: an axis stands there twice")
+            raise UserError(f"--grid {' '.join(texts)}: an axis is given twice")
         for values in itertools.product(*(axis.values for axis in axes)):
             arm = dict(zip((axis.key for axis in axes), values))
             if arm in arms:
-                raise UserError(f"--grid {' '.join(texts)}: the arm {name_of(arm)} is there twice")
+                raise UserError(f"--grid {' '.join(texts)}: the arm {name_of(arm)} is given twice")
             arms.append(arm)
     return arms
 
@@ -126,7 +126,7 @@ def expand(grids: list[list[str]], stages: list[Stage]) -> list[dict[str, str]]:
 def check_axis(axis: Axis, stages: list[Stage]) -> None:
     if axis.stage and axis.stage not in [stage.key for stage in stages]:
         raise UserError(
-            f"--grid {axis.key}: no stage is called {axis.stage}; there are {', '.join(s.key for s in stages)}"
+            f"--grid {axis.key}: no stage is named {axis.stage}; there are {', '.join(s.key for s in stages)}"
         )
     having = [stage for stage in stages if stage.key == axis.stage or not axis.stage]
     if not any(axis.name in stage.options.flags() for stage in having):
@@ -137,7 +137,7 @@ def check_axis(axis: Axis, stages: list[Stage]) -> None:
 
 
 def of_stage(arm: dict[str, str], stage: Stage) -> dict[str, str]:
-    """The arm's values that this stage gets, by the names of its flags."""
+    """The arm's values for this stage, by flag."""
     values = {}
     for key, value in arm.items():
         of, _, name = key.rpartition(".")
@@ -147,7 +147,7 @@ def of_stage(arm: dict[str, str], stage: Stage) -> dict[str, str]:
 
 
 def words_of_value(flag: Flag, value: str) -> list[str]:
-    """`--flag value`: nothing for `-`; a switch by on and off; several values by +."""
+    """`--flag value`; nothing for `-`; switches are on or off; several values are joined by +."""
     if value == LEFT_OUT or (flag.argparse.get("action") == "store_true" and value == "off"):
         return []
     if flag.argparse.get("action") == "store_true":
@@ -158,5 +158,5 @@ def words_of_value(flag: Flag, value: str) -> list[str]:
 
 
 def name_of(values: dict[str, str]) -> str:
-    """A folder's name for an arm: its values, in letters that every file system takes."""
+    """An arm's folder name: its values, in characters that every file system allows."""
     return ",".join(f"{name}={_UNSAFE.sub('_', value)}" for name, value in values.items()) or "all"

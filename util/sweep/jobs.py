@@ -1,4 +1,4 @@
-"""The runs of a sweep: a process and a folder each, started a few at a time, stopped cleanly, gone on with."""
+"""The runs of a sweep, each with its process and folder: started a few at a time, stopped cleanly, resumed."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from util.sweep.grid import Stage, name_of, of_stage, words_of_value
 TRAININGS = ("pretrain", "finetune")
 CHECKPOINT = {"pretrain": "checkpoint-last.pth", "finetune": "checkpoint-best.pth"}
 SCRIPTS_AT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-STOPPED = 75  # a training that saved and stopped (util/train/run.py)
+STOPPED = 75  # exit code of a training that saved and stopped (util/train/run.py)
 
 
 @dataclass
 class Job:
-    """A run. needs: those that must be finished before it."""
+    """A run. needs: runs that must be finished before it."""
 
     stage: Stage
     values: dict[str, str]
     folder: str
     words: list[str]
-    record: str  # a JSON file beside the folders: what ran, how it ended
+    record: str  # JSON file beside the folders: the command and how it ended
     needs: list["Job"] = field(default_factory=list)
     state: str = "waiting"  # running, finished, failed, interrupted, skipped
 
@@ -45,7 +45,7 @@ class Job:
 
 
 def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> dict[int, list[Job]]:
-    """The jobs of each arm, by its number, a stage after the other; arms share those whose flags are the same."""
+    """The jobs of each arm, by its number, in the order of stages; arms share jobs with equal flags."""
     made: dict[tuple[str, str], Job] = {}
     chains: dict[int, list[Job]] = {}
     for number, arm in enumerate(arms):
@@ -53,7 +53,7 @@ def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> di
         for stage in stages:
             values = of_stage(arm, stage)
             before = {f"{{{job.stage.key}}}": checkpoint(job) for job in chain}
-            # A later stage is another run for each result that it starts from.
+            # A later stage runs once for each result that it starts from.
             named = {**values}
             if any(mark in word for word in stage.words for mark in before):
                 named = {**{k: v for job in chain for k, v in job.values.items()}, **values}
@@ -80,7 +80,7 @@ def checkpoint(job: Job) -> str:
 
 
 def check(jobs: list[Job]) -> None:
-    """Every line through its script's own parser, before the first run starts."""
+    """Check every command with its script's parser before the first run starts."""
     import importlib
 
     for job in jobs:
@@ -95,7 +95,7 @@ def check(jobs: list[Job]) -> None:
 
 
 def read_records(jobs: list[Job], retry: bool) -> None:
-    """What earlier starts of the sweep left: finished runs are finished, failed ones stay so unless `retry`."""
+    """Read the state of an earlier start: finished runs stay finished, failed ones stay failed unless `retry`."""
     for job in jobs:
         if not os.path.isfile(job.record):
             continue
@@ -103,7 +103,7 @@ def read_records(jobs: list[Job], retry: bool) -> None:
             record = json.loads(Path(job.record).read_text("utf-8"))
             before, state = record["words"], record["state"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{job.record}: is no record of a sweep; choose another --output_dir") from None
+            raise UserError(f"{job.record}: not a record of a sweep; choose another --output_dir") from None
         if before != job.words:
             raise UserError(
                 f"--output_dir {os.path.dirname(os.path.dirname(job.record))}: {job.name} ran there with other flags "
@@ -119,7 +119,7 @@ def first_difference(before: list[str], now: list[str]) -> str:
 
 
 def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print) -> bool:
-    """Run what is waiting, `at_a_time` processes; True if an interrupt ended it, after every process has saved."""
+    """Run waiting jobs, `at_a_time` in parallel; True if an interrupt ended it, after every process has saved."""
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
     stop: list[int] = []
     before = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -161,7 +161,7 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
     with open(job.output, "ab") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
-        # A session of its own: a Ctrl-C goes to the sweep alone, which tells its processes to save.
+        # In its own session: Ctrl-C reaches only the sweep, which tells its processes to save.
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
 
@@ -173,7 +173,7 @@ def finish(job: Job, code: int, seconds: float) -> None:
 
 
 def told(job: Job) -> str:
-    """The last lines of a failed run, indented."""
+    """Last lines of a failed run's output, indented."""
     if job.state != "failed":
         return ""
     lines = Path(job.output).read_text("utf-8", "replace").splitlines()

@@ -1,4 +1,4 @@
-"""What a sweep's runs came to: values by arm, comparisons with the base arm, and learning curves."""
+"""Results of a sweep: values by arm, comparisons with the base arm, learning curves."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from util.log import read_log
 from util.sweep.jobs import Job, seconds_of
 from util.sweep.statistics import Comparison, compare, holm, mean_interval
 
-DOWNWARDS = ("loss", "seconds", "ece", "frechet")  # in a metric's name: less is better
+DOWNWARDS = ("loss", "seconds", "ece", "frechet")  # metrics with these words: less is better
 
 
 @dataclass
 class ArmResult:
-    """An arm: what its runs have in common, their values by what pairs them, their jobs."""
+    """An arm: the values that its runs share, their results by pairing key, their jobs."""
 
     values: dict[str, str]
     runs: dict[str, float] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class ArmResult:
 
     @property
     def summary(self) -> tuple[float, float, float]:
-        """Mean and 95 % interval over the runs."""
+        """Mean over the runs and its 95 % interval."""
         return mean_interval(list(self.runs.values())) if self.runs else (math.nan,) * 3
 
     @property
@@ -74,7 +74,7 @@ def collect(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: 
 
 
 def base_of(results: list[ArmResult], wanted: list[str] | None) -> ArmResult:
-    """The arm of --base; the first without it."""
+    """The arm of --base (default: the first)."""
     if not wanted:
         return results[0]
     values = dict(text.partition("=")[::2] for text in wanted)

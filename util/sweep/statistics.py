@@ -1,4 +1,4 @@
-"""Arms compared: paired differences or Welch's test, intervals, and Holm's correction for several comparisons."""
+"""Comparison of arms: paired differences or Welch's test, intervals, Holm's correction for several comparisons."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Comparison:
 
 
 def compare(arm: dict[str, float], base: dict[str, float], paired: bool, seed: int = 0) -> Comparison:
-    """arm, base: values by what pairs them (a seed), or by anything where they are independent.
+    """arm, base: values by pairing key (a seed), or by any key if they are independent.
 
     Paired: d_i = arm_i - base_i over the common keys, the interval by bootstrap (scipy's, BCa), the p-values of the
     paired t-test and of the sign test. Else Welch's t-test and interval.
@@ -55,7 +55,7 @@ def bootstrap(d: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def holm(comparisons: list[Comparison]) -> None:
-    """Set p_holm: the k-th smallest of m p-values times m - k + 1, never below the one before (Holm 1979)."""
+    """Set p_holm: the k-th smallest of m p-values times m - k + 1, never below the previous one (Holm 1979)."""
     known = sorted((c for c in comparisons if not math.isnan(c.p)), key=lambda c: c.p)
     running = 0.0
     for k, c in enumerate(known):
@@ -64,7 +64,7 @@ def holm(comparisons: list[Comparison]) -> None:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of Student's 95 % interval; nan where one value tells none."""
+    """(mean, low, high) of Student's 95 % interval; nan with a single value."""
     x = np.array(values)
     if len(x) < 2 or x.std() == 0:
         return float(x.mean()), math.nan, math.nan

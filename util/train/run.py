@@ -1,4 +1,4 @@
-"""The life of a run, the same for pretraining and fine-tuning: position, signals, saving, resuming."""
+"""A training run, for pretraining and fine-tuning: position, signals, saving, resuming."""
 
 import math
 import os
@@ -39,13 +39,13 @@ from util.train.profile import StepProfiler
 
 NEEDED = ("epoch", "step", "progress", "sums", "global_batch", "world_size", "model", "rng")
 Trained = TypeVar("Trained", FinetuneOptions, PretrainOptions)
-LOUD = 20.0  # dB of signal to noise, below which a run warns
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved in mid-run after a signal; the same line with --resume auto goes on
+LOUD = 20.0  # signal-to-noise ratio in dB below which a run warns
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped and saved after a signal; --resume auto continues
 
 
 @dataclass
 class Position:
-    """Where a run is: `step` micro-steps of `epoch` are done. Everything here goes through a checkpoint exactly."""
+    """Position of a run: `step` micro-steps of `epoch` are done. Checkpoints store all of it exactly."""
 
     epoch: int = 0
     step: int = 0
@@ -54,13 +54,13 @@ class Position:
     bad_total: int = 0
     best: float | None = None
     best_epoch: int = -1
-    best_by: str = ""  # the metric that `best` is of; a checkpoint of before does not say
-    planned: int = 0  # epochs in all, of the command line that wrote this
+    best_by: str = ""  # the metric of `best`; '' in earlier checkpoints
+    planned: int = 0  # total epochs of the command that wrote this
     finished: bool = False
     sums: dict = field(default_factory=dict)  # running sums of this epoch's metrics, floats
 
     def improves(self, value: float) -> bool:
-        """True if `value` is above the best so far; NaN and infinite ones never are."""
+        """True if `value` is finite and above the best so far."""
         return math.isfinite(value) and (self.best is None or value > self.best or not math.isfinite(self.best))
 
     def next_epoch(self) -> None:
@@ -69,9 +69,9 @@ class Position:
 
 @dataclass
 class Training:
-    """What an epoch works on: `model` is called (net, or DistributedDataParallel around it), `net` is saved.
+    """What an epoch trains: `model` is called (net, or DistributedDataParallel around it), `net` is saved.
 
-    lr_at(fractional epoch) -> learning rate. freeze(net), after net.train(): layers that compute as in evaluation.
+    lr_at(fractional epoch) -> learning rate. freeze(net), called after net.train(), keeps layers as in evaluation.
     """
 
     net: nn.Module
@@ -84,7 +84,7 @@ class Training:
 
 
 def begin(options: Trained) -> tuple[Trained, World]:
-    """What a training main does first: the processes meet, and what it cannot do on this machine is said."""
+    """First step of a training main: join the processes and report what this machine cannot do."""
     machine, reading = options.machine, options.reading
     limit_pixels(reading.max_pixels)
     world = init_world(machine.device, machine.dist_url, machine.timeout_minutes, machine.deterministic)
@@ -94,7 +94,7 @@ def begin(options: Trained) -> tuple[Trained, World]:
 
 
 def open_log(settings: RunSettings, kind: str, world: World, *, writes: bool = True) -> RunLog:
-    """The log of a training run, its folder claimed (util/log.py); writes=False: of one that saves nothing."""
+    """The log of a training run; claims its folder (util/log.py). writes=False: saves nothing."""
     return claim(
         settings.output_dir if writes else None,
         kind,
@@ -107,7 +107,7 @@ def open_log(settings: RunSettings, kind: str, world: World, *, writes: bool = T
 
 @dataclass
 class Found:
-    """A checkpoint to go on from, and later ones of the same folder that the run goes back behind."""
+    """A checkpoint to resume from, and later ones in the same folder, which become obsolete."""
 
     content: dict
     path: str
@@ -115,7 +115,7 @@ class Found:
 
 
 def find_checkpoint(settings: RunSettings, log: RunLog, world: World) -> Found | None:
-    """The checkpoint that --resume means, read on every rank; None to start anew."""
+    """The checkpoint of --resume, read on every rank; None for a new run."""
     path: str | None = settings.resume
     if settings.resume == "auto":
         path = broadcast_object(find_resume(log.output_dir or "") if world.is_main else None)
@@ -123,7 +123,7 @@ def find_checkpoint(settings: RunSettings, log: RunLog, world: World) -> Found |
         return None
     content = read_checkpoint(path)
     if content.get("kind") != log.kind:
-        raise UserError(f"--resume {path}: a checkpoint of {content.get('kind')}, this is {log.kind}")
+        raise UserError(f"--resume {path}: a {content.get('kind')} checkpoint, this is {log.kind}")
     if content.get("optimizer") is None:
         raise UserError(
             f"--resume {path}: holds weights only; resume from checkpoint-last.pth, or give it to --finetune"
@@ -140,17 +140,17 @@ def find_checkpoint(settings: RunSettings, log: RunLog, world: World) -> Found |
     later = broadcast_object(later)
     if later and not settings.overwrite:
         raise UserError(
-            f"--resume {path}: {later[0]} goes beyond it, and --resume auto would go on with that; --overwrite removes "
+            f"--resume {path}: {later[0]} is later, and --resume auto would continue from it; --overwrite removes "
             "what is later, or choose another --output_dir"
         )
     return Found(content, path, later)
 
 
 class Run:
-    """A training run: where it is, what it saves and goes on from, what stops it. Rank 0 writes, all ranks read.
+    """A training run: its position, checkpoints, resume and interrupts. Rank 0 writes, all ranks read.
 
-    options: those of the main, with groups `run`, `optimizer` and `machine`. meta: of its checkpoints. loader: of the
-    training images; its order of samples is what a position counts in.
+    options: the main's, with groups `run`, `optimizer` and `machine`. meta: for its checkpoints. loader: for training;
+    positions count steps in its order of samples.
     """
 
     def __init__(
@@ -160,10 +160,10 @@ class Run:
         self.loader, self.accum_iter = loader, options.optimizer.accum_iter
         self.global_batch = loader.order.batch_size * world.size  # images per micro-step over all ranks
         self.writer = CheckpointWriter(log.output_dir, options.run.keep) if log.output_dir else None
-        self.wrote = False  # the last checkpoint, on the rank that writes
+        self.wrote = False  # whether rank 0 wrote the last checkpoint
         self.position = Position()
-        self.args: dict = {}  # of args.json
-        self.speed: dict[str, float] = {}  # of the epoch that ended last, for its line in log.txt
+        self.args: dict = {}  # content of args.json
+        self.speed: dict[str, float] = {}  # of the last epoch, for log.txt
         self.interrupts = Interrupts(options.run.save_every_minutes, options.machine.timeout_minutes)
         self.profiler: StepProfiler | None = None
 
@@ -175,9 +175,9 @@ class Run:
         self.log.close()
 
     def begin(self, training: Training, epochs: int, found: Found | None, *, lr: float, new_optimizer: bool = False):
-        """Go on from `found`, or begin with --start_epoch, towards `epochs` in all; open the log there.
+        """Continue from `found`, or start at --start_epoch, for `epochs` in total; open the log there.
 
-        new_optimizer: what `found` has is of another phase. UserError if there is nothing to train.
+        new_optimizer: ignore the optimizer in `found`, from another phase. UserError if there is nothing to train.
         """
         settings, first = self.options.run, self.options.run.start_epoch
         if found:
@@ -191,14 +191,14 @@ class Run:
         else:
             self.position.epoch = first
         position = self.position
-        # A run that is finished goes on when it is given another number of epochs.
+        # A finished run continues if the number of epochs has changed.
         position.finished = position.epoch >= epochs or (position.finished and position.planned == epochs)
         position.planned = epochs
         if position.finished and found and not goes_on_in(settings.output_dir, settings.resume):
             raise UserError(f"--resume {found.path}: is finished after {position.epoch} epochs; give more --epochs")
         self.log.start(position.epoch + position.step / len(self.loader))
         if position.finished:
-            self.log.say(f"the run is finished after {position.epoch} epochs; more --epochs would go on with it")
+            self.log.say(f"the run is finished after {position.epoch} epochs; more --epochs would continue it")
         else:
             warmup = self.options.optimizer.warmup_epochs
             if self.options.optimizer.epochs < warmup:
@@ -213,20 +213,20 @@ class Run:
             self.profiler = StepProfiler(settings.profile, self.log, precision.device, precision.dtype)
 
     def epochs(self) -> Iterator[int]:
-        """The epochs from the position on, until it is finished."""
+        """The epochs from the current position until the run is finished."""
         while not self.position.finished:
             yield self.position.epoch
         if self.profiler is not None:
             self.profiler.close()
 
     def end_epoch(self, training: Training, values: dict, *, is_best: bool = False, finished: bool = False) -> None:
-        """Write the epoch's line of log.txt, its scalars, its checkpoints.
+        """Write the epoch's line in log.txt, scalars and checkpoints.
 
-        values: train_*, val_*; finished: it is the last.
+        values: train_*, val_*; finished: this is the last epoch.
         """
         position, epoch = self.position, self.position.epoch
         parameters = sum(p.numel() for p in training.net.parameters())
-        # TensorBoard's groups: train_loss is train/loss there, at the step where the next epoch begins.
+        # TensorBoard's groups: train_loss becomes train/loss, at the first step of the next epoch.
         self.log.scalars({name.replace("_", "/", 1): value for name, value in values.items()}, (epoch + 1) * 1000)
         line = {**values, "epoch": epoch, "n_parameters": parameters, "bad_steps": position.bad_total, **self.speed}
         self.log.epoch(line)
@@ -254,13 +254,13 @@ class Run:
         )
 
     def report(self, write: Callable[[str], None]) -> None:
-        """write(output_dir) makes report.md and its pictures; one that a finished run has stays."""
+        """Call write(output_dir), which makes report.md and its pictures; a finished run keeps its report."""
         if self.log.output_dir and (self.speed or not os.path.exists(self.log.path("report.md"))):
             with survive(self.log.path("report.md")):
                 write(self.log.output_dir)
 
     def state(self, training: Training) -> dict:
-        """The checkpoint's dict. A collective: every rank gives its generators' states."""
+        """The checkpoint's dict. A collective: every rank contributes its generator states."""
         return {
             "format": FORMAT,
             "kind": self.log.kind,
@@ -269,7 +269,7 @@ class Run:
             "epoch": self.position.epoch,
             "step": self.position.step,
             "progress": {**asdict(self.position), "sums": {}},
-            "sums": gather_objects(self.position.sums),  # each rank's own
+            "sums": gather_objects(self.position.sums),  # one entry per rank
             "global_batch": self.global_batch,
             "images": self.loader.order.n,
             "world_size": self.world.size,
@@ -281,16 +281,16 @@ class Run:
         }
 
     def save(self, training: Training, *, finished_epoch: int | None = None, is_best: bool = False) -> None:
-        """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} where they are due.
+        """checkpoint-last.pth, and at the end of an epoch -best and -{epoch} when due.
 
-        UserError, on all ranks, if a rank's weights or buffers are not finite: they would replace those that are.
+        UserError, on all ranks, if a rank's weights or buffers are not finite: they would replace good ones.
         """
         state = self.state(training)
         name = next(filter(None, (non_finite(state[part] or {}) for part in ("model", "ema"))), None)
         if all_reduce(torch.tensor(int(name is not None)), "max"):
             raise UserError(
                 f"epoch {self.position.epoch}: {name or 'another rank'} holds NaN or infinite values, nothing is "
-                "saved; the checkpoint before is kept; try a smaller --lr, --clip_grad 1, or --amp off"
+                "saved; the previous checkpoint is kept; try a smaller --lr, --clip_grad 1, or --amp off"
             )
         if self.writer is None:
             return
@@ -306,32 +306,32 @@ class Run:
             self.writer.save_epoch(state, finished_epoch)
         if self.position.finished and not wrote:
             raise UserError(
-                f"{self.writer.output_dir}: the finished run's checkpoint could not be written; make room there and "
-                "run the same line again with --resume auto: it goes on from the last one that could"
+                f"{self.writer.output_dir}: the finished run's checkpoint could not be written; free some space and "
+                "run the same command with --resume auto: it continues from the last one"
             )
 
     def stop_requested(self) -> bool:
-        """Whether a signal asks for the end: the same on all ranks, which must ask equally often."""
+        """Whether a signal requests a stop; the same on all ranks, which must call it equally often."""
         return self.interrupts.poll()[0]
 
     def stopped(self) -> int:
-        """The exit code after a signal, and what the log says about what is on disk."""
+        """Log what was saved after a signal; returns the exit code."""
         if self.writer is None:
             saved = "nothing is saved without --output_dir"
         elif self.wrote:
-            saved = "saved; --resume auto goes on"
+            saved = "saved; --resume auto continues"
         else:
-            saved = "not saved; --resume auto goes on from the checkpoint before, if there is one"
+            saved = "not saved; --resume auto continues from the previous checkpoint, if there is one"
         self.log.say(
             f"stopped {self.interrupts.why} at epoch {self.position.epoch}, step {self.position.step}; {saved}"
         )
         return EXIT_STOPPED
 
     def restore(self, found: Found, training: Training, new_optimizer: bool = False) -> None:
-        """Put everything back; learning-rate scales and weight decay stay those of this command line.
+        """Restore everything except learning-rate scales and weight decay, which come from this command line.
 
-        UserError if the checkpoint is of another model or another run (`compare`), or some part of it is not what
-        `state` writes. Uses `found.content` up: it is empty afterwards, so that its tensors do not stay in memory.
+        UserError if the checkpoint is from another model or run (`compare`), or is not as `state` writes it. Empties
+        `found.content`, so that its tensors do not stay in memory.
         """
         refuse_other_classes(f"--resume {found.path}", found.content["meta"].get("classes"), self.meta.get("classes"))
         try:
@@ -341,7 +341,7 @@ class Run:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {reason_of(error)}"
-            raise UserError(f"--resume: the checkpoint is not whole ({reason})") from None
+            raise UserError(f"--resume: the checkpoint is incomplete ({reason})") from None
         self.log.say(f"resume: {found.path} at epoch {self.position.epoch}, step {self.position.step}")
         found.content.clear()
         for path in found.later if self.world.is_main else ():
@@ -351,7 +351,7 @@ class Run:
     def compare(self, found: Found) -> None:
         """UserError if a flag that changes the results, or the images per micro-step, differ from the checkpoint's.
 
-        What a resume may set anew is told, and so is all that --force_resume lets pass.
+        Logs the changes that a resume may make, and those that --force_resume allows.
         """
         content, force, options = found.content, self.options.run.force_resume, self.options.flat()
         before, resumed = content.get("args"), f"--resume {found.path}"
@@ -363,15 +363,15 @@ class Run:
             raise UserError(
                 f"{resumed}: written with {content['global_batch']} images per micro-step over "
                 f"{content.get('world_size')} processes, this line has {self.global_batch} over {self.world.size}; "
-                "choose --batch_size so that they are equal (then the sample order goes on exactly), or --force_resume"
+                "choose --batch_size to make them equal (the sample order then continues exactly), or --force_resume"
             )
         now = self.loader.order.n
         images, split = content.get("images", now), next((k for k in ("val_split", "kfold") if options.get(k)), "")
         if images != now:
-            if split and not force:  # the split is drawn anew
+            if split and not force:  # the split changes
                 raise UserError(
                     f"{resumed}: written with {images} training images, now there are {now}, and --{split} would hold "
-                    "out some that were trained on; bring the set back, or --force_resume"
+                    "out some that were trained on; restore the data set, or --force_resume"
                 )
             self.log.say(f"resume: {now} training images from here on, {images} before")
         for d in changed:
@@ -391,12 +391,12 @@ class Run:
         if not same_steps:
             self.log.say(
                 f"resume: {content['step']} steps of {content['global_batch']} images of epoch {self.position.epoch} "
-                f"were done; goes on at step {self.position.step} of {self.global_batch} images each"
+                f"were done; continues at step {self.position.step} of {self.global_batch} images each"
             )
         if len(content["sums"]) == self.world.size and same_steps:
             self.position.sums = content["sums"][self.world.rank]
         elif self.world.is_main and content["step"]:
-            # Sums over micro-steps and ranks, which are divided by this run's number of both.
+            # Sums over micro-steps and ranks, rescaled to this run's numbers of both.
             parts, steps = content["sums"], self.position.step / content["step"]
             scale = steps * self.world.size / len(parts)
             self.position.sums = {k: scale * sum(p[k] for p in parts) for k in parts[0] if k != "noise_snr"}
@@ -404,9 +404,9 @@ class Run:
             set_rng_state(content["rng"][self.world.rank], self.world.device)
 
     def _step_after(self, step: int, global_batch: int) -> int:
-        """The micro-step after `step` steps of an epoch in `global_batch` images each, rounded down to a whole update.
+        """The micro-step after `step` steps of `global_batch` images each, rounded down to a whole update.
 
-        The epoch's order of samples is the same for any batch size: none is left out and few are seen twice.
+        The epoch's order of samples is the same for any batch size: none is skipped, few are repeated.
         """
         if global_batch != self.global_batch:
             step = step * global_batch // self.global_batch

@@ -40,12 +40,12 @@ def test_values_from_a_file(tmp_path):
         (["seed"], "--grid seed: should be NAME=VALUES"),
         (["seed="], "has no values"),
         (["seed=1,1"], "has a value twice"),
-        (["seed=3..1"], "should rise"),
+        (["seed=3..1"], "should increase"),
         (["lr=log(0,1,3)"], "above 0"),
         (["lr=@nowhere.txt"], "nowhere.txt cannot be read"),
         (["alpha_blnd=0"], "no flag --alpha_blnd; did you mean alpha_blend"),
-        (["seed=0", "seed=1"], "stands there twice"),
-        (["pretrain.T=1"], "no stage is called pretrain; there are finetune"),
+        (["seed=0", "seed=1"], "is given twice"),
+        (["pretrain.T=1"], "no stage is named pretrain; there are finetune"),
     ],
 )
 def test_a_grid_that_cannot_be_is_one_line(grid, words):
@@ -63,7 +63,7 @@ def test_arms_are_products_and_several_grids_their_union():
         "alpha_blend=15,mixup=0.8",
         "noise_snr=20",
     ]
-    with pytest.raises(UserError, match="the arm seed=1 is there twice"):
+    with pytest.raises(UserError, match="the arm seed=1 is given twice"):
         expand([["seed=0..1"], ["seed=1"]], parse_stages(TUNE))
 
 
