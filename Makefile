@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a fresh machine needs.
+# On a fresh machine, `make demo` and `make test` install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DEMO ?= demo_out
 
 install: $(VENV)/installed
 
-# The stamp is written last: an interrupted install starts over.
+# The stamp is written last, so that an interrupted install starts over.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -70,7 +70,7 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# docs/flags.md, of the same texts as --help.
+# docs/flags.md, from the same texts as --help.
 docs: install
 	$(BIN)/python -m util.cli.reference
 
