@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 
 from models import create_model, load_pretrained
+from models.positions import _uncounted
 from tests.harness.checks import one_line
 from tests.harness.weights import PATCH, REGISTERS, as_file, vit
 from util.errors import UserError
@@ -231,3 +232,20 @@ def test_positions_without_the_batchs_dimension_are_read_on_the_models_grid(tmp_
     torch.save(state, tmp_path / "y.pth")
     load_pretrained(oracle, tmp_path / "y.pth")
     assert torch.equal(larger.pos_embed, oracle.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "number,registers,kinds",
+    [
+        (0, 4, []),
+        (1, 0, ["cls"]),
+        (2, 0, ["cls", "dist"]),
+        (3, 0, None),
+        (4, 4, ["reg0", "reg1", "reg2", "reg3"]),
+        (5, 4, ["cls", "reg0", "reg1", "reg2", "reg3"]),
+        (3, 4, None),
+    ],
+)
+def test_prefix_positions_of_tokens_that_the_file_lacks_are_known_by_their_number(number, registers, kinds):
+    raw = {"register_tokens": torch.zeros(1, registers, 8)} if registers else {}
+    assert _uncounted(number, raw) == kinds
