@@ -233,6 +233,7 @@ def test_without_propagation_the_encoder_learns_from_its_own_head():
     assert {n.split(".")[0] for n in model.state_dict()} - {n.split(".")[0] for n in plain.state_dict()} == {
         "encoder_head"
     }
+    assert [len(part.blocks) for part in (*model.decoders, model.encoder_head)] == [2, 2, 2, 1]
     total, losses = model(images(), 0.5, generator())
     assert losses.shape == (3,) and total > losses.sum()
     (total - losses.sum()).backward()
