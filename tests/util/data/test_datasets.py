@@ -28,6 +28,14 @@ def test_folder_reads_both_splits_with_one_class_order(photo_folder):
     assert train.name(16) == os.path.join("red", "red_00.png")
 
 
+def test_given_classes_number_a_folders_images(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/dog/1.png"):
+        write_image(tmp_path / name)
+    val = read_split("folder", str(tmp_path), "val", classes=["emu", "cat", "owl", "dog"])
+    assert (val.classes, val.targets.tolist()) == (["emu", "cat", "owl", "dog"], [3])
+    assert read_split("folder", str(tmp_path), "val").targets.tolist() == [1]
+
+
 def test_errors_name_the_folder(tmp_path):
     for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png"):
         write_image(tmp_path / name)
