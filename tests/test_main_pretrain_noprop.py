@@ -271,7 +271,7 @@ def test_bad_values_are_one_line(argv, words, tmp_path):
 
 
 def test_pretraining_and_fine_tuning_checkpoints_are_not_mixed_up(uninterrupted, tmp_path):
-    with pytest.raises(UserError, match="a checkpoint of pretrain, this is finetune"):
+    with pytest.raises(UserError, match="a pretrain checkpoint, this is finetune"):
         main_finetune.main(
             [
                 "--resume",
