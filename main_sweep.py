@@ -18,7 +18,9 @@ import os
 import shlex
 
 from util.folder import make_folder
+from util.report.sweep import write_sweep_report
 from util.sweep import grid, jobs
+from util.sweep.results import collect, group
 
 
 @says_flags
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     chains = jobs.plan(arms, stages, settings.output_dir)
     runs = list({id(job): job for chain in chains.values() for job in chain}.values())
     jobs.check(runs)
+    results = group(arms, chains, settings)
     if settings.dry_run:
         for job in runs:
             print(shlex.join(["python", job.stage.script, *job.words]))
@@ -42,14 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues", flush=True)
         return 130
 
-    from util.report.sweep import write_sweep_report  # imports Matplotlib
-    from util.sweep.results import collect
-
-    results = collect(arms, chains, settings)
+    collect(results, settings)
     for row in write_sweep_report(settings.output_dir, results, settings):
         print("  ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
     print(f"report: {os.path.join(settings.output_dir, 'report.html')}", flush=True)
-    return 1 if any(job.state in ("failed", "skipped") for job in runs) else 0
+    return 1 if any(job.state != "finished" for job in runs) else 0
 
 
 if __name__ == "__main__":

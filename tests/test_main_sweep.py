@@ -136,6 +136,25 @@ def test_a_mistake_is_one_line(scripts, grid, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         sweep(scripts / "out", *grid, **flags)
     assert "\n" not in str(caught.value)
+    assert (scripts / "out").exists() == ("metric" in flags), "only the metric's name needs a run's log.txt"
+
+
+def test_a_run_that_is_killed_alone_is_not_a_success(scripts, capsys):
+    script = scripts / "scripts" / "main_finetune.py"
+    script.write_text(SCRIPT + "if seed == 1: os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert sweep(scripts / "out", "seed=0..1") == 1
+    assert "finetune/seed=1: interrupted" in (scripts / "out" / "report.md").read_text()
+    script.write_text(SCRIPT)
+    assert sweep(scripts / "out", "seed=0..1") == 0 and "2 runs, 1 to do" in capsys.readouterr().out
+
+
+def test_a_checkpoint_inside_a_word_and_of_an_earlier_stage_is_taken_to_exist(scripts, capsys):
+    line = ["main_pretrain_noprop.py", "--dataset", "digits", "--", "main_finetune.py", *NET, "--finetune={pretrain}"]
+    line += ["--", "main_linprobe.py", "--checkpoint", "{pretrain}"]
+    assert sweep(scripts / "out", "seed=0..1", line=line, dry_run=True) == 0
+    out = capsys.readouterr().out
+    folder = scripts / "out" / "pretrain" / "seed=1"
+    assert out.count(f"--finetune={folder}/checkpoint-last.pth") == out.count(f"--checkpoint {folder}") == 1
 
 
 def test_dry_run_prints_the_lines_and_makes_nothing(scripts, capsys):

@@ -135,7 +135,12 @@ def write_sweep_report(output_dir: str, results: list[ArmResult], settings) -> l
     words = f"{how}; differences from the first arm, {pairs}; Holm's correction for {compared} comparisons."
     failed = [job for result in results for job in result.missing]
     missing = [f"{job.name}: {job.state}, see {os.path.relpath(job.output, output_dir)}" for job in failed]
-    lines = {job.name: shlex.join([job.stage.script, *job.words]) for r in results for chain in r.jobs for job in chain}
+    lines = {
+        job.name: shlex.join([job.stage.script, *job.words])
+        for r in results
+        for chain in r.chains.values()
+        for job in chain
+    }
     pictures = [draw_means(results, metric), draw_curves(results, metric), draw_map(results, metric)]
     page = (
         Environment(loader=PackageLoader("util.report", "."), autoescape=True)

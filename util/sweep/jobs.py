@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
@@ -69,7 +70,7 @@ def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> di
                 words += ["--output_dir", folder]
                 words += ["--resume", "auto"] if stage.options.MAIN in TRAININGS else []
                 record = os.path.join(output_dir, ".sweep", "-".join(key) + ".json")
-                made[key] = Job(stage, named, folder, words, record, list(chain[-1:]))
+                made[key] = Job(stage, named, folder, words, record, list(chain))
             chain.append(made[key])
         chains[number] = chain
     return chains
@@ -81,13 +82,11 @@ def checkpoint(job: Job) -> str:
 
 def check(jobs: list[Job]) -> None:
     """Check every command with its script's parser before the first run starts."""
-    import importlib
-
     for job in jobs:
-        module = importlib.import_module(f"util.cli.{job.stage.options.MAIN}")
-        words = [
-            __file__ if word == checkpoint(need) else word for word in job.words for need in job.needs[-1:] or [job]
-        ]
+        module = import_module(f"util.cli.{job.stage.options.MAIN}")
+        words = job.words
+        for need in job.needs:  # its checkpoint does not exist yet: an existing file stands for it
+            words = [word.replace(checkpoint(need), __file__) for word in words]
         try:
             module.get_options(words)
         except UserError as error:
@@ -121,7 +120,8 @@ def first_difference(before: list[str], now: list[str]) -> str:
 def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print) -> bool:
     """Run waiting jobs, `at_a_time` in parallel; True if an interrupt ended it, after every process has saved."""
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
-    stop: list[int] = []
+    stop: list[int] = []  # the signals received
+    sent = 0
     before = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     threads = max(1, len(os.sched_getaffinity(0)) // at_a_time)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -136,10 +136,10 @@ def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print)
             for job in ready[: at_a_time - len(running)] if not stop else ():
                 running[start(job, environment)] = (job, time.time())
                 say(f"started {job.name}")
-            if stop:
+            if len(stop) > sent:
+                sent = len(stop)
                 for process in running:
-                    process.send_signal(signal.SIGKILL if len(stop) > 1 else signal.SIGTERM)
-                stop[:] = stop[:2]
+                    process.send_signal(signal.SIGTERM if sent == 1 else signal.SIGKILL)
             if not running:
                 return bool(stop)
             for process in [p for p in running if p.poll() is not None]:
@@ -147,7 +147,7 @@ def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print)
                 finish(job, process.returncode, time.time() - began)
                 bar.update(job.state == "finished")
                 say(f"{job.state} {job.name} ({time.time() - began:.0f} s)" + told(job))
-            time.sleep(0.05 if not stop else 0.5)
+            time.sleep(0.05)
     finally:
         bar.close()
         for number, handler in before.items():

@@ -14,11 +14,11 @@ DOWNWARDS = ("loss", "seconds", "ece", "frechet")  # metrics with these words: l
 
 @dataclass
 class ArmResult:
-    """An arm: the values that its runs share, their results by pairing key, their jobs."""
+    """An arm: the values that its runs share; by the pairing axis's value, each run's jobs and its result."""
 
     values: dict[str, str]
+    chains: dict[str, list[Job]] = field(default_factory=dict)
     runs: dict[str, float] = field(default_factory=dict)
-    jobs: list[list[Job]] = field(default_factory=list)
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
     comparison: Comparison | None = None
 
@@ -34,19 +34,19 @@ class ArmResult:
     @property
     def missing(self) -> list[Job]:
         """The last job of each chain that has no result."""
-        return [chain[-1] for chain in self.jobs if chain[-1].state != "finished"]
+        return [chain[-1] for chain in self.chains.values() if chain[-1].state != "finished"]
 
     @property
     def seconds(self) -> float:
-        return sum(seconds_of(job) for chain in self.jobs for job in chain if job.state == "finished")
+        return sum(seconds_of(job) for chain in self.chains.values() for job in chain if job.state == "finished")
 
 
 def less_is_better(metric: str) -> bool:
     return any(word in metric for word in DOWNWARDS)
 
 
-def collect(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sweep) -> list[ArmResult]:
-    """Arms without the pairing axis, each with its runs' values, compared with the base."""
+def group(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sweep) -> list[ArmResult]:
+    """Arms without the pairing axis, the base first. UserError if --paired or --base is not among them."""
     paired = settings.paired
     if paired is not None and not all(paired in arm for arm in arms):
         raise UserError(f"--paired {paired}: should be an axis of every --grid; there are {', '.join(arms[0])}")
@@ -54,23 +54,30 @@ def collect(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: 
     for number, arm in enumerate(arms):
         values = {k: v for k, v in arm.items() if k != (paired or "seed")}
         result = results.setdefault(tuple(values.items()), ArmResult(values))
-        result.jobs.append(chains[number])
-        job = chains[number][-1]
-        if job.state != "finished":
-            continue
-        curve = curve_of(job.folder, settings.metric)
-        if not curve:
-            raise UserError(f"--metric {settings.metric}: {job.folder}/log.txt has none; there are {known(job.folder)}")
-        best = (min if less_is_better(settings.metric) else max)(curve, key=lambda point: point[1])
-        result.runs[arm.get(paired or "seed", str(number))] = (best if settings.pick == "best" else curve[-1])[1]
-        result.curves.append(curve)
+        result.chains[arm.get(paired or "seed", str(number))] = chains[number]
     found = list(results.values())
     base = base_of(found, settings.base)
-    for result in found:
-        if result is not base:
-            result.comparison = compare(result.runs, base.runs, paired is not None)
-    holm([r.comparison for r in found if r.comparison is not None])
     return [base, *(r for r in found if r is not base)]
+
+
+def collect(results: list[ArmResult], settings: Sweep) -> None:
+    """Read the finished runs' results and compare each arm with the base, which is the first."""
+    for result in results:
+        for key, chain in result.chains.items():
+            job = chain[-1]
+            if job.state != "finished":
+                continue
+            curve = curve_of(job.folder, settings.metric)
+            if not curve:
+                there = known(job.folder)
+                raise UserError(f"--metric {settings.metric}: {job.folder}/log.txt has none; there are {there}")
+            best = (min if less_is_better(settings.metric) else max)(curve, key=lambda point: point[1])
+            result.runs[key] = (best if settings.pick == "best" else curve[-1])[1]
+            result.curves.append(curve)
+    base, *others = results
+    for result in others:
+        result.comparison = compare(result.runs, base.runs, settings.paired is not None)
+    holm([r.comparison for r in others if r.comparison is not None])
 
 
 def base_of(results: list[ArmResult], wanted: list[str] | None) -> ArmResult:
