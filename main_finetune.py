@@ -122,8 +122,8 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
     at_boundary = found is not None and 0 < head_epochs == start and found.content["step"] == 0
     in_head_phase = start < head_epochs
     training = enter_phase(options, net, in_head_phase, lr, world, precision, ema)
-    run.args["noise"] = words_of(noise)
-    run.begin(training, head_epochs + epochs, found, lr=lr, new_optimizer=at_boundary)
+    words = words_of(noise)
+    run.begin(training, head_epochs + epochs, found, lr=lr, new_optimizer=at_boundary, noted={"noise": words})
     position = run.position
     if position.best_by not in ("", options.selection.eval_metric):  # another metric, with --force_resume
         position.best = None
@@ -171,7 +171,6 @@ def fit(run: Run, net: nn.Module, noise: AlphaBlend | None, precision: Precision
                 f"--patience {options.selection.patience}: no improvement since epoch {position.best_epoch}, stopped"
             )
     notes, validated = notes_of(train_loader.data, val_loader.data), len(val_loader.data) - len(val_loader.bad_images)
-    words = words_of(noise)
     curve = under_noise(options, best_net, val_loader, precision, meta, log) if run.speed else []
     run.report(lambda folder: write_finetune_report(folder, options, meta, position, words, notes, validated, curve))
     return 0
@@ -325,6 +324,7 @@ def build_loaders(
 
 
 def words_of(noise: AlphaBlend | None) -> str:
+    """The noise in words, for log lines, args.json and the report."""
     return noise.config.words if noise is not None else "no noise"
 
 

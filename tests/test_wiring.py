@@ -168,7 +168,7 @@ TRAINING = {
     "batch_size": [Row("--batch_size 19", lambda s: {len(x) for x, *_ in s.inputs} == {19})],
     "epochs": [Row("--epochs 2", lambda s: s.epochs == [0, 1])],
     "accum_iter": [Row("--accum_iter 2", lambda s: s.run.position.updates == 1 and len(s.inputs) == 2)],
-    "lr": [Row("--lr 0.01", lambda s: s.lr(0) == s.run.args["lr"] == 0.01)],
+    "lr": [Row("--lr 0.01", lambda s: s.lr(0) == s.run.described["lr"] == 0.01)],
     "blr": [Row("--blr 0.5", lambda s: s.lr(0) == pytest.approx(0.5 * 25 / 256))],
     "min_lr": [Row("--min_lr 0.5", lambda s: s.lr(1) == 0.5)],
     "warmup_epochs": [
@@ -408,7 +408,7 @@ FINETUNE = {
     "alpha_blend": [Row("--alpha_blend 40", lambda s: s.noise.current_timestep == 40)],
     "noise_kind": [Row("--noise_kind additive", lambda s: type(s.noise.kind).__name__ == "Additive")],
     "noise_units": [Row("--noise_units relative", lambda s: s.noise.config.units == "relative")],
-    "noise_snr": [Row("--noise_snr 12", lambda s: s.run.args["noise_snr_measured"] == pytest.approx(12, abs=0.3))],
+    "noise_snr": [Row("--noise_snr 12", lambda s: s.run.described["noise_snr_measured"] == pytest.approx(12, abs=0.3))],
     "noise_strength": [Row("--noise_strength 5", lambda s: s.noise.config.strength == 5, "--noise_kind neftune")],
     "noise_colour": [Row("--noise_colour green", lambda s: s.noise.config.colour == "green", "--noise_kind colour")],
     "noise_timestep": [Row("--noise_timestep uniform", lambda s: s.noise.config.schedule == "uniform")],

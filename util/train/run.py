@@ -162,7 +162,7 @@ class Run:
         self.writer = CheckpointWriter(log.output_dir, options.run.keep) if log.output_dir else None
         self.wrote = False  # whether rank 0 wrote the last checkpoint
         self.position = Position()
-        self.args: dict = {}  # content of args.json
+        self.described: dict = {}  # content of args.json
         self.speed: dict[str, float] = {}  # of the last epoch, for log.txt
         self.interrupts = Interrupts(options.run.save_every_minutes, options.machine.timeout_minutes)
         self.profiler: StepProfiler | None = None
@@ -174,10 +174,20 @@ class Run:
         self.interrupts.close()
         self.log.close()
 
-    def begin(self, training: Training, epochs: int, found: Found | None, *, lr: float, new_optimizer: bool = False):
+    def begin(
+        self,
+        training: Training,
+        epochs: int,
+        found: Found | None,
+        *,
+        lr: float,
+        new_optimizer: bool = False,
+        noted: dict | None = None,
+    ) -> None:
         """Continue from `found`, or start at --start_epoch, for `epochs` in total; open the log there.
 
-        new_optimizer: ignore the optimizer in `found`, from another phase. UserError if there is nothing to train.
+        new_optimizer: ignore the optimizer in `found`, from another phase. noted: what the main adds to args.json.
+        UserError if there is nothing to train.
         """
         settings, first = self.options.run, self.options.run.start_epoch
         if found:
@@ -206,8 +216,8 @@ class Run:
                     f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the "
                     "learning rate does not reach its peak"
                 )
-            self.args |= {**self.options.flat(), "resolved": self.meta, "lr": lr}
-            self.log.write_args(self.args)
+            self.described |= {**(noted or {}), **self.options.flat(), "resolved": self.meta, "lr": lr}
+            self.log.write_args(self.described)
         if settings.profile and self.log.output_dir:
             precision = training.precision
             self.profiler = StepProfiler(settings.profile, self.log, precision.device, precision.dtype)
@@ -236,10 +246,10 @@ class Run:
 
     def tell_noise(self, snr: float) -> None:
         """snr: measured signal-to-noise ratio in dB where the noise is added; logged once, stored in args.json."""
-        if "noise_snr_measured" in self.args:
+        if "noise_snr_measured" in self.described:
             return
-        self.args["noise_snr_measured"] = round(snr, 2)
-        self.log.write_args(self.args)
+        self.described["noise_snr_measured"] = round(snr, 2)
+        self.log.write_args(self.described)
         self.log.say(f"noise: {snr:.1f} dB, signal to noise where it is added")
         if snr < LOUD:
             self.log.say(
