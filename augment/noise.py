@@ -13,6 +13,7 @@ A new kind is a class here and an entry of NOISE_KINDS in util/choices.py.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ class Layout:
 Parts = tuple[torch.Tensor, torch.Tensor]
 
 
-class Kind:
+class Kind(ABC):
     """A kind. has_ratio: the strength is a ratio of powers, else a parameter. on_patches: not on prefixes."""
 
     has_ratio = True
@@ -58,8 +59,9 @@ class Kind:
     def __init__(self, layout: Layout, colour: str = "red"):
         self.layout, self.colour = layout, colour
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor, s: Strength, generator: torch.Generator | None = None) -> Parts:
-        raise NotImplementedError
+        """(signal, noise), float32; see the top of this file."""
 
 
 def normal(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -125,7 +127,7 @@ class TokenDrop(Kind):
 class ManifoldMixup(Kind):
     """lambda x_b + (1 - lambda) x_pi(b), and targets likewise (Verma et al., ICML 2019); lambda ~ Beta(alpha, alpha).
 
-    The parameter is alpha. `draw` is called before the forward pass, for the targets (see AlphaBlend.mix_targets).
+    The parameter is alpha. AlphaBlend.mix_targets draws lambda and the partners before the forward pass.
     """
 
     has_ratio = False
@@ -167,10 +169,8 @@ def spectrum(rows: int, columns: int, colour: str, device) -> torch.Tensor:
     """Factors [rows, columns] for the Fourier transform of white noise; the variance stays 1."""
     fy, fx = (torch.fft.fftfreq(n, device=device)[shape] for n, shape in ((rows, (..., None)), (columns, (None, ...))))
     f = (fy.square() + fx.square()).sqrt()
-    lowest = 1.0 / max(
-        rows, columns
-    )  # frequency 0 is treated as the next higher one, so that red noise has finite power there
-    f = f.clamp_min(lowest)
+    # Frequency 0 counts as the next higher one, so that red noise has finite power there.
+    f = f.clamp_min(1.0 / max(rows, columns))
     if colour == "green":
         power = ((f > f.max() / 4) & (f <= f.max() / 2)).float()
     else:

@@ -169,7 +169,7 @@ def test_the_ratio_in_every_family_is_the_one_asked_for(family, amp):
         before, after = (x[:, prefix:].double() for x in seen[0])
         r = 10**1.7
         signal = (r / (1 + r)) ** 0.5 * before if k == "alpha_blend" else before
-        ratio = decibel(float(signal.detach().square().mean() / (after - signal).square().mean()))
+        ratio = decibel(float((signal.square().mean() / (after - signal).square().mean()).detach()))
         assert ratio == pytest.approx(17.0, abs=0.1 if amp == torch.float32 else 0.3), k
 
 
