@@ -16,6 +16,7 @@ from augment.decoding import ImageError, open_image
 from models import create_model, load_pretrained
 from models.loading import load_classifier
 from tests.harness import ROOT
+from tests.harness.runs import classifier_meta
 from util.checkpoint import LAST, damage, find_resume, peek_meta, read_checkpoint, read_file
 from util.cli.values import keyword, number
 from util.errors import UserError
@@ -223,18 +224,7 @@ def test_damaged_images_decode_or_are_the_files_fault(pictures, tmp_path_factory
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = create_model("vit_custom_patch4", num_classes=2, img_size=8, in_chans=1, embed_dim=4, depth=1, num_heads=2)
-    meta = {
-        "kind": "finetune",
-        "model": "vit_custom_patch4",
-        "model_kwargs": {"embed_dim": 4, "depth": 1, "num_heads": 2},
-        "global_pool": True,
-        "img_size": [8, 8],
-        "in_chans": 1,
-        "num_classes": 2,
-        "classes": ["a", "b"],
-        "mean": [0.5],
-        "std": [0.5],
-    }
+    meta = classifier_meta(model_kwargs={"embed_dim": 4, "depth": 1, "num_heads": 2})
     state = {
         "format": 1,
         "kind": "finetune",

@@ -12,26 +12,9 @@ import main_finetune
 from models import create_model, load_pretrained
 from models.loading import load_classifier
 from tests.harness.checks import one_line, peak_memory_below
-from tests.harness.runs import NET
+from tests.harness.runs import NET, classifier_meta
 from util.checkpoint import LAST, find_resume, load_exactly, peek_meta, read_checkpoint, read_file
 from util.errors import UserError
-
-
-def classifier_meta(**changes) -> dict:
-    meta = {
-        "kind": "finetune",
-        "model": "vit_custom_patch4",
-        "model_kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 2},
-        "global_pool": True,
-        "img_size": [8, 8],
-        "in_chans": 1,
-        "num_classes": 2,
-        "classes": ["a", "b"],
-        "mean": [0.5],
-        "std": [0.5],
-        "dataset": "digits",
-    }
-    return {k: v for k, v in {**meta, **changes}.items() if v is not ...}
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,24 @@ def pretrain(*argv) -> int:
     return main_pretrain_noprop.main([*map(str, argv)])
 
 
+def classifier_meta(**changes) -> dict:
+    """The meta of a tiny classifier of 8 x 8 grey images; a value of `...` leaves its key out."""
+    meta = {
+        "kind": "finetune",
+        "model": "vit_custom_patch4",
+        "model_kwargs": {"embed_dim": 12, "depth": 1, "num_heads": 2},
+        "global_pool": True,
+        "img_size": [8, 8],
+        "in_chans": 1,
+        "num_classes": 2,
+        "classes": ["a", "b"],
+        "mean": [0.5],
+        "std": [0.5],
+        "dataset": "digits",
+    }
+    return {k: v for k, v in {**meta, **changes}.items() if v is not ...}
+
+
 def save_member(
     path, family: dict, *, classes=("blue", "red"), size=(24, 40), in_chans=3, seed=0, ema=False, crop_pct=None, **args
 ):
