@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from models import create_model
@@ -63,6 +64,11 @@ def made_mae_file(path: Path, num_classes: int) -> None:
     torch.save({"model": {k: v for k, v in net.state_dict().items() if num_classes or "fc_norm" not in k}}, path)
 
 
+def made_weights(path: Path) -> None:
+    net = create_model("vit_custom_patch8", num_classes=2, img_size=16, embed_dim=12, depth=1, num_heads=2)
+    save_file(net.state_dict(), path)
+
+
 def made_run(path: Path, photos: Path, *flags) -> None:
     assert finetune("--data_path", photos, *TINY, *NET, *HERE, *flags, "--output_dir", path) == 0
 
@@ -73,11 +79,14 @@ def made_pretraining(path: Path) -> None:
 
 STAND_INS = {
     "ImageNet": lambda path, photos: made_photos(path, photos),
+    "food": lambda path, photos: made_photos(path, photos),
     "photos": lambda path, photos: made_photos(path, photos / "train"),
     "test": lambda path, photos: made_photos(path, photos / "val"),
     "data": lambda path, photos: path.mkdir(),
     "checkpoint-400.pth": lambda path, photos: made_mae_file(path, 0),
     "mae_finetuned_vit_base.pth": lambda path, photos: made_mae_file(path, 2),
+    "tf_efficientnet_lite0.safetensors": lambda path, photos: made_weights(path),
+    "vit_small_patch14_dinov2.safetensors": lambda path, photos: made_weights(path),
     "out": lambda path, photos: made_run(path, photos),
     "out_swin": lambda path, photos: made_run(path, photos, "--kfold", 2),
     "out_convnext": lambda path, photos: made_run(path, photos, "--kfold", 2, "--seed", 1),
