@@ -17,7 +17,7 @@ from util.data.loader import Loader
 from util.dist import Precision, all_reduce, gather_objects
 from util.errors import UserError
 from util.lr_sched import set_lr
-from util.metrics import Evaluation, scores_from_confusion
+from util.metrics import BINS, Evaluation, scores_from_confusion
 from util.optim import optimizer_step
 from util.progress import batches_of
 from util.seed import seed_all
@@ -133,6 +133,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=device)
     top5 = torch.zeros((), dtype=torch.long, device=device)
     loss_sum = torch.zeros((), device=device)
+    gap = torch.zeros(BINS, device=device)  # sum of right - confidence in each bin of confidence
     kept = []
     for batch in batches_of(loader.epoch(), len(loader)):
         if poll is not None and poll():
@@ -145,6 +146,9 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         loss_sum += F.cross_entropy(logits, batch.targets, reduction="sum")
         cell = batch.targets * num_classes + logits.argmax(1)
         confusion.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
+        confidence, predicted = logits.softmax(1).max(1)
+        bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        gap.scatter_add_(0, bins, (predicted == batch.targets).float() - confidence)
         if num_classes > 5:
             top5 += (logits.topk(5).indices == batch.targets[:, None]).sum()
         if collect:
@@ -152,7 +156,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
     counts = add_up(confusion.cpu()).view(num_classes, num_classes).numpy()
     if not counts.any():
         raise UserError(f"--data_path: none of the {len(loader.data)} images to evaluate can be read")
-    sums = add_up(torch.stack([loss_sum.double().cpu(), top5.double().cpu()]))
+    sums = add_up(torch.cat([torch.stack([loss_sum.double().cpu(), top5.double().cpu()]), gap.double().cpu()]))
     n = max(1, int(counts.sum()))
     balanced, f1 = scores_from_confusion(counts)
     result = Evaluation(
@@ -161,6 +165,7 @@ def evaluate(model, loader, precision, num_classes: int, *, collect: bool = Fals
         loss=float(sums[0]) / n,
         balanced_acc=balanced,
         macro_f1=f1,
+        ece=100.0 * float(sums[2:].abs().sum()) / n,
         confusion=counts,
     )
     if collect:

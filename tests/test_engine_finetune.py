@@ -12,6 +12,7 @@ from timm.layers import BatchNormAct2d
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchmetrics.functional.classification import multiclass_calibration_error as calibration_error
 
 from augment.batch import BatchTransform
 from bench.ranks import Ranks
@@ -362,6 +363,7 @@ def test_evaluation_equals_scikit_learn():
     assert result.balanced_acc == pytest.approx(100 * balanced_accuracy_score(y, p.argmax(1)))
     assert result.macro_f1 == pytest.approx(100 * f1_score(y, p.argmax(1), average="macro"))
     assert result.loss == pytest.approx(log_loss(y, p, labels=range(7)), rel=1e-5)
+    assert result.ece == pytest.approx(100 * float(calibration_error(torch.tensor(p), data.targets, 7)), rel=1e-4)
     assert result.index.tolist() == list(range(57)) and np.allclose(result.probabilities, p, atol=1e-6)
 
 

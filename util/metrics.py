@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BINS = 15  # of the calibration error
+
 
 @dataclass
 class Evaluation:
@@ -14,12 +16,13 @@ class Evaluation:
     loss: float
     balanced_acc: float
     macro_f1: float
+    ece: float
     confusion: np.ndarray
     index: np.ndarray | None = None
     probabilities: np.ndarray | None = None
 
     def scores(self) -> dict[str, float]:
-        names = ("loss", "acc1", "acc5", "balanced_acc", "macro_f1")
+        names = ("loss", "acc1", "acc5", "balanced_acc", "macro_f1", "ece")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 

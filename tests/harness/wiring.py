@@ -230,5 +230,5 @@ def epoch_that_is_watched(seen: Seen, real: Callable) -> Callable:
 
 def scores(**percent: float) -> Evaluation:
     """An evaluation of ten classes, 50 in every score and a loss of 2 unless said otherwise."""
-    values = {"acc1": 50.0, "acc5": None, "loss": 2.0, "balanced_acc": 50.0, "macro_f1": 50.0, **percent}
+    values = {"acc1": 50.0, "acc5": None, "loss": 2.0, "balanced_acc": 50.0, "macro_f1": 50.0, "ece": 5.0, **percent}
     return Evaluation(**values, confusion=np.ones((10, 10), dtype=int))

@@ -3,9 +3,7 @@
 import numpy as np
 from scipy.stats import binomtest
 
-from util.metrics import scores_from_confusion
-
-BINS = 15
+from util.metrics import BINS, scores_from_confusion
 
 
 def scores(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 
 from util.files import survive, write_atomic
 from util.log import read_log
-from util.predict.calibration import BINS, expected_calibration_error, reliability
+from util.metrics import BINS
+from util.predict.calibration import expected_calibration_error, reliability
 from util.report.pictures import sigma_name
 
 NAMES = dict(parse_math=False)  # for tick labels: a class named $a$ is not a formula
@@ -42,10 +43,12 @@ def plot_curves(log_path: str, path: str, sigmas: Sequence[float] = ()) -> None:
     panels = curve_panels(list(lines[-1]) if lines else [], sigmas)
     if not panels:
         return
-    columns = 2 if len(panels) == 4 else len(panels)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     size = (4.6 * columns, 3.6 * rows)
     with drawing(path, rows, columns, figsize=size, squeeze=False, layout="constrained") as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
         for axis, (title, names) in zip(axes.flat, panels.items()):
             for how, (key, label) in zip(curve_styles(len(names)), names.items()):
                 points = [(line["epoch"], line[key]) for line in lines if line.get(key) is not None]
@@ -78,6 +81,7 @@ def curve_panels(keys: list[str], sigmas: Sequence[float] = ()) -> dict[str, dic
         "sum of these losses" if parts else "loss": {"train_loss": "training", "val_loss": "validation"},
         "validation score (%)": {f"val_{k}": k for k in ("acc1", "balanced_acc", "macro_f1")},
         "validation acc5 (%)": {"val_acc5": "acc5"},
+        "calibration error (%)": {"val_ece": "ece"},
         "learning rate": {"train_lr": "lr"},
     }
     there = {title: {k: label for k, label in names.items() if k in keys} for title, names in panels.items()}
