@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
     collect(results, settings)
-    for row in write_sweep_report(settings.output_dir, results, settings):
-        print("  ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
+    for metric, rows in write_sweep_report(settings.output_dir, results, settings).items():
+        for row in rows:
+            print(f"{metric}: " + "  ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
     print(f"report: {os.path.join(settings.output_dir, 'report.html')}", flush=True)
     return 1 if any(job.state != "finished" for job in runs) else 0
 

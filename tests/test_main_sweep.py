@@ -72,7 +72,42 @@ def test_two_axes_have_a_map_and_less_is_better_for_a_loss(scripts):
     assert sweep(scripts / "out", "lr=1e-3,2e-3", "drop_path=0,0.1", metric="val_loss") == 0
     assert (scripts / "out" / "report.html").read_text().count("<svg") == 3
     rows = list(csv.DictReader((scripts / "out" / "table.csv").open()))
-    assert len(rows) == 4 and rows[0]["mean"] == "1.00"
+    assert len(rows) == 4 and rows[0]["mean"] == "0.9990"
+
+
+def test_metrics_are_read_at_the_epoch_of_the_first_and_corrected_together(scripts):
+    """val_acc1 is best in the last epoch, 2; val_gap = 9 - epoch is read there, and by itself at 0."""
+    script = scripts / "scripts" / "main_finetune.py"
+    script.write_text(SCRIPT.replace('"val_loss"', '"val_gap": 9.0 - epoch + seed % 2 * lr, "val_loss"'))
+    grid = ("lr=1e-3,2e-3,4e-3", "seed=0..3")
+    for name, metrics, gap in (("a", "val_acc1 val_gap", "7.00"), ("b", "val_gap val_acc1", "9.00")):
+        assert sweep(scripts / name, *grid, "--metric", *metrics.split(), paired="seed", jobs=2) == 0
+        rows = list(csv.DictReader((scripts / name / "table.csv").open()))
+        assert [row["metric"] for row in rows] == [m for m in metrics.split() for _ in range(3)]
+        assert next(row["mean"] for row in rows if row["metric"] == "val_gap") == gap
+        # val_acc1's differences are equal for all seeds, so its t-test has no p; the two p of val_gap count
+        p = [row["p"] and float(row["p"]) for row in rows if row["metric"] == "val_gap"][1:]
+        assert [row["p (Holm)"] for row in rows if row["metric"] == "val_gap"][1:] == [f"{2 * x:.4f}" for x in p]
+        page = (scripts / name / "report.html").read_text()
+        assert page.count("<table") == 2 and page.count("<svg") == 4 and "4 comparisons" in page
+
+
+def test_a_prediction_and_an_earlier_stage_give_metrics(scripts):
+    """The chosen row of results.json counts."""
+    row = '{"name": "x", "chosen": %s, "accuracy": %s, "log_loss": 0.5}'
+    script = (
+        SCRIPT
+        + f"""
+rows = [{row % ("False", "1.0")}, {row % ("True", "70.0 + seed")}]
+json.dump({{"results": rows}}, open(f"{{out}}/results.json", "w"))
+"""
+    )
+    (scripts / "scripts" / "main_predict.py").write_text(script)
+    line = ["main_finetune.py", *NET, "--", "main_predict.py", "--checkpoints", "{finetune}"]
+    metrics = ("--metric", "accuracy", "finetune.val_acc1")
+    assert sweep(scripts / "out", "seed=0..1", *metrics, line=line) == 0
+    rows = list(csv.DictReader((scripts / "out" / "table.csv").open()))
+    assert [row["mean"] for row in rows] == ["70.00", "53.50"]
 
 
 def test_a_failed_run_shows_its_last_lines_and_can_be_retried(scripts, capsys):
@@ -129,6 +164,7 @@ def test_another_line_in_the_same_folder_is_refused_and_names_the_difference(scr
         (["lr=abc"], {}, "finetune/lr=abc: argument --lr: 'abc' should be a number"),
         (["seed=0..1"], {"paired": "lr"}, "--paired lr: should be an axis"),
         (["lr=1e-3,2e-3"], {"base": "lr=3"}, "--base lr=3: fits 0 arms"),
+        (["lr=1e-3"], {"metric": "pretrain.knn_acc1"}, "--metric .*: no stage is named pretrain; there are finetune"),
         (["lr=1e-3"], {"metric": "val_f1"}, "--metric val_f1: .* has none; there are val_acc1, val_loss"),
     ],
 )
@@ -136,7 +172,7 @@ def test_a_mistake_is_one_line(scripts, grid, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         sweep(scripts / "out", *grid, **flags)
     assert "\n" not in str(caught.value)
-    assert (scripts / "out").exists() == ("metric" in flags), "only the metric's name needs a run's log.txt"
+    assert (scripts / "out").exists() == ("val_f1" in flags.values()), "only the metric's name needs a run's log.txt"
 
 
 def test_a_run_that_is_killed_alone_is_not_a_success(scripts, capsys):
@@ -155,6 +191,11 @@ def test_a_checkpoint_inside_a_word_and_of_an_earlier_stage_is_taken_to_exist(sc
     out = capsys.readouterr().out
     folder = scripts / "out" / "pretrain" / "seed=1"
     assert out.count(f"--finetune={folder}/checkpoint-last.pth") == out.count(f"--checkpoint {folder}") == 1
+
+
+def test_an_evaluation_that_leaves_no_file_is_no_stage(scripts):
+    with pytest.raises(UserError, match="--eval: leaves no file; evaluate by"):
+        sweep(scripts / "out", "seed=0", line=["main_finetune.py", "--eval", "--resume", "x.pth"])
 
 
 def test_dry_run_prints_the_lines_and_makes_nothing(scripts, capsys):

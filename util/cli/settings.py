@@ -801,8 +801,14 @@ class Sweep:
     base: list[str] | None = flag(
         None, "the arm that the others are compared with (default: the first)", nargs="+", metavar="NAME=VALUE"
     )
-    metric: str = flag("val_acc1", "of log.txt: what arms are compared by")
-    pick: str = flag("best", "the epoch with the best metric, or the last one", choices=("best", "last"))
+    metric: list[str] = flag(
+        ["val_acc1"],
+        "what arms are compared by, of log.txt or a prediction's results.json, one or more; STAGE.NAME for an earlier "
+        "stage's",
+        nargs="+",
+        metavar="NAME",
+    )
+    pick: str = flag("best", "the epoch with the best first metric, or the last one", choices=("best", "last"))
     jobs: int = flag(1, "runs at a time; they share the cores", type=positive_int)
     retry: bool = flag(False, "run again what failed")
     output_dir: str = flag("./sweep", "where the runs and the report go")

@@ -96,6 +96,10 @@ def parse_stages(lines: list[list[str]]) -> list[Stage]:
             near = difflib.get_close_matches(script, SCRIPTS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; should be one of {', '.join(SCRIPTS)}"
             raise UserError(f"{words[0]}: not a script that a sweep can run{hint}")
+        if script == "main_finetune.py" and "--eval" in words:
+            raise UserError(
+                "--eval: leaves no file; evaluate by `-- main_predict.py --checkpoints {finetune} --views 1`"
+            )
         module = importlib.import_module(f"util.cli.{SCRIPTS[script]}")
         same = sum(stage.script == script for stage in stages)
         key = SCRIPTS[script] + (str(same + 1) if same else "")

@@ -1,7 +1,10 @@
 """Results of a sweep: values by arm, comparisons with the base arm, learning curves."""
 
+import json
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from util.cli.settings import Sweep
 from util.errors import UserError
@@ -13,23 +16,30 @@ DOWNWARDS = ("loss", "seconds", "ece", "frechet")  # metrics with these words: l
 
 
 @dataclass
-class ArmResult:
-    """An arm: the values that its runs share; by the pairing axis's value, each run's jobs and its result."""
+class Score:
+    """A metric of an arm: its runs' values by the pairing axis's value, and their curves, points (epoch, value)."""
 
-    values: dict[str, str]
-    chains: dict[str, list[Job]] = field(default_factory=dict)
     runs: dict[str, float] = field(default_factory=dict)
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
     comparison: Comparison | None = None
 
     @property
-    def name(self) -> str:
-        return " ".join(f"{k}={v}" for k, v in self.values.items()) or "all runs"
-
-    @property
     def summary(self) -> tuple[float, float, float]:
         """Mean over the runs and its 95 % interval."""
         return mean_interval(list(self.runs.values())) if self.runs else (math.nan,) * 3
+
+
+@dataclass
+class ArmResult:
+    """An arm: the values that its runs share, their jobs by the pairing axis's value, and a Score per metric."""
+
+    values: dict[str, str]
+    chains: dict[str, list[Job]] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self.values.items()) or "all runs"
 
     @property
     def missing(self) -> list[Job]:
@@ -46,10 +56,12 @@ def less_is_better(metric: str) -> bool:
 
 
 def group(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sweep) -> list[ArmResult]:
-    """Arms without the pairing axis, the base first. UserError if --paired or --base is not among them."""
+    """Arms without the pairing axis, the base first. UserError if --paired, --base or --metric does not fit."""
     paired = settings.paired
     if paired is not None and not all(paired in arm for arm in arms):
         raise UserError(f"--paired {paired}: should be an axis of every --grid; there are {', '.join(arms[0])}")
+    for metric in settings.metric:
+        job_of(chains[0], metric)
     results: dict[tuple, ArmResult] = {}
     for number, arm in enumerate(arms):
         values = {k: v for k, v in arm.items() if k != (paired or "seed")}
@@ -61,23 +73,42 @@ def group(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sw
 
 
 def collect(results: list[ArmResult], settings: Sweep) -> None:
-    """Read the finished runs' results and compare each arm with the base, which is the first."""
+    """Read the finished runs' results and compare each arm with the base, which is the first.
+
+    With --pick best, a stage's first metric chooses the epoch that its other metrics are read at.
+    """
     for result in results:
+        result.scores = {metric: Score() for metric in settings.metric}
         for key, chain in result.chains.items():
-            job = chain[-1]
-            if job.state != "finished":
-                continue
-            curve = curve_of(job.folder, settings.metric)
-            if not curve:
-                there = known(job.folder)
-                raise UserError(f"--metric {settings.metric}: {job.folder}/log.txt has none; there are {there}")
-            best = (min if less_is_better(settings.metric) else max)(curve, key=lambda point: point[1])
-            result.runs[key] = (best if settings.pick == "best" else curve[-1])[1]
-            result.curves.append(curve)
+            at: dict[str, int] = {}  # the epoch of each stage
+            for metric, score in result.scores.items():
+                job = job_of(chain, metric)
+                if job.state != "finished":
+                    continue
+                curve = curve_of(job.folder, metric.rpartition(".")[2])
+                if not curve:
+                    raise UserError(f"--metric {metric}: {job.folder} has none; there are {known(job.folder)}")
+                values = dict(curve)
+                best = (min if less_is_better(metric) else max)(curve, key=lambda point: point[1])
+                epoch = at.setdefault(job.stage.key, best[0] if settings.pick == "best" else curve[-1][0])
+                if epoch in values:
+                    score.runs[key] = values[epoch]
+                score.curves.append(curve)
     base, *others = results
     for result in others:
-        result.comparison = compare(result.runs, base.runs, settings.paired is not None)
-    holm([r.comparison for r in others if r.comparison is not None])
+        for metric, score in result.scores.items():
+            score.comparison = compare(score.runs, base.scores[metric].runs, settings.paired is not None)
+    holm([score.comparison for r in others for score in r.scores.values() if score.comparison is not None])
+
+
+def job_of(chain: list[Job], metric: str) -> Job:
+    """The job whose log has the metric: the last stage's, or that of STAGE in STAGE.NAME."""
+    stage, _, _ = metric.rpartition(".")
+    found = [job for job in chain if job.stage.key == stage] if stage else chain[-1:]
+    if not found:
+        keys = ", ".join(job.stage.key for job in chain)
+        raise UserError(f"--metric {metric}: no stage is named {stage}; there are {keys}")
+    return found[0]
 
 
 def base_of(results: list[ArmResult], wanted: list[str] | None) -> ArmResult:
@@ -93,10 +124,17 @@ def base_of(results: list[ArmResult], wanted: list[str] | None) -> ArmResult:
 
 
 def curve_of(folder: str, metric: str) -> list[tuple[int, float]]:
-    lines = read_log(f"{folder}/log.txt")
-    return [(line["epoch"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float))]
+    return [(line["epoch"], line[metric]) for line in lines_of(folder) if isinstance(line.get(metric), (int, float))]
+
+
+def lines_of(folder: str) -> list[dict]:
+    """The lines of log.txt; of a prediction, the row of results.json that predictions.csv was made from."""
+    results = Path(folder, "results.json")
+    if results.is_file():
+        return [{"epoch": 0, **row} for row in json.loads(results.read_text("utf-8"))["results"] if row["chosen"]]
+    return read_log(os.path.join(folder, "log.txt"))
 
 
 def known(folder: str) -> str:
-    lines = read_log(f"{folder}/log.txt")
+    lines = lines_of(folder)
     return ", ".join(k for k, v in lines[-1].items() if isinstance(v, float)) if lines else "no lines"
