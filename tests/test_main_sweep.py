@@ -120,6 +120,14 @@ def test_arms_are_compared_within_each_value_of_an_axis(scripts):
         sweep(scripts / "out", *grid, paired="seed", within="seed")
 
 
+def test_a_value_of_the_grid_can_be_put_into_a_line(scripts):
+    line = ["main_finetune.py", *NET, "--split_seed", "{seed}", "--train_subset=10{lr}0"]
+    assert sweep(scripts / "out", "seed=3..4", "lr=1,2", line=line) == 0
+    words = [json.loads(p.read_text())["words"] for p in sorted((scripts / "out" / ".sweep").glob("*.json"))]
+    assert [w[w.index("--split_seed") + 1] for w in words] == ["3", "3", "4", "4"]
+    assert ["--train_subset=1010" in w for w in words] == [True, False, True, False]
+
+
 def test_a_failed_run_shows_its_last_lines_and_can_be_retried(scripts, capsys):
     out = scripts / "out"
     for more, told in (({}, 2), ({}, 0), ({"retry": True}, 2)):
