@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python main_finetune.py --eval --resume $(DEMO)/from_scratch/checkpoint-best.pth
 	@echo "with pretraining:"
 	$(BIN)/python main_predict.py --checkpoints $(DEMO)/finetune --views 1 --output_dir $(DEMO)/predict
-	@echo "pictures and tables: $(DEMO)/pretrain/report.md $(DEMO)/finetune/report.md $(DEMO)/predict/report.md"
+	@echo "pictures and tables: $(DEMO)/pretrain/report.html $(DEMO)/finetune/report.html $(DEMO)/predict/report.html"
 	@ls $(DEMO)/*/*.png $(DEMO)/predict/predictions.csv
 
 test: install

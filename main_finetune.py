@@ -42,7 +42,7 @@ from util.metrics import Evaluation
 from util.optim import build_ema, param_groups
 from util.precision import place
 from util.report.plots import plot_confusion
-from util.report.training import write_finetune_report
+from util.report.training import write_finetune_report, write_kfold_report
 from util.seed import seed_all
 from util.train import folds
 from util.train.compiled import compile_net
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         options = check(resolve_data(options, peek(options.weights)))
     options, world = begin(options)
     if options.data.kfold and options.data.fold == "all":
-        return folds.run_all(options, world, run_one)
+        return folds.run_all(options, world, run_one, write_kfold_report)
     if options.data.kfold:
         options = folds.of_fold(options, int(options.data.fold))
     return run_one(options, world)

@@ -6,7 +6,7 @@ python main_linprobe.py --finetune mae_pretrain_vit_base.pth --model vit_base_pa
 torchrun --nproc_per_node=8 main_linprobe.py --model convnext_base.fb_in22k --pretrained --data_path ImageNet
 """
 
-from util.cli.linprobe import get_args_parser, get_options  # noqa: F401 (a public name)
+from util.cli.linprobe import LinprobeOptions, get_args_parser, get_options  # noqa: F401 (a public name)
 from util.cli.script import check_command_line, run_main, says_flags
 
 if __name__ == "__main__":  # report a mistyped flag before importing torch, which takes seconds
@@ -34,7 +34,7 @@ from util.predict.calibration import interval_sentence
 from util.probe.classify import accuracy, choose_l2, knn_predict, linear_probe
 from util.probe.features import extract
 from util.probe.frozen import load_encoder, read_content
-from util.report.markdown import note_lines, write_report
+from util.report.page import Lines, Notes, Table, Text, write_report
 
 POOL_NAMES = {"mean": "mean of the patch tokens", "cls": "class token", "head": "the classifier's input"}
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if log.output_dir:
         log.write_args(options.flat())
         log.epoch(line)
-        report(log.output_dir, line, notes)
+        report(log.output_dir, options, line, notes)
     return 0
 
 
@@ -116,26 +116,27 @@ def score(
     return {**scores, "linear_l2": l2, "knn_k": k, "knn_t": probing.knn_t}
 
 
-def report(output_dir: str, line: dict, notes: list[str]) -> None:
-    text = [
-        f"Weights: {line['weights']}. Features: {POOL_NAMES[line['pool']]}, {line['feature_dim']} values, of "
-        f"{line['n_train']} training and {line['n_val']} validation images without augmentation.",
-        "",
-        *note_lines(notes),
-        "| top-1 accuracy | |",
-        "|---|---|",
-        f"| weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g} | {line['knn_acc1']:.2f}% |",
-        f"| linear probe | {line['linear_acc1']:.2f}% |",
-        "",
-        f"Linear probe: {interval_sentence(line['linear_acc1'], line['n_val'])}",
-        "",
-        "The probe is a BatchNorm without affine and a linear layer, fitted to its optimum by L-BFGS on the cached "
-        f"features; the penalty {line['linear_l2']:g} was chosen on a tenth of the training images.",
-        "",
-        "    " + json.dumps(line),
-        "",
+def report(output_dir: str, options: LinprobeOptions, line: dict, notes: list[str]) -> None:
+    knn, linear = (f"{line[k]:.2f}%" for k in ("knn_acc1", "linear_acc1"))
+    blocks = [
+        Text(
+            f"Weights: {line['weights']}. Features: {POOL_NAMES[line['pool']]}, {line['feature_dim']} values, of "
+            f"{line['n_train']} training and {line['n_val']} validation images without augmentation. "
+            f"{line['seconds']:.0f} s for the features, {line['scoring_seconds']:.0f} s for the scores."
+        ),
+        Notes(notes),
+        Table(
+            ["top-1 accuracy", ""],
+            [[f"weighted k-NN, k {line['knn_k']}, temperature {line['knn_t']:g}", knn], ["linear probe", linear]],
+        ),
+        Text(f"Linear probe: {interval_sentence(line['linear_acc1'], line['n_val'])}"),
+        Text(
+            "The probe is a BatchNorm without affine and a linear layer, fitted to its optimum by L-BFGS on the cached "
+            f"features; the penalty {line['linear_l2']:g} was chosen on a tenth of the training images."
+        ),
+        Lines([json.dumps(line)]),
     ]
-    write_report(output_dir, f"Frozen features of {line['model']} on {line['dataset']}", text)
+    write_report(output_dir, f"Frozen features of {line['model']} on {line['dataset']}", blocks, options)
 
 
 if __name__ == "__main__":

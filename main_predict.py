@@ -77,18 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     for i, reason in prediction.bad.items():
         notes.append(f"not readable, its row is empty: {ids[i]} ({reason})")
     text = write_all(
-        output_dir,
+        options,
         data=images,
         ids=ids,
         combiners=combiners,
         prediction=prediction,
         notes=notes,
         seconds=time.time() - started,
-        spreadsheet_safe=asked.spreadsheet_safe,
     )
     log.say(f"{text}\n")
     log.notes([note for note in notes if note not in notes_of(images)])
-    table, report = (os.path.join(output_dir, name) for name in ("predictions.csv", "report.md"))
+    table, report = (os.path.join(output_dir, name) for name in ("predictions.csv", "report.html"))
     log.say(f"predictions: {table}, report: {report}")
     return 0
 

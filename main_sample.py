@@ -12,6 +12,7 @@ if __name__ == "__main__":  # report a mistyped flag before importing torch, whi
     check_command_line(get_options)
 
 import os
+import time
 
 import torch
 
@@ -29,13 +30,13 @@ from util.log import RunLog, claim
 from util.probe.frechet import EncoderFeatures, find_inception, load_inception
 from util.probe.frozen import load_noprop
 from util.probe.sampling import Study
-from util.report.markdown import note_lines, write_report
+from util.report.page import Notes, Picture, Table, Text, markdown, write_report
 from util.seed import mix
 
 
 @says_flags
 def main(argv: list[str] | None = None) -> int:
-    options = get_options(argv)
+    options, started = get_options(argv), time.time()
     limit_pixels(options.reading.max_pixels)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("torchrun: main_sample.py runs in one process; start it with python")
@@ -97,14 +98,15 @@ def main(argv: list[str] | None = None) -> int:
         kind = "encoder's own features" if isinstance(features, EncoderFeatures) else "Inception features"
         tables.append(table(f"{title} against, on {kind}", "Frechet", distances))
         line |= {f"frechet_{k.replace(', ', '_').replace(' ', '_')}": v for k, v in distances.items()}
-    for rows in tables:
-        log.say("\n".join(rows))
+    for one in tables:
+        log.say(markdown([one]).rstrip())
     pictures = [p for p in pictures if os.path.exists(log.path(p))]  # those that could be written
     log.epoch(line)
-    text = [*note_lines(notes), *(part for rows in tables for part in (*rows, ""))]
-    text += [f"![{p.removesuffix('.png').replace('_', ' ')}]({p})\n" for p in pictures]
-    write_report(output_dir, f"Samples of {asked.checkpoint}", text)
-    log.say(f"written to {output_dir}: {', '.join([*pictures, 'report.md'])}")
+    shown = [Picture(p.removesuffix(".png").replace("_", " "), p) for p in pictures]
+    words = f"NoProp-MAE after {content['epoch']} epochs on {meta.get('dataset')}; {time.time() - started:.0f} s."
+    blocks = [Text(words), Notes(notes), *tables, *shown]
+    write_report(output_dir, f"Samples of {asked.checkpoint}", blocks, options)
+    log.say(f"written to {output_dir}: {', '.join([*pictures, 'report.md', 'report.html'])}")
     return 0
 
 
@@ -141,11 +143,8 @@ def frechet_features(weights: str | None, net: NoPropMAE, meta: dict, log: RunLo
     return EncoderFeatures(net, meta["mean"], meta["std"])
 
 
-def table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
-    """A Markdown table with aligned columns."""
-    width = max(len(title), *map(len, rows))
-    head = [f"| {title:{width}} | {unit:>9} |", f"|{'-' * (width + 2)}|{'-' * 10}:|"]
-    return head + [f"| {name:{width}} | {value:9.4g} |" for name, value in rows.items()]
+def table(title: str, unit: str, values: dict[str, float]) -> Table:
+    return Table([title, unit], [[name, f"{value:.4g}"] for name, value in values.items()])
 
 
 if __name__ == "__main__":

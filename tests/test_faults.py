@@ -128,10 +128,10 @@ def test_fine_tuning_saves_before_it_draws_and_goes_on_without_its_pictures(tmp_
         real(*args)
 
     monkeypatch.setattr(main_finetune, "plot_confusion", drawn_after)
-    full_for(tmp_path, "confusion.png", "curves.png", "report.md", "result.json")
+    full_for(tmp_path, "confusion.png", "curves.png", "report.md", "report.html", "result.json")
     assert main_finetune.main([*NET, "--epochs", "1", "--output_dir", str(tmp_path)]) == 0 and saved == [0]
     said = capsys.readouterr().err
-    for name in ("confusion.png", "curves.png", "report.md", "result.json"):
+    for name in ("confusion.png", "curves.png", "report.md", "report.html", "result.json"):
         assert f"{name}: not written (No space" in said and not (tmp_path / name).exists()
     assert read_checkpoint(str(tmp_path / LAST))["progress"]["finished"]
 

@@ -60,7 +60,7 @@ def test_every_mode_leaves_its_pictures_and_numbers(checkpoint, capsys):
     width, height = Image.open(folder / "generated_euler.png").size
     assert 8 * 96 < width < 9 * 96 and 3 * 96 < height < 3.5 * 96
     assert log["epoch"] == 3 and log["mask_ratio"] == 0.5
-    assert f"{log['psnr_mean_visible_patch']:9.4g} |" in report
+    assert f"| {log['psnr_mean_visible_patch']:.4g} |" in report
     assert 0 < log["frechet_other_real_images"] < log["frechet_generated_stochastic"]
     assert "on this encoder's own features" in out and "not comparable to published FIDs" in out
     assert "mask ratios up to 0.5; it has not learned to generate (ratio 1)" in out

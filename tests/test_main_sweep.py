@@ -31,6 +31,8 @@ with open(f"{out}/log.txt", "w") as file:
 time.sleep(float(os.environ.get("TAKES", "0")))
 """
 
+SECTIONS = ("Cost", "Settings that differ", "Versions of the runs")
+
 
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
@@ -89,7 +91,34 @@ def test_metrics_are_read_at_the_epoch_of_the_first_and_corrected_together(scrip
         p = [row["p"] and float(row["p"]) for row in rows if row["metric"] == "val_gap"][1:]
         assert [row["p (Holm)"] for row in rows if row["metric"] == "val_gap"][1:] == [f"{2 * x:.4f}" for x in p]
         page = (scripts / name / "report.html").read_text()
-        assert page.count("<table") == 2 and page.count("<svg") == 4 and "4 comparisons" in page
+        assert page.count("<table") == 2 + 1 and page.count("<svg") == 4 and "4 comparisons" in page
+
+
+def test_the_report_has_what_each_arm_cost_and_what_its_runs_recorded(scripts):
+    script = SCRIPT.replace('"val_loss"', '"images_per_second": 100 + 50 * seed, "val_loss"')
+    script += """
+options = {"lr": lr, "seed": seed, "epochs": 3, "drop_path": [0.5, None][lr > 1.5e-3], "output_dir": out}
+args = {"options": options, "versions": {"torch": "9.9"}, "git": ["abc", "def"][seed]}
+json.dump(args, open(f"{out}/args.json", "w"))
+"""
+    (scripts / "scripts" / "main_finetune.py").write_text(script)
+    assert sweep(scripts / "out", "lr=1e-3,2e-3", "seed=0..1") == 0
+    text = (scripts / "out" / "report.md").read_text()
+    cost, settings, versions = (text.split(f"## {name}\n\n")[1].split("\n\n")[0] for name in SECTIONS)
+    assert re.sub(r"\d+ \| \d+ \| 125", "S | S | 125", cost).splitlines() == [
+        "| arm | runs | seconds | seconds a run | images/s, finetune |",
+        "|---|---|---|---|---|",
+        "| lr=1e-3 | 2 | S | S | 125 |",
+        "| lr=2e-3 | 2 | S | S | 125 |",
+    ]
+    assert settings.splitlines() == [
+        "| arm | --lr | --drop_path |",
+        "|---|---|---|",
+        "| lr=1e-3 | 0.001 | 0.5 |",
+        "| lr=2e-3 | 0.002 | (not given) |",
+    ]
+    assert versions.splitlines() == ["- 2 runs: torch 9.9; commit abc.", "- 2 runs: torch 9.9; commit def."]
+    assert text.count("    python main_finetune.py") == 4
 
 
 def test_a_prediction_and_an_earlier_stage_give_metrics(scripts):
@@ -108,24 +137,6 @@ json.dump({{"results": rows}}, open(f"{{out}}/results.json", "w"))
     assert sweep(scripts / "out", "seed=0..1", *metrics, line=line) == 0
     rows = list(csv.DictReader((scripts / "out" / "table.csv").open()))
     assert [row["mean"] for row in rows] == ["70.00", "53.50"]
-
-
-def test_arms_are_compared_within_each_value_of_an_axis(scripts):
-    grid = ("lr=1e-3,2e-3,4e-3", "seed=0..2", "drop_path=0,0.1")
-    assert sweep(scripts / "out", *grid, paired="seed", within="drop_path", base="lr=2e-3", jobs=3) == 0
-    rows = [(row["arm"], row["difference"]) for row in csv.DictReader((scripts / "out" / "table.csv").open())]
-    block = {"lr=2e-3": "base", "lr=1e-3": "-1.00", "lr=4e-3": "2.00"}
-    assert rows == [(f"{lr} drop_path={d}", way) for d in ("0", "0.1") for lr, way in block.items()]
-    with pytest.raises(UserError, match="--within seed: should be an axis of every --grid, and not that of --paired"):
-        sweep(scripts / "out", *grid, paired="seed", within="seed")
-
-
-def test_a_value_of_the_grid_can_be_put_into_a_line(scripts):
-    line = ["main_finetune.py", *NET, "--split_seed", "{seed}", "--train_subset=10{lr}0"]
-    assert sweep(scripts / "out", "seed=3..4", "lr=1,2", line=line) == 0
-    words = [json.loads(p.read_text())["words"] for p in sorted((scripts / "out" / ".sweep").glob("*.json"))]
-    assert [w[w.index("--split_seed") + 1] for w in words] == ["3", "3", "4", "4"]
-    assert ["--train_subset=1010" in w for w in words] == [True, False, True, False]
 
 
 def test_a_failed_run_shows_its_last_lines_and_can_be_retried(scripts, capsys):

@@ -23,8 +23,8 @@ RESUMABLE = ("finetune", "pretrain")
 CHECKPOINT = r"checkpoint-(last|next|previous|best|\d+)\.pth"
 # Files that training leaves. TensorBoard reads all of its files in a folder as one run.
 LEFT = CHECKPOINT + (
-    r"|args\.json|log\.txt|report\.md|result\.json|oof\.csv|summary\.json|curves\.png|confusion\.png|trace\.json"
-    r"|profile\.txt|reconstruction_epoch_\d+\.png|events\.out\.tfevents\..*"
+    r"|args\.json|log\.txt|report\.(md|html)|result\.json|oof\.csv|summary\.json|(curves|confusion|noise_curve)\.png"
+    r"|trace\.json|profile\.txt|reconstruction_epoch_\d+\.png|events\.out\.tfevents\..*"
 )
 
 

@@ -89,7 +89,7 @@ class RunLog:
         Deletes an existing report: it belongs to another command line, or to fewer epochs.
         """
         if self.output_dir:
-            for name in ("report.md", "result.json"):
+            for name in ("report.md", "report.html", "result.json"):
                 with suppress(OSError):
                     os.unlink(self.path(name))
             about = {"kind": self.kind, "command": sys.argv, "options": options}

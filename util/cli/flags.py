@@ -172,7 +172,7 @@ def differences(flags: dict[str, Flag], before: dict, now: dict) -> list[Differe
     """Flags that change results and differ. `before`, `now`: values by field name; what one of them lacks (a run of an
     earlier version) is not compared."""
     return [
-        Difference(flag, _show(before[k]), _show(now[k]))
+        Difference(flag, shown(before[k]), shown(now[k]))
         for k, flag in flags.items()
         if flag.changes_results and k in before and k in now and not _same(before[k], now[k])
     ]
@@ -200,7 +200,7 @@ def _same(a, b) -> bool:
     return _plain(a) == _plain(b)
 
 
-def _show(value) -> str:
+def shown(value) -> str:
     value = _plain(value)
     if isinstance(value, dict):
         value = [f"{name}={v}" for name, v in value.items()]

@@ -1,4 +1,4 @@
-"""The output of main_predict.py: predictions.csv, tables, pictures, report.md."""
+"""The output of main_predict.py: predictions.csv, tables, pictures, the report."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from PIL import Image
 
 from augment.image import open_image
 from util.choices import VIEW_NAMES
+from util.cli.predict import PredictOptions
 from util.data.datasets import ArrayDataset, Dataset
 from util.data.labels import spreadsheet_safe
 from util.files import survive, write_csv, write_text
@@ -17,7 +18,7 @@ from util.predict.ensemble import Combiners, Stacked
 from util.predict.members import crop_pct_of, short_names
 from util.predict.result import Prediction
 from util.report.contact_sheet import Entry, draw_sheet
-from util.report.markdown import cell, note_lines, write_report
+from util.report.page import Block, Code, Heading, Notes, Picture, Table, Text, markdown, write_report
 from util.report.plots import plot_class_distribution, plot_confusion, plot_reliability
 from util.train.folds import probability
 
@@ -112,18 +113,15 @@ def out_of_fold_rows(combiners: Combiners) -> list[dict]:
     return [{"name": name, "views": 1, "chosen": False, **scores(p, oof.targets)} for name, p in named]
 
 
-def table(rows: list[dict]) -> list[str]:
-    """A Markdown table; the chosen row in bold."""
+def table(rows: list[dict]) -> Table:
+    """The chosen row is in bold."""
     keys = [k for k in COLUMNS if k in rows[0]]
-    lines = ["| | views | " + " | ".join(COLUMNS[k] for k in keys) + " |", "|---" * (2 + len(keys)) + "|"]
-    for row in rows:
-        cells = [
-            cell(row["name"]),
-            str(row["views"]),
-            *(f"{row[k]:.4f}" if k == "log_loss" else f"{row[k]:.2f}" for k in keys),
-        ]
-        lines.append("| " + " | ".join(f"**{c}**" if row["chosen"] else c for c in cells) + " |")
-    return lines
+    cells = [
+        [row["name"], str(row["views"]), *(f"{row[k]:.4f}" if k == "log_loss" else f"{row[k]:.2f}" for k in keys)]
+        for row in rows
+    ]
+    bold = [i for i, row in enumerate(rows) if row["chosen"]]
+    return Table(["", "views", *(COLUMNS[k] for k in keys)], cells, bold, sortable=True)
 
 
 def class_rows(classes: list[str], final: np.ndarray, targets: np.ndarray) -> list[dict]:
@@ -138,20 +136,21 @@ def class_rows(classes: list[str], final: np.ndarray, targets: np.ndarray) -> li
     return rows
 
 
-def class_table(rows: list[dict]) -> list[str]:
+def class_table(rows: list[dict]) -> list[Block]:
     shown = rows if len(rows) <= LONGEST else sorted(rows, key=lambda r: -r["predicted"])[:LONGEST]
     total = max(1, sum(r["predicted"] for r in rows))
     labelled = "true" in rows[0]
-    lines = [
-        "| class | predicted | share % |" + (" true | recall % |" if labelled else ""),
-        "|---" * (5 if labelled else 3) + "|",
-    ]
+    cells = []
     for r in shown:
-        line = f"| {cell(r['class'])} | {r['predicted']} | {100 * r['predicted'] / total:.1f} |"
+        line = [r["class"], str(r["predicted"]), f"{100 * r['predicted'] / total:.1f}"]
         if labelled:
-            line += f" {r['true']} | " + ("" if r["recall"] is None else f"{r['recall']:.1f}") + " |"
-        lines.append(line)
-    return lines + ([f"\nThe {LONGEST} most frequent of {len(rows)} classes."] if len(rows) > LONGEST else [])
+            line += [str(r["true"]), "" if r["recall"] is None else f"{r['recall']:.1f}"]
+        cells.append(line)
+    columns = ["class", "predicted", "share %", *(["true", "recall %"] if labelled else [])]
+    blocks: list[Block] = [Table(columns, cells, sortable=True)]
+    if len(rows) > LONGEST:
+        blocks.append(Text(f"The {LONGEST} most frequent of {len(rows)} classes."))
+    return blocks
 
 
 def draw_pictures(
@@ -203,7 +202,7 @@ def draw_pictures(
 
 
 def write_all(
-    output_dir: str,
+    options: PredictOptions,
     *,
     data: Dataset,
     ids: list[str],
@@ -211,37 +210,36 @@ def write_all(
     prediction: Prediction,
     notes: list[str],
     seconds: float,
-    spreadsheet_safe: bool = False,
 ) -> str:
-    """Write all files; returns the results table as text."""
-    members, classes = combiners.members, combiners.classes
+    """Write all files into --output_dir; returns the results table as text."""
+    members, classes, output_dir = combiners.members, combiners.classes, options.run.output_dir
     rows = compare(combiners, prediction)
     final = next(row["probabilities"] for row in rows if row["chosen"])
     targets = data.targets.numpy()[prediction.index]  # for the readable images
     n_labelled = int((targets >= 0).sum())
     path = os.path.join(output_dir, "predictions.csv")
-    write_predictions(path, ids, prediction, final, classes, safe=spreadsheet_safe)
+    write_predictions(path, ids, prediction, final, classes, safe=options.prediction.spreadsheet_safe)
     scored, oof = score_rows(rows, targets, final), out_of_fold_rows(combiners)
     per_class = class_rows(classes, final, targets)
     unreadable = {ids[i]: reason for i, reason in prediction.bad.items()}
 
-    results, interval = [*table(scored), ""], None
+    results: list[Block] = [table(scored)]
+    interval = None
     if n_labelled:
         right = int((final.argmax(1) == targets)[targets >= 0].sum())
         low, high = interval = accuracy_interval(right, n_labelled)
-        results.append(
+        said = (
             f"In bold: predictions.csv. Its accuracy is {right} of {n_labelled} labelled images, 95 % interval "
             f"{low:.1f} to {high:.1f} % (Wilson)."
         )
     else:
-        results.append(
-            "No scores without labels; give --labels FILE.csv (ID,label) or class folders. In bold: predictions.csv."
-        )
+        said = "No scores without labels; give --labels FILE.csv (ID,label) or class folders. In bold: predictions.csv."
+    results.append(Text(said))
     if oof and combiners.oof is not None:
         n = len(combiners.oof.ids)
         about = f"Out of fold, on {n} training images (one view; what to expect on new images):"
-        results += ["", about, "", *table(oof)]
-    write_text(os.path.join(output_dir, "results.md"), "\n".join(results) + "\n")
+        results += [Text(about), table(oof)]
+    write_text(os.path.join(output_dir, "results.md"), markdown(results))
     views = [VIEW_NAMES[v] for v in prediction.views]
     content = {
         "images": len(ids),
@@ -257,20 +255,19 @@ def write_all(
     write_text(os.path.join(output_dir, "results.json"), json.dumps(content, indent=2) + "\n")
     pictures = draw_pictures(output_dir, data, ids, classes, prediction, final, targets)
 
-    text = [
-        f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(views)}; {seconds:.0f} s.",
-        "",
-        *note_lines(notes),
-        *("## Results", "", *results, ""),
-        *("## Members", "", *member_table(combiners), ""),
-        *("## Classes", "", *class_table(per_class), ""),
+    blocks = [
+        Text(f"{len(members)} member{'s' if len(members) > 1 else ''}, views: {', '.join(views)}; {seconds:.0f} s."),
+        Notes(notes),
+        *(Heading("Results"), *results),
+        *(Heading("Members"), *member_table(combiners)),
+        *(Heading("Classes"), *class_table(per_class)),
     ]
     if unreadable:
-        lines = [f"- `{cell(name)}`: {cell(reason)}" for name, reason in unreadable.items()]
-        text += [f"## Not readable: {len(unreadable)}", "", *lines, ""]
-    text += ["## Pictures", "", *[f"![{name[:-4].replace('_', ' ')}]({name})\n" for name in pictures]]
-    write_report(output_dir, f"Predictions for {len(ids)} images", text)
-    return "\n".join(results)
+        lines = [(Code(name), f": {reason}") for name, reason in unreadable.items()]
+        blocks += [Heading(f"Not readable: {len(unreadable)}"), Notes(lines)]
+    blocks += [Heading("Pictures"), *(Picture(name[:-4].replace("_", " "), name) for name in pictures)]
+    write_report(output_dir, f"Predictions for {len(ids)} images", blocks, options)
+    return markdown(results).rstrip()
 
 
 def member_facts(combiners: Combiners) -> list[dict]:
@@ -285,18 +282,19 @@ def member_facts(combiners: Combiners) -> list[dict]:
     return facts
 
 
-def member_table(combiners: Combiners) -> list[str]:
+def member_table(combiners: Combiners) -> list[Block]:
     score = combiners.val_score
-    lines = ["| member | model | networks | input |" + (f" best val {score} % | weight by it |" if score else "")]
-    lines.append("|---" * (6 if score else 4) + "|")
+    rows = []
     for f in member_facts(combiners):
         size = f"{f['in_chans']} x {f['img_size'][0]} x {f['img_size'][1]}, crop {f['crop_pct']:g}"
-        line = f"| {cell(f['name'])} | {f['model']} | {len(f['checkpoints'])} | {size} |"
-        lines.append(line + (f" {f[score]:.2f} | {f['weight']:.4f} |" if score else ""))
+        more = [f"{f[score]:.2f}", f"{f['weight']:.4f}"] if score else []
+        rows.append([f["name"], f["model"], str(len(f["checkpoints"])), size, *more])
+    more = [f"best val {score} %", "weight by it"] if score else []
+    blocks: list[Block] = [Table(["member", "model", "networks", "input", *more], rows, sortable=True)]
     if "stacked" in combiners.ways:
         how = "equally, as in the members' training" if combiners.balanced else "by frequency"
-        lines += [
-            "",
-            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, classes weighted {how}.",
-        ]
-    return lines
+        words = (
+            f"Stacked: logistic regression on log-probabilities, {combiners.ways['stacked']}, classes weighted {how}."
+        )
+        blocks.append(Text(words))
+    return blocks

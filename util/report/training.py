@@ -1,4 +1,4 @@
-"""report.md of training: settings, results and pictures; result.json: the same for programs."""
+"""Reports of training: settings, results and pictures; result.json: the same for programs."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from util.cli.pretrain import PretrainOptions
 from util.files import write_text
 from util.log import read_log
 from util.predict.calibration import interval_sentence
-from util.report.markdown import command_block, command_of, note_lines, write_report
+from util.report.page import Block, Code, Notes, Picture, Table, Text, command_of, commands, markdown, write_report
 from util.report.pictures import sigma_name
 from util.report.plots import loss_name, plot_curves, plot_noise_curve
-from util.train.folds import RESULT
+from util.train.folds import RESULT, Summary
 from util.train.run import Position
 
 LOWEST = (
@@ -53,59 +53,47 @@ def write_finetune_report(
     }
     write_text(os.path.join(output_dir, RESULT), json.dumps(result, indent=2, default=str) + "\n")
 
-    def table(line: dict) -> list[str]:
-        return [
-            f"| {k.removeprefix('val_')} | {v:.4g} |" for k, v in line.items() if k.startswith("val_") and v is not None
-        ]
-
     snr = best.get("train_noise_snr")
     noise += f", {snr:.1f} dB where it is added" if snr is not None else ""
-    text = [
-        f"{_epochs(lines)}; {noise}; "
-        f"input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, {len(meta['classes'])} classes, "
-        + (
-            f"best epoch {position.best_epoch} by {options.selection.eval_metric}."
-            if has_best
-            else "no validation loss was finite."
+    scores = {k.removeprefix("val_"): v for k, v in best.items() if k.startswith("val_") and v is not None}
+    blocks: list[Block] = [
+        Text(
+            f"{_epochs(lines)}; {noise}; input {meta['in_chans']} x {meta['img_size'][0]} x {meta['img_size'][1]}, "
+            f"{len(meta['classes'])} classes, "
+            + (
+                f"best epoch {position.best_epoch} by {options.selection.eval_metric}."
+                if has_best
+                else "no validation loss was finite."
+            )
         ),
-        "",
-        *note_lines(notes),
-        f"| validation, {'best' if has_best else 'last'} epoch | |",
-        "|---|---|",
-        *table(best),
-        "",
-        *([interval_sentence(best["val_acc1"], images), ""] if images and best.get("val_acc1") is not None else []),
-        "![curves](curves.png)",
-        "",
-        *noise_lines(curve, output_dir),
+        Notes(notes),
+        Table(
+            [f"validation, {'best' if has_best else 'last'} epoch", ""], [[k, f"{v:.4g}"] for k, v in scores.items()]
+        ),
     ]
+    if images and "acc1" in scores:
+        blocks.append(Text(interval_sentence(scores["acc1"], images)))
+    blocks += [Picture("curves", "curves.png"), *noise_blocks(curve, output_dir)]
     if has_best:
-        text += [
-            "![confusion matrix of the best epoch](confusion.png)",
-            "",
-            "checkpoint-best.pth has these weights. To score them again:",
-            "",
-            *command_block(evaluation_command(output_dir, options)),
+        blocks += [
+            Picture("confusion matrix of the best epoch", "confusion.png"),
+            Text("checkpoint-best.pth has these weights. To score them again:"),
+            commands(evaluation_command(output_dir, options)),
         ]
-    write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", text)
+    write_report(output_dir, f"Fine-tuning: {meta['model']} on {meta['dataset']}", blocks, options)
 
 
-def noise_lines(curve: list[dict[str, float]] | None, output_dir: str) -> list[str]:
+def noise_blocks(curve: list[dict[str, float]] | None, output_dir: str) -> list[Block]:
     """The table and picture of --noise_curve; nothing without it."""
     if not curve:
         return []
     plot_noise_curve(curve, os.path.join(output_dir, "noise_curve.png"))
     names = {"snr": "noise, dB", "acc1": "acc1", "agreement": "same class, %", "change": "probability moved"}
-    rows = [" | ".join(f"{point[k]:.4g}" for k in (*names, "distance")) for point in curve]
+    rows = [[f"{point[k]:.4g}" for k in (*names, "distance")] for point in curve]
     return [
-        "Noise in evaluation, with the last epoch's weights (inf: without):",
-        "",
-        f"| {' | '.join(names.values())} | distance of the tokens |",
-        "|---" * 5 + "|",
-        *(f"| {row} |" for row in rows),
-        "",
-        "![accuracy against noise in evaluation](noise_curve.png)",
-        "",
+        Text("Noise in evaluation, with the last epoch's weights (inf: without):"),
+        Table([*names.values(), "distance of the tokens"], rows),
+        Picture("accuracy against noise in evaluation", "noise_curve.png"),
     ]
 
 
@@ -124,44 +112,59 @@ def write_pretrain_report(output_dir: str, options: PretrainOptions, meta: dict,
     pictures = sorted((n for n in os.listdir(output_dir) if n.startswith("reconstruction_epoch_")), key=_epoch_of)
     checkpoint, data = os.path.join(output_dir, LAST), options.data
     path = [] if data.data_path == default_path(data.dataset) else options.words("data_path")
-    text = [
-        f"{_epochs(lines)}; T = {len(sigmas)} levels.",
-        "",
-        *note_lines(notes),
+    blocks: list[Block] = [
+        Text(f"{_epochs(lines)}; T = {len(sigmas)} levels."),
+        Notes(notes),
         *_loss_table(lines, meta),  # empty for a finished run whose log.txt is gone
-        "![curves](curves.png)",
-        "",
-        *(line for name in pictures[-1:] for line in (f"![original, masked, each step, final]({name})", "", PSNR, "")),
-        "Next: fine-tuning, a probe of the frozen features, samples.",
-        "",
-        *command_block(
+        Picture("curves", "curves.png"),
+        *(Picture("original, masked, each step, final", name, PSNR) for name in pictures[-1:]),
+        Text("Next: fine-tuning, a probe of the frozen features, samples."),
+        commands(
             command_of("main_finetune.py", "--finetune", checkpoint, "--dataset", data.dataset, *path),
             command_of("main_linprobe.py", "--checkpoint", checkpoint),
             command_of("main_sample.py", checkpoint),
         ),
     ]
-    write_report(output_dir, f"NoProp-MAE pretraining on {meta['dataset']}", text)
+    write_report(output_dir, f"NoProp-MAE pretraining on {meta['dataset']}", blocks, options)
 
 
-def _loss_table(lines: list[dict], meta: dict) -> list[str]:
+def _loss_table(lines: list[dict], meta: dict) -> list[Block]:
     """Table of the losses of the first and last epoch, and why the lowest level's hardly falls."""
     if not lines:
         return []
     sigmas, last = meta["sigmas"][:-1], lines[-1]
     shown = [lines[0], last] if len(lines) > 1 else [last]
     names = {k: loss_name(k, sigmas) for k in last if k.startswith("train_loss_")} | {"train_loss": "sum"}
-
-    def row(name: str, cells: list[str]) -> str:
-        return f"| {name} | {' | '.join(cells)} |"
-
-    text = [row("loss", [f"epoch {line['epoch']}" for line in shown]), "|---" * (1 + len(shown)) + "|"]
-    text += [row(name, [_number(line.get(k)) for line in shown]) for k, name in names.items()]
+    rows = [[name, *(_number(line.get(k)) for line in shown)] for k, name in names.items()]
+    blocks: list[Block] = [Table(["loss", *(f"epoch {line['epoch']}" for line in shown)], rows)]
     lowest, data = sigmas[-1], meta["noprop"]["sigma_data"]
     untrained = 1.0 if meta["noprop"]["loss_weighting"] == "edm" else precondition(lowest, data)[1] ** 2
     reached = last.get(f"train_loss_{len(sigmas) - 1}")
     if lowest < 0.05 * data and reached is not None and abs(reached / untrained - 1) < 0.1:
-        text += ["", LOWEST.format(sigma=sigma_name(lowest), loss=f"{untrained:.3g}")]
-    return [*text, ""]
+        blocks.append(Text(LOWEST.format(sigma=sigma_name(lowest), loss=f"{untrained:.3g}")))
+    return blocks
+
+
+def write_kfold_report(options: FinetuneOptions, summary: Summary) -> None:
+    """The report of all folds; its table is printed, too."""
+    output_dir, kfold = options.run.output_dir, options.data.kfold
+    rows = [
+        [name.removeprefix("val_"), *(f"{v:.2f}" for v in (s["mean"], s["std"], *s["folds"]))]
+        for name, s in summary.scores.items()
+    ]
+    blocks: list[Block] = [
+        Table(["score", "mean", "std", *(f"fold {i}" for i in range(kfold))], rows),
+        Text(
+            [
+                f"Out-of-fold probabilities of {summary.images} images: oof.csv. Each fold's report: ",
+                Code("fold-*/report.md"),
+                ".",
+            ]
+        ),
+        Notes(summary.notes),
+    ]
+    write_report(output_dir, f"{kfold}-fold run", blocks, options)
+    print(markdown(blocks), end="", flush=True)
 
 
 def _epochs(lines: list[dict]) -> str:

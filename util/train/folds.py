@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ from util.folder import clear_run
 from util.log import claim
 
 RESULT = "result.json"
+
+
+@dataclass
+class Summary:
+    """scores: by name, mean, std and folds; images: those with out-of-fold probabilities."""
+
+    scores: dict[str, dict]
+    images: int
+    notes: list[str]
 
 
 def folder(output_dir: str, fold: int) -> str:
@@ -55,7 +65,12 @@ def is_finished(options: FinetuneOptions) -> bool:
     return not found
 
 
-def run_all(options: FinetuneOptions, world: World, run_one: Callable[[FinetuneOptions, World], int]) -> int:
+def run_all(
+    options: FinetuneOptions,
+    world: World,
+    run_one: Callable[[FinetuneOptions, World], int],
+    report: Callable[[FinetuneOptions, Summary], None],
+) -> int:
     """Run every unfinished fold, then write the summary. run_one(options, world) -> exit code."""
     run, kfold = options.run, options.data.kfold
     trains = not (run.dry_run or options.selection.eval)
@@ -78,7 +93,7 @@ def run_all(options: FinetuneOptions, world: World, run_one: Callable[[FinetuneO
             return code
         barrier()
     if world.is_main:
-        summarise(run.output_dir, kfold)
+        report(options, summarise(run.output_dir, kfold))
     return 0
 
 
@@ -110,8 +125,8 @@ def probability(p: float) -> str:
     return f"{p:.9g}"
 
 
-def summarise(output_dir: str, kfold: int) -> None:
-    """oof.csv of all folds, summary.json and report.md with mean and standard deviation."""
+def summarise(output_dir: str, kfold: int) -> Summary:
+    """oof.csv of all folds, and summary.json with mean and standard deviation."""
     header: list[str] = []
     rows, results = [], []
     for fold in range(kfold):
@@ -131,20 +146,4 @@ def summarise(output_dir: str, kfold: int) -> None:
         values = np.array([r["best"][name] for r in results], dtype=float)
         summary[name] = {"mean": float(values.mean()), "std": float(values.std(ddof=1)), "folds": values.tolist()}
     write_text(os.path.join(output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n", "--output_dir")
-    lines = [
-        f"# {kfold}-fold run",
-        "",
-        "| score | mean | std | " + " | ".join(f"fold {i}" for i in range(kfold)) + " |",
-    ]
-    lines.append("|---" * (3 + kfold) + "|")
-    for name, s in summary.items():
-        cells = " | ".join(f"{v:.2f}" for v in s["folds"])
-        lines.append(f"| {name.removeprefix('val_')} | {s['mean']:.2f} | {s['std']:.2f} | {cells} |")
-    lines += [
-        "",
-        f"Out-of-fold probabilities of {len(rows)} images: oof.csv. Each fold's report: fold-*/report.md.",
-        "",
-        *(f"- {note}" for note in results[0].get("notes", [])),
-    ]
-    write_text(os.path.join(output_dir, "report.md"), "\n".join(lines))
-    print("\n".join(lines), flush=True)
+    return Summary(summary, len(rows), results[0].get("notes", []))

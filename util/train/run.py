@@ -264,7 +264,7 @@ class Run:
         )
 
     def report(self, write: Callable[[str], None]) -> None:
-        """Call write(output_dir), which makes report.md and its pictures; a finished run keeps its report."""
+        """Call write(output_dir), which makes the report and its pictures; a finished run keeps its report."""
         if self.log.output_dir and (self.speed or not os.path.exists(self.log.path("report.md"))):
             with survive(self.log.path("report.md")):
                 write(self.log.output_dir)

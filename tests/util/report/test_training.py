@@ -1,11 +1,13 @@
-"""report.md of pretraining: its table of losses and what it says of them."""
+"""Reports of training: pretraining's table of losses and what it says of them; the folds of a k-fold run."""
 
 import json
 
 import pytest
 
 from tests.harness.training import new_run
-from util.report.training import write_pretrain_report
+from util.cli.finetune import FinetuneOptions
+from util.report.training import write_kfold_report, write_pretrain_report
+from util.train.folds import Summary
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def report(tmp_path):
 
 
 def table(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("|")]
+    return [line for line in text.partition("## Settings")[0].splitlines() if line.startswith("|")]
 
 
 def test_a_report_of_one_epoch_has_one_column(report):
@@ -75,3 +77,15 @@ def test_report_says_why_the_lowest_level_hardly_learns_where_it_does_not(report
 def test_report_says_what_the_numbers_below_the_picture_are(report):
     before, after = report([(1.0, 1.0)], "edm").split("(reconstruction_epoch_0.png)")
     assert "PSNR on masked patches. It can fall while the steps add detail" in after and "PSNR" not in before
+
+
+def test_the_report_of_folds_has_the_mean_the_deviation_and_each_fold_and_is_printed(tmp_path, capsys):
+    scores = {"val_acc1": {"mean": 92.0, "std": 2.6458, "folds": [90.0, 91.0, 95.0]}}
+    options = FinetuneOptions.of(kfold=3, output_dir=str(tmp_path))
+    write_kfold_report(options, Summary(scores, 3, ["grey images"]))
+    said, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
+    assert said.startswith("# 3-fold run\n") and "3-fold run</h1>" in (tmp_path / "report.html").read_text()
+    for text in (said, printed):
+        assert "| score | mean | std | fold 0 | fold 1 | fold 2 |\n|---|---|---|---|---|---|\n" in text
+        assert "| acc1 | 92.00 | 2.65 | 90.00 | 91.00 | 95.00 |" in text
+        assert "probabilities of 3 images" in text and "\n- grey images\n" in text
