@@ -139,6 +139,24 @@ json.dump({{"results": rows}}, open(f"{{out}}/results.json", "w"))
     assert [row["mean"] for row in rows] == ["70.00", "53.50"]
 
 
+def test_arms_are_compared_within_each_value_of_an_axis(scripts):
+    grid = ("lr=1e-3,2e-3,4e-3", "seed=0..2", "drop_path=0,0.1")
+    assert sweep(scripts / "out", *grid, paired="seed", within="drop_path", base="lr=2e-3", jobs=3) == 0
+    rows = [(row["arm"], row["difference"]) for row in csv.DictReader((scripts / "out" / "table.csv").open())]
+    block = {"lr=2e-3": "base", "lr=1e-3": "-1.00", "lr=4e-3": "2.00"}
+    assert rows == [(f"{lr} drop_path={d}", way) for d in ("0", "0.1") for lr, way in block.items()]
+    with pytest.raises(UserError, match="--within seed: should be an axis of every --grid, and not that of --paired"):
+        sweep(scripts / "out", *grid, paired="seed", within="seed")
+
+
+def test_a_value_of_the_grid_can_be_put_into_a_line(scripts):
+    line = ["main_finetune.py", *NET, "--split_seed", "{seed}", "--train_subset=10{lr}0"]
+    assert sweep(scripts / "out", "seed=3..4", "lr=1,2", line=line) == 0
+    words = [json.loads(p.read_text())["words"] for p in sorted((scripts / "out" / ".sweep").glob("*.json"))]
+    assert [w[w.index("--split_seed") + 1] for w in words] == ["3", "3", "4", "4"]
+    assert ["--train_subset=1010" in w for w in words] == [True, False, True, False]
+
+
 def test_a_failed_run_shows_its_last_lines_and_can_be_retried(scripts, capsys):
     out = scripts / "out"
     for more, told in (({}, 2), ({}, 0), ({"retry": True}, 2)):

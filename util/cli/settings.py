@@ -801,6 +801,7 @@ class Sweep:
     base: list[str] | None = flag(
         None, "the arm that the others are compared with (default: the first)", nargs="+", metavar="NAME=VALUE"
     )
+    within: str | None = flag(None, "an axis: arms are compared within each of its values (default: all with one base)")
     metric: list[str] = flag(
         ["val_acc1"],
         "what arms are compared by, of log.txt or a prediction's results.json, one or more; STAGE.NAME for an earlier "

@@ -226,7 +226,8 @@ def write_sweep_report(output_dir: str, results: list[ArmResult], settings: Swee
         else "independent runs: Welch's test and interval"
     )
     compared = sum(s.comparison is not None for r in results for s in r.scores.values())
-    words = f"{how}; differences from the first arm, {pairs}; Holm's correction for {compared} comparisons."
+    base = "the base arm" + (f" of each {settings.within}" if settings.within else "")
+    words = f"{how}; differences from {base}, {pairs}; Holm's correction for {compared} comparisons."
     failed = [job for result in results for job in result.missing]
     missing = [f"{job.name}: {job.state}, see {os.path.relpath(job.output, output_dir)}" for job in failed]
     ran = {job.name: job for result in results for job in jobs_of(result)}

@@ -54,10 +54,12 @@ def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> di
         for stage in stages:
             values = of_stage(arm, stage)
             before = {f"{{{job.stage.key}}}": checkpoint(job) for job in chain}
+            marks = {f"{{{key}}}": (key, value) for key, value in arm.items()}
             # A later stage runs once for each result that it starts from.
             named = {**values}
             if any(mark in word for word in stage.words for mark in before):
                 named = {**{k: v for job in chain for k, v in job.values.items()}, **values}
+            named |= dict(pair for mark, pair in marks.items() if any(mark in word for word in stage.words))
             key = (stage.key, name_of(named))
             if key not in made:
                 parts = [output_dir, *([stage.key] if len(stages) > 1 else []), name_of(named)]
@@ -65,8 +67,8 @@ def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> di
                 words = list(stage.words)
                 for name, value in values.items():
                     words += words_of_value(stage.options.flags()[name], value)
-                for mark, path in before.items():
-                    words = [word.replace(mark, path) for word in words]
+                for mark, text in {**before, **{mark: value for mark, (_, value) in marks.items()}}.items():
+                    words = [word.replace(mark, text) for word in words]
                 words += ["--output_dir", folder]
                 words += ["--resume", "auto"] if stage.options.MAIN in TRAININGS else []
                 record = os.path.join(output_dir, ".sweep", "-".join(key) + ".json")

@@ -36,6 +36,7 @@ class ArmResult:
     values: dict[str, str]
     chains: dict[str, list[Job]] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
+    base: "ArmResult | None" = None  # what it is compared with; None: it is a base
 
     @property
     def name(self) -> str:
@@ -56,8 +57,11 @@ def less_is_better(metric: str) -> bool:
 
 
 def group(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sweep) -> list[ArmResult]:
-    """Arms without the pairing axis, the base first. UserError if --paired, --base or --metric does not fit."""
-    paired = settings.paired
+    """Arms without the pairing axis, those with the same value of --within together, their base first.
+
+    UserError if --paired, --within, --base or --metric does not fit.
+    """
+    paired, within = settings.paired, settings.within
     if paired is not None and not all(paired in arm for arm in arms):
         raise UserError(f"--paired {paired}: should be an axis of every --grid; there are {', '.join(arms[0])}")
     for metric in settings.metric:
@@ -67,13 +71,23 @@ def group(arms: list[dict[str, str]], chains: dict[int, list[Job]], settings: Sw
         values = {k: v for k, v in arm.items() if k != (paired or "seed")}
         result = results.setdefault(tuple(values.items()), ArmResult(values))
         result.chains[arm.get(paired or "seed", str(number))] = chains[number]
-    found = list(results.values())
-    base = base_of(found, settings.base)
-    return [base, *(r for r in found if r is not base)]
+    if within is not None and not all(within in result.values for result in results.values()):
+        raise UserError(f"--within {within}: should be an axis of every --grid, and not that of --paired")
+    blocks: dict[str, list[ArmResult]] = {}
+    for result in results.values():
+        blocks.setdefault(result.values[within] if within else "", []).append(result)
+    ordered = []
+    for block in blocks.values():
+        base = base_of(block, settings.base)
+        others = [result for result in block if result is not base]
+        for result in others:
+            result.base = base
+        ordered += [base, *others]
+    return ordered
 
 
 def collect(results: list[ArmResult], settings: Sweep) -> None:
-    """Read the finished runs' results and compare each arm with the base, which is the first.
+    """Read the finished runs' results and compare each arm with its base.
 
     With --pick best, a stage's first metric chooses the epoch that its other metrics are read at.
     """
@@ -94,11 +108,12 @@ def collect(results: list[ArmResult], settings: Sweep) -> None:
                 if epoch in values:
                     score.runs[key] = values[epoch]
                 score.curves.append(curve)
-    base, *others = results
-    for result in others:
+    for result in results:
+        if result.base is None:
+            continue
         for metric, score in result.scores.items():
-            score.comparison = compare(score.runs, base.scores[metric].runs, settings.paired is not None)
-    holm([score.comparison for r in others for score in r.scores.values() if score.comparison is not None])
+            score.comparison = compare(score.runs, result.base.scores[metric].runs, settings.paired is not None)
+    holm([score.comparison for r in results for score in r.scores.values() if score.comparison is not None])
 
 
 def job_of(chain: list[Job], metric: str) -> Job:
