@@ -4,6 +4,8 @@ python main_sweep.py --grid alpha_blend=0,15,50 seed=0..4 --paired seed --jobs 2
     -- main_finetune.py @recipes/digits_finetune.args --finetune pretrain/checkpoint-last.pth
 python main_sweep.py --grid T=1,4 seed=0..2 --paired seed --metric knn_acc1 --output_dir sweeps/levels \\
     -- main_pretrain_noprop.py @recipes/digits_pretrain.args -- main_linprobe.py --checkpoint {pretrain}
+python main_sweep.py --search optuna --trials 30 --grid lr=log(1e-4,1e-2) layer_decay=lin(0.5,1) aug=light,photo \\
+    --output_dir sweeps/search -- main_finetune.py @recipes/photos_small.args --data_path photos
 
 The same command continues a sweep: finished runs stay, interrupted ones resume; more values add arms.
 """
@@ -17,6 +19,7 @@ if __name__ == "__main__":  # report a mistyped flag before other imports
 import os
 import shlex
 
+from util.cli.settings import Sweep
 from util.folder import make_folder
 from util.report.sweep import write_sweep_report
 from util.sweep import grid, jobs
@@ -28,29 +31,62 @@ def main(argv: list[str] | None = None) -> int:
     options, lines = get_options(argv)
     settings = options.sweep
     stages = grid.parse_stages(lines)
+    if settings.search:
+        return run_search(settings, stages)
     arms = grid.expand(settings.grid, stages)
     chains = jobs.plan(arms, stages, settings.output_dir)
     runs = list({id(job): job for chain in chains.values() for job in chain}.values())
     jobs.check(runs)
     results = group(arms, chains, settings)
     if settings.dry_run:
-        for job in runs:
-            print(shlex.join(["python", job.stage.script, *job.words]))
+        print_lines(runs)
         return 0
     make_folder(settings.output_dir, "--output_dir")
     jobs.read_records(runs, settings.retry)
     waiting = sum(job.state == "waiting" for job in runs)
-    print(f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} to do, {settings.jobs} at a time", flush=True)
-    if jobs.run_all(runs, settings.jobs, say=lambda text: print(text, flush=True)):
-        print("interrupted; the same command continues", flush=True)
+    say(f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} to do, {settings.jobs} at a time")
+    if jobs.run_all(runs, settings.jobs, say):
+        say("interrupted; the same command continues")
         return 130
 
     collect(results, settings)
     for metric, rows in write_sweep_report(settings.output_dir, results, settings).items():
         for row in rows:
-            print(f"{metric}: " + "  ".join(f"{k} {v}" for k, v in row.items() if v), flush=True)
-    print(f"report: {os.path.join(settings.output_dir, 'report.html')}", flush=True)
+            say(f"{metric}: " + "  ".join(f"{k} {v}" for k, v in row.items() if v))
+    say(f"report: {os.path.join(settings.output_dir, 'report.html')}")
     return 1 if any(job.state != "finished" for job in runs) else 0
+
+
+def run_search(settings: Sweep, stages: list[grid.Stage]) -> int:
+    """--search: trials one after another, or --jobs at a time, until there are --trials."""
+    from util.report.search import write_search_report
+    from util.sweep.search import Search
+
+    search = Search(settings, stages)
+    if settings.dry_run:
+        print_lines(search.ends)
+        return 0
+    make_folder(settings.output_dir, "--output_dir")
+    search.start()
+    say(f"{len(search.trials())} of {settings.trials} trials begun, {settings.jobs} at a time")
+    interrupted = jobs.run_all(search.jobs(), settings.jobs, say, search)
+    search.settle()
+    if interrupted:
+        say("interrupted; the same command continues")
+        return 130
+    for row in write_search_report(search)[:5]:
+        say("  ".join(f"{k} {v}" for k, v in row.items() if v))
+    say(f"report: {os.path.join(settings.output_dir, 'report.html')}")
+    return 0 if search.best is not None else 1
+
+
+def print_lines(runs: list[jobs.Job]) -> None:
+    for job in runs:
+        print(shlex.join(["python", job.stage.script, *job.words]))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

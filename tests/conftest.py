@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.harness.runs import NET, TINY, finetune, run_script
+from tests.harness.sweeps import SCRIPT
 
 torch.set_num_threads(1)
 
@@ -55,3 +56,16 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
     assert finetune(*TINY, "--output_dir", out) == 0
     return out
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """A folder for a sweep of scripts that take a moment."""
+    from util.sweep import jobs
+
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    for name in ("main_finetune.py", "main_pretrain_noprop.py"):
+        (folder / name).write_text(SCRIPT)
+    monkeypatch.setattr(jobs, "SCRIPTS_AT", str(folder))
+    return tmp_path

@@ -810,6 +810,13 @@ class Sweep:
         metavar="NAME",
     )
     pick: str = flag("best", "the epoch with the best first metric, or the last one", choices=("best", "last"))
+    search: str | None = flag(
+        None,
+        "try combinations that Optuna chooses from lists and from ranges such as log(1e-4,1e-2) or 1..8, and stop poor "
+        "ones early; by the first metric",
+        choices=("optuna",),
+    )
+    trials: int = flag(30, "combinations to try with --search", type=positive_int)
     jobs: int = flag(1, "runs at a time; they share the cores", type=positive_int)
     retry: bool = flag(False, "run again what failed")
     output_dir: str = flag("./sweep", "where the runs and the report go")

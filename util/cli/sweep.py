@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from util.cli.flags import Options
 from util.cli.parser import Parser
+from util.cli.script import require_package
 from util.cli.settings import Sweep
 from util.errors import UserError
 
@@ -32,7 +33,15 @@ def get_options(argv: list[str] | None = None) -> tuple[SweepOptions, list[list[
     options = get_args_parser().options(own)
     if not stages or not all(stages):
         raise UserError("main_sweep.py: give the command to run after ` -- `, e.g. -- main_finetune.py @recipe.args")
-    if not options.sweep.output_dir:
+    sweep = options.sweep
+    if sweep.search:
+        for name, value in (("paired", sweep.paired), ("within", sweep.within), ("base", sweep.base)):
+            if value:
+                raise UserError(f"--{name}: not together with --search, which compares no arms")
+        if len(sweep.grid) > 1:
+            raise UserError("--search: takes one --grid; its axes are searched together")
+        require_package("optuna", "--search optuna")
+    if not sweep.output_dir:
         raise UserError("--output_dir: give a folder for the runs")
     return options, stages
 

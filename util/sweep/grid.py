@@ -78,6 +78,8 @@ def parse_values(text: str, whole: str) -> list[str]:
         except ValueError:
             raise UserError(f"--grid {whole}: should be lin(LOW,HIGH,N), or log of two numbers above 0") from None
         return [f"{math.exp(x) if found[1] == 'log' else x:.6g}" for x in points]
+    if text.startswith(("lin(", "log(")):
+        raise UserError(f"--grid {whole}: should be {text[:3]}(LOW,HIGH,N), N values; (LOW,HIGH) is for --search")
     if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
         first, last = int(found[1]), int(found[2])
         if not 0 <= last - first < MOST:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ class Job:
     words: list[str]
     record: str  # JSON file beside the folders: the command and how it ended
     needs: list["Job"] = field(default_factory=list)
-    state: str = "waiting"  # running, finished, failed, interrupted, skipped
+    state: str = "waiting"  # running, finished, failed, pruned, interrupted, skipped
 
     @property
     def name(self) -> str:
@@ -45,9 +46,22 @@ class Job:
         return self.record.removesuffix(".json") + ".txt"
 
 
-def plan(arms: list[dict[str, str]], stages: list[Stage], output_dir: str) -> dict[int, list[Job]]:
-    """The jobs of each arm, by its number, in the order of stages; arms share jobs with equal flags."""
-    made: dict[tuple[str, str], Job] = {}
+class Search(Protocol):
+    """What adds runs while others are running: util/sweep/search.py."""
+
+    def ask(self) -> list[Job]:
+        """The jobs of one more trial; [] if there are no more."""
+
+    def hopeless(self, job: Job) -> bool:
+        """Whether to stop a running job, by what its log has."""
+
+
+def plan(
+    arms: list[dict[str, str]], stages: list[Stage], output_dir: str, made: dict[tuple[str, str], Job] | None = None
+) -> dict[int, list[Job]]:
+    """The jobs of each arm, by its number, in the order of stages; arms share jobs with equal flags, and those `made`
+    before, which the new ones are added to."""
+    made = {} if made is None else made
     chains: dict[int, list[Job]] = {}
     for number, arm in enumerate(arms):
         chain: list[Job] = []
@@ -110,7 +124,7 @@ def read_records(jobs: list[Job], retry: bool) -> None:
                 f"--output_dir {os.path.dirname(os.path.dirname(job.record))}: {job.name} ran there with other flags "
                 f"({first_difference(before, job.words)}); choose another one"
             )
-        if state == "finished" or (state == "failed" and not retry):
+        if state in ("finished", "pruned") or (state == "failed" and not retry):
             job.state = state
 
 
@@ -119,8 +133,11 @@ def first_difference(before: list[str], now: list[str]) -> str:
     return f"{' '.join(before[i : i + 2]) or 'nothing'} then, {' '.join(now[i : i + 2]) or 'nothing'} now"
 
 
-def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print) -> bool:
-    """Run waiting jobs, `at_a_time` in parallel; True if an interrupt ended it, after every process has saved."""
+def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print, search: Search | None = None) -> bool:
+    """Run waiting jobs, `at_a_time` in parallel; True if an interrupt ended it, after every process has saved.
+
+    search: adds jobs to the list when there is room, and stops some early.
+    """
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
     stop: list[int] = []  # the signals received
     sent = 0
@@ -134,7 +151,10 @@ def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print)
             for job in jobs:
                 if job.state == "waiting" and any(need.state in ("failed", "skipped") for need in job.needs):
                     job.state = "skipped"
-            ready = [j for j in jobs if j.state == "waiting" and all(need.state == "finished" for need in j.needs)]
+            while search and not stop and len(ready_of(jobs)) < at_a_time - len(running) and (more := search.ask()):
+                jobs += [job for job in more if job not in jobs]
+                bar.total = len(jobs)
+            ready = ready_of(jobs)
             for job in ready[: at_a_time - len(running)] if not stop else ():
                 running[start(job, environment)] = (job, time.time())
                 say(f"started {job.name}")
@@ -144,6 +164,10 @@ def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print)
                     process.send_signal(signal.SIGTERM if sent == 1 else signal.SIGKILL)
             if not running:
                 return bool(stop)
+            for process, (job, _) in running.items():
+                if search and job.state == "running" and search.hopeless(job):
+                    job.state = "pruned"
+                    process.send_signal(signal.SIGTERM)
             for process in [p for p in running if p.poll() is not None]:
                 job, began = running.pop(process)
                 finish(job, process.returncode, time.time() - began)
@@ -154,6 +178,10 @@ def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print)
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ready_of(jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if job.state == "waiting" and all(need.state == "finished" for need in job.needs)]
 
 
 def start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
@@ -168,7 +196,8 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def finish(job: Job, code: int, seconds: float) -> None:
-    job.state = "finished" if code == 0 else "interrupted" if code in (STOPPED, 130) or code < 0 else "failed"
+    if job.state != "pruned" or code == 0:
+        job.state = "finished" if code == 0 else "interrupted" if code in (STOPPED, 130) or code < 0 else "failed"
     record = {"words": job.words, "state": job.state, "code": code, "seconds": round(seconds, 2), "values": job.values}
     text = json.dumps(record, indent=2).encode()
     write_atomic(job.record, lambda file: file.write(text))

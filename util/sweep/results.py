@@ -143,10 +143,18 @@ def curve_of(folder: str, metric: str) -> list[tuple[int, float]]:
 
 
 def lines_of(folder: str) -> list[dict]:
-    """The lines of log.txt; of a prediction, the row of results.json that predictions.csv was made from."""
+    """The lines of log.txt, a k-fold run's as the mean of its folds' at each epoch; of a prediction, the row of
+    results.json that predictions.csv was made from."""
     results = Path(folder, "results.json")
     if results.is_file():
         return [{"epoch": 0, **row} for row in json.loads(results.read_text("utf-8"))["results"] if row["chosen"]]
+    folds = [read_log(str(path)) for path in sorted(Path(folder).glob("fold-*/log.txt"))]
+    if folds:  # they may have stopped at different epochs
+        rows = [{k: v for k, v in line.items() if isinstance(v, (int, float))} for lines in folds for line in lines]
+        epochs = [e for e in sorted({row["epoch"] for row in rows}) if sum(r["epoch"] == e for r in rows) == len(folds)]
+        at = {epoch: [row for row in rows if row["epoch"] == epoch] for epoch in epochs}
+        shared = {epoch: [k for k in same[0] if all(k in row for row in same)] for epoch, same in at.items()}
+        return [{**{k: sum(row[k] for row in at[e]) / len(folds) for k in shared[e]}, "epoch": e} for e in epochs]
     return read_log(os.path.join(folder, "log.txt"))
 
 
