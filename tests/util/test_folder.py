@@ -12,8 +12,8 @@ from tests.harness.runs import NET, finetune
 from util.checkpoint import BEST, LAST, find_resume, read_checkpoint
 from util.dist import World
 from util.errors import UserError
-from util.folder import KINDS, OUTPUT_MARK, make_folder, remove_empty_folders
-from util.log import claim, read_log
+from util.folder import KINDS, OUTPUT_MARK, clear_run, make_folder, remove_empty_folders
+from util.log import RunLog, claim, read_log
 
 MEASURE = ("linprobe", "sample", "predict")
 
@@ -173,3 +173,12 @@ def test_folders_of_a_start_that_fails_are_removed_whatever_their_names(tmp_path
         make_folder(str(tmp_path / "c" / "zero\0byte"), "--output_dir")
     remove_empty_folders()
     assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+
+
+def test_another_command_lines_report_does_not_stay(tmp_path):
+    ways = (lambda: clear_run(str(tmp_path)), lambda: RunLog(str(tmp_path), kind="finetune").write_args({}))
+    for way in ways:
+        for name in ("report.md", "report.html", "result.json", "mine.html"):
+            (tmp_path / name).touch()
+        way()
+        assert {path.name for path in tmp_path.iterdir()} - {"args.json", OUTPUT_MARK} == {"mine.html"}

@@ -82,7 +82,9 @@ def draw_means(results: list[ArmResult], metric: str) -> str:
     for i, result in enumerate(results):
         score = result.scores[metric]
         mean, low, high = score.summary
-        axes.plot(list(score.runs.values()), [i] * len(score.runs), "o", color=COLORS[0], alpha=0.35, markersize=4)
+        axes.plot(
+            list(score.runs.values()), [i + 0.22] * len(score.runs), "o", color=COLORS[0], alpha=0.6, markersize=3
+        )
         if not math.isnan(low):
             axes.plot([low, high], [i, i], color=COLORS[0], linewidth=2)
         if score.runs:
@@ -240,8 +242,12 @@ def write_sweep_report(output_dir: str, results: list[ArmResult], settings: Swee
     for metric, rows in tables.items():
         cells = [list(row.values()) for row in rows]
         blocks += [Heading(metric), Table(list(rows[0]), cells, sortable=True), *draw_all(results, metric)]
-    blocks += [Heading("Runs without a result"), Notes(missing)] if missing else [Text("Every run finished.")]
+    if missing:
+        blocks += [Heading("Runs without a result"), Notes(missing)]
     blocks += [Heading("Cost"), cost(results), *differing(results, output_dir)]
-    blocks += [Heading("What ran"), Folded(f"{len(lines)} lines", [Lines(lines)])]
+    blocks.append(Heading("What ran"))
+    if not missing:
+        blocks.append(Text("Every run finished."))
+    blocks.append(Folded(f"{len(lines)} lines", [Lines(lines)]))
     write_report(output_dir, f"Sweep: {', '.join(settings.metric)}", blocks, flag="--output_dir")
     return tables
