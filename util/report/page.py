@@ -22,7 +22,7 @@ from util.files import write_text
 from util.log import git_commit, versions
 
 NUMBER = r"[-+]?(\d[\d.]*(e[-+]?\d+)?|inf)( to [-+]?\d[\d.]*)? ?%?"
-LARGEST = 10_000_000  # bytes of pictures inside a page; what does not fit is named instead
+LARGEST = 7_500_000  # bytes of pictures inside a page, where they take 10 MB; what does not fit is named instead
 
 
 class Code(str):
@@ -130,7 +130,8 @@ def how_it_was_made(options: Options | None) -> list[Block]:
 
 
 def visible(text: str) -> str:
-    """Text without control characters; bytes of a file name that are no text become escapes."""
+    """Text without control characters; bytes of a file name that are no text become escapes, as on the terminal."""
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", text)
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else " " for c in text)
 
