@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from safetensors.torch import save_file
 
 import main_finetune
 import main_pretrain_noprop
-from bench.ranks import Ranks
+from bench.ranks import Ranks, empty_store
 from models import create_model
+from tests.harness import ROOT
 from tests.harness.checks import assert_same_run, assert_tensorboard_has_log, undocumented
 from tests.harness.runs import NET, PLAIN, TINY, finetune
 from util.checkpoint import read_checkpoint
@@ -105,6 +108,26 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
         assert torch.allclose(v, two["model"][k], atol=3e-5), k
     a, b = (read_log(str(tmp_path / n / "log.txt"))[-1] for n in ("one", "two"))
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun_train_as_one_with_two_processes(tmp_path):
+    """As on two nodes: LOCAL_RANK is 0 on both. The files are written once, and are those of two processes on one."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    port = str(empty_store().port)
+    agent = [sys.executable, *"-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --monitor-interval=0.1".split()]
+    agent += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    line = [*NET, "--batch_size", "32"]
+    command = ["main_finetune.py", *line, "--output_dir", str(two)]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    agents = [subprocess.Popen([*agent, f"--node_rank={i}", *command], **out) for i in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0], said
+    assert "2 x cpu" in said[0] and "epoch 2:" in said[0] and "epoch" not in said[1], said
+    assert Ranks(2, lambda: finetune(*line, "--output_dir", one)).exit_codes() == [0, 0]
+    assert_same_run(one, two)
+    names = [sorted(re.sub(r"(events\.out\.tfevents)\..*", r"\1", p.name) for p in run.iterdir()) for run in (one, two)]
+    assert names[0] == names[1] and len(read_log(str(two / "log.txt"))) == 3
 
 
 @pytest.mark.slow

@@ -33,17 +33,20 @@ def test_recipes_that_are_named_exist():
     assert len(named - {"x.args"}) >= 6 and named - {"x.args"} <= {path.name for path in RECIPES}
 
 
-# Stand-ins for what SLURM has. srun starts the tasks, hands a signal on to all of them and ends with the highest code.
+# Stand-ins for what SLURM has, with two nodes of one task each. srun starts the tasks, hands a signal on to all of them
+# and ends with the highest code.
 SRUN = """#!{python}
 import os, signal, subprocess, sys
 tasks = [
-    subprocess.Popen(sys.argv[1:], env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+    subprocess.Popen(sys.argv[1:], env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": "0"}})
     for i in range(2)
 ]
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
 sys.exit(max(task.wait() for task in tasks))
 """
-SCONTROL = "#!/bin/sh\necho scontrol $@\n"
+SCONTROL = """#!/bin/sh
+if [ "$*" = "show hostnames localhost,node-[7]" ]; then printf "localhost\\nnode-7\\n"; else echo scontrol $@; fi
+"""
 
 
 @pytest.mark.slow
@@ -51,7 +54,8 @@ def test_the_slurm_job_requeues_only_when_time_is_up(tmp_path):
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost,node-[7]"}
+    slurm |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     line = ["main_finetune.py", *NET, "--batch_size", "32", "--output_dir", str(tmp_path / "out"), "--epochs"]
 
