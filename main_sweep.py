@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     options, lines = get_options(argv)
     settings = options.sweep
     stages = grid.parse_stages(lines)
+    launcher = choose_launcher(settings)
     if settings.search:
-        return run_search(settings, stages)
+        return run_search(settings, stages, launcher)
     arms = grid.expand(settings.grid, stages)
     chains = jobs.plan(arms, stages, settings.output_dir)
     runs = list({id(job): job for chain in chains.values() for job in chain}.values())
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs.read_records(runs, settings.retry)
     waiting = sum(job.state == "waiting" for job in runs)
     say(f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} to do, {settings.jobs} at a time")
-    if jobs.run_all(runs, settings.jobs, say):
+    if jobs.run_all(runs, launcher, say):
         say("interrupted; the same command continues")
         return 130
 
@@ -57,7 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(job.state != "finished" for job in runs) else 0
 
 
-def run_search(settings: Sweep, stages: list[grid.Stage]) -> int:
+def choose_launcher(settings: Sweep) -> jobs.Launcher:
+    if settings.launcher == "local":
+        return jobs.Local(settings.jobs)
+    from util.sweep.slurm import Slurm  # imports submitit
+
+    return Slurm(settings.jobs, settings.output_dir, settings.slurm)
+
+
+def run_search(settings: Sweep, stages: list[grid.Stage], launcher: jobs.Launcher) -> int:
     """--search: trials one after another, or --jobs at a time, until there are --trials."""
     from util.report.search import write_search_report
     from util.sweep.search import Search
@@ -69,7 +78,7 @@ def run_search(settings: Sweep, stages: list[grid.Stage]) -> int:
     make_folder(settings.output_dir, "--output_dir")
     search.start()
     say(f"{len(search.trials())} of {settings.trials} trials begun, {settings.jobs} at a time")
-    interrupted = jobs.run_all(search.jobs(), settings.jobs, say, search)
+    interrupted = jobs.run_all(search.jobs(), launcher, say, search)
     search.settle()
     if interrupted:
         say("interrupted; the same command continues")

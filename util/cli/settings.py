@@ -817,7 +817,16 @@ class Sweep:
         choices=("optuna",),
     )
     trials: int = flag(30, "combinations to try with --search", type=positive_int)
-    jobs: int = flag(1, "runs at a time; they share the cores", type=positive_int)
+    jobs: int = flag(1, "runs at a time; local ones share the cores", type=positive_int)
+    launcher: str = flag("local", "where runs are processes of this machine, or SLURM jobs", choices=("local", "slurm"))
+    slurm: list[tuple[str, object]] = flag(
+        [],
+        "of --launcher slurm, by submitit's names: partition=gpu gpus_per_node=4 timeout_min=240 ...; a task for each "
+        "GPU (default: one task, 240 minutes)",
+        type=keyword,
+        nargs="+",
+        metavar="NAME=VALUE",
+    )
     retry: bool = flag(False, "run again what failed")
     output_dir: str = flag("./sweep", "where the runs and the report go")
     dry_run: bool = flag(False, "print the lines that would run, then stop")

@@ -43,6 +43,10 @@ def get_options(argv: list[str] | None = None) -> tuple[SweepOptions, list[list[
         require_package("optuna", "--search optuna")
     if not sweep.output_dir:
         raise UserError("--output_dir: give a folder for the runs")
+    if options.sweep.launcher == "slurm":
+        require_package("submitit", "--launcher slurm")
+    elif options.sweep.slurm:
+        raise UserError("--slurm: only --launcher slurm takes it")
     return options, stages
 
 

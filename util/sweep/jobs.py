@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from tqdm import tqdm
 
-from util.errors import UserError
+from util.errors import UserError, listed
 from util.files import write_atomic
 from util.sweep.grid import Stage, name_of, of_stage, words_of_value
 
@@ -112,13 +112,10 @@ def check(jobs: list[Job]) -> None:
 def read_records(jobs: list[Job], retry: bool) -> None:
     """Read the state of an earlier start: finished runs stay finished, failed ones stay failed unless `retry`."""
     for job in jobs:
-        if not os.path.isfile(job.record):
+        record = read_record(job)
+        if not record:
             continue
-        try:
-            record = json.loads(Path(job.record).read_text("utf-8"))
-            before, state = record["words"], record["state"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{job.record}: not a record of a sweep; choose another --output_dir") from None
+        before, state = record["words"], record["state"]
         if before != job.words:
             raise UserError(
                 f"--output_dir {os.path.dirname(os.path.dirname(job.record))}: {job.name} ran there with other flags "
@@ -133,47 +130,74 @@ def first_difference(before: list[str], now: list[str]) -> str:
     return f"{' '.join(before[i : i + 2]) or 'nothing'} then, {' '.join(now[i : i + 2]) or 'nothing'} now"
 
 
-def run_all(jobs: list[Job], at_a_time: int, say: Callable[[str], None] = print, search: Search | None = None) -> bool:
-    """Run waiting jobs, `at_a_time` in parallel; True if an interrupt ended it, after every process has saved.
+class Launcher(Protocol):
+    """Starts runs. again: a run that was told to stop, not by the sweep, goes on by itself."""
+
+    verb: str
+    pause: float  # seconds between two looks at the runs
+    again: bool
+    at_a_time: int  # runs
+
+    def room(self, running: int) -> int:
+        """How many of the ready runs may start."""
+
+    def adopt(self, jobs: list[Job]) -> list:
+        """(job, run) of what an earlier start of the sweep has left running."""
+
+    def start(self, jobs: list[Job]) -> list:
+        """Runs, each with poll() -> (exit code, seconds) or None while it runs, and `note`, a text about it."""
+
+    def stop(self, runs: list, kill: bool) -> None:
+        """Tell them to save and stop, or end them at once."""
+
+
+def run_all(jobs: list[Job], launcher: Launcher, say: Callable[[str], None], search: Search | None = None) -> bool:
+    """Run waiting jobs; True if an interrupt ended it, after every run has saved.
 
     search: adds jobs to the list when there is room, and stops some early.
     """
-    running: dict[subprocess.Popen, tuple[Job, float]] = {}
     stop: list[int] = []  # the signals received
     sent = 0
     before = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    threads = max(1, len(os.sched_getaffinity(0)) // at_a_time)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     done = sum(job.state == "finished" for job in jobs)
     bar = tqdm(total=len(jobs), initial=done, unit="run", disable=not sys.stderr.isatty())
+    running = launcher.adopt(jobs)
+    for job, run in running:
+        say(f"goes on: {job.name}{run.note}")
     try:
         while True:
             for job in jobs:
                 if job.state == "waiting" and any(need.state in ("failed", "skipped") for need in job.needs):
                     job.state = "skipped"
-            while search and not stop and len(ready_of(jobs)) < at_a_time - len(running) and (more := search.ask()):
+            room = launcher.at_a_time - len(running)
+            while search and not stop and len(ready_of(jobs)) < room and (more := search.ask()):
                 jobs += [job for job in more if job not in jobs]
                 bar.total = len(jobs)
-            ready = ready_of(jobs)
-            for job in ready[: at_a_time - len(running)] if not stop else ():
-                running[start(job, environment)] = (job, time.time())
-                say(f"started {job.name}")
+            ready = [] if stop else ready_of(jobs)[: launcher.room(len(running))]
+            for job, run in zip(ready, launcher.start(ready) if ready else ()):
+                running.append((job, run))
+                say(f"{launcher.verb} {job.name}{run.note}")
             if len(stop) > sent:
                 sent = len(stop)
-                for process in running:
-                    process.send_signal(signal.SIGTERM if sent == 1 else signal.SIGKILL)
+                names = listed([job.name + run.note for job, run in running])
+                say(f"{'killing' if sent > 1 else 'telling to save and stop'}: {names}")
+                launcher.stop([run for _, run in running], kill=sent > 1)
             if not running:
                 return bool(stop)
-            for process, (job, _) in running.items():
+            for job, run in running:
                 if search and job.state == "running" and search.hopeless(job):
                     job.state = "pruned"
-                    process.send_signal(signal.SIGTERM)
-            for process in [p for p in running if p.poll() is not None]:
-                job, began = running.pop(process)
-                finish(job, process.returncode, time.time() - began)
+                    launcher.stop([run], kill=False)
+            ended = [(job, run, end) for job, run in running if (end := run.poll())]
+            running = [(job, run) for job, run in running if all(run is not other for _, other, _ in ended)]
+            for job, _, (code, seconds) in ended:
+                finish(job, code, seconds)
                 bar.update(job.state == "finished")
-                say(f"{job.state} {job.name} ({time.time() - began:.0f} s)" + told(job))
-            time.sleep(0.05)
+                state = job.state
+                if state == "interrupted" and code == STOPPED and launcher.again and not stop:
+                    job.state, state = "waiting", "stopped and saved:"
+                say(f"{state} {job.name} ({seconds:.0f} s)" + told(job))
+            time.sleep(launcher.pause)
     finally:
         bar.close()
         for number, handler in before.items():
@@ -184,23 +208,82 @@ def ready_of(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.state == "waiting" and all(need.state == "finished" for need in job.needs)]
 
 
-def start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
+class LocalRun:
+    """A process of this machine, in its own session: Ctrl-C reaches only the sweep, which tells its runs to save."""
+
+    note = ""
+
+    def __init__(self, job: Job, environment: dict[str, str]):
+        command = command_of(job)
+        self.began = time.time()
+        with open_output(job, command) as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+    def poll(self) -> tuple[int, float] | None:
+        code = self.process.poll()
+        return None if code is None else (code, time.time() - self.began)
+
+
+class Local:
+    """Starts runs on this machine, which share its cores."""
+
+    verb, pause, again = "started", 0.05, False
+
+    def __init__(self, at_a_time: int):
+        self.at_a_time = at_a_time
+        threads = max(1, len(os.sched_getaffinity(0)) // at_a_time)
+        self.environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+    def room(self, running: int) -> int:
+        return self.at_a_time - running
+
+    def adopt(self, jobs: list[Job]) -> list[tuple[Job, LocalRun]]:
+        return []
+
+    def start(self, jobs: list[Job]) -> list[LocalRun]:
+        for job in jobs:
+            job.state = "running"
+        return [LocalRun(job, self.environment) for job in jobs]
+
+    def stop(self, runs: list[LocalRun], kill: bool) -> None:
+        for run in runs:
+            run.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+
+
+def command_of(job: Job) -> list[str]:
+    return [sys.executable, os.path.join(SCRIPTS_AT, job.stage.script), *job.words]
+
+
+def open_output(job: Job, command: list[str]) -> BinaryIO:
+    """The file of what a run prints, behind a line with the command."""
     os.makedirs(os.path.dirname(job.record), exist_ok=True)
-    job.state = "running"
-    command = [sys.executable, os.path.join(SCRIPTS_AT, job.stage.script), *job.words]
-    with open(job.output, "ab") as file:
-        file.write(f"$ {shlex.join(command)}\n".encode())
-        file.flush()
-        # In its own session: Ctrl-C reaches only the sweep, which tells its processes to save.
-        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    file = open(job.output, "ab")  # noqa: SIM115 (the caller closes it)
+    file.write(f"$ {shlex.join(command)}\n".encode())
+    file.flush()
+    return file
 
 
 def finish(job: Job, code: int, seconds: float) -> None:
     if job.state != "pruned" or code == 0:
         job.state = "finished" if code == 0 else "interrupted" if code in (STOPPED, 130) or code < 0 else "failed"
-    record = {"words": job.words, "state": job.state, "code": code, "seconds": round(seconds, 2), "values": job.values}
-    text = json.dumps(record, indent=2).encode()
+    write_record(job, code=code, seconds=round(seconds_of(job) + seconds, 2))
+
+
+def write_record(job: Job, **more) -> None:
+    kept = {"words": job.words, "state": job.state, "values": job.values, "seconds": seconds_of(job)}
+    text = json.dumps({**kept, **more}, indent=2).encode()
     write_atomic(job.record, lambda file: file.write(text))
+
+
+def read_record(job: Job) -> dict:
+    """What an earlier start of the sweep noted, or {}."""
+    if not os.path.isfile(job.record):
+        return {}
+    try:
+        record = json.loads(Path(job.record).read_text("utf-8"))
+        return {"words": record["words"], "state": record["state"], **record}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{job.record}: not a record of a sweep; choose another --output_dir") from None
 
 
 def told(job: Job) -> str:
@@ -213,4 +296,5 @@ def told(job: Job) -> str:
 
 
 def seconds_of(job: Job) -> float:
-    return float(json.loads(Path(job.record).read_text("utf-8"))["seconds"])
+    """Of all its attempts."""
+    return float(read_record(job).get("seconds", 0.0))
