@@ -293,7 +293,9 @@ def children(parent: int) -> list[int]:
 
 
 def rank_process(launcher: int, rank: int) -> int:
-    return next(p for p in children(launcher) if f"\0RANK={rank}\0" in Path("/proc", str(p), "environ").read_text())
+    return next(
+        p for p in children(launcher) if f"\0RANK={rank}\0".encode() in Path("/proc", str(p), "environ").read_bytes()
+    )
 
 
 @pytest.mark.slow
