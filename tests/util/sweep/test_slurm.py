@@ -129,6 +129,14 @@ def test_a_sweep_that_was_killed_goes_on_with_the_jobs_in_the_queue(study, clust
     assert (tmp_path / "out" / "lr=2e-3" / "starts").read_text() == "x"
 
 
+@pytest.mark.slow
+def test_a_search_submits_no_more_trials_than_jobs_at_a_time(study, cluster, tmp_path):
+    pytest.importorskip("optuna")
+    assert study("lr=1e-3,2e-3", flags="--search optuna --trials 2") == 0
+    scripts = submissions(tmp_path)
+    assert len(scripts) == 2 and not any("--array" in text for text in scripts)
+
+
 @pytest.fixture
 def held(cluster, tmp_path):
     """A run whose job never starts: (the run, what it says of itself when squeue says a state of its job)."""
@@ -168,28 +176,32 @@ def test_a_saved_run_goes_on_unless_somebody_cancelled_its_job(held):
     submitit.core.utils.cloudpickle_dump(("success", (75, 2.5)), run.submitted.paths.result_pickle)
     assert poll("RUNNING") is None, "it is about to end"
     assert poll("CANCELLED") == (130, 2.5) and poll("COMPLETED") == (75, 2.5)
+    submitit.core.utils.cloudpickle_dump(("error", "No such python"), run.submitted.paths.result_pickle)
+    with open(run.job.output) as file:
+        assert poll("FAILED") == (1, 0.0) and "No such python" in file.read()
 
 
 @pytest.mark.slow
 def test_each_task_has_torchruns_variables_and_hands_a_signal_on(tmp_path, monkeypatch):
-    """By submitit's local executor. The second task fails; the third is told that time is nearly up."""
+    """By submitit's local executor. Task 1 fails; time is nearly up for 2, and for 3 before it has a handler."""
     monkeypatch.setenv("RANK", "7")  # of whatever started the sweep
     names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     code = f"""if True:
         import os, signal, sys, time
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        if os.environ["RANK"] != "3":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         print(*(os.environ[name] for name in {names}), flush=True)
-        if os.environ["RANK"] == "2":
+        if os.environ["RANK"] in "23":
             os.kill(os.getppid(), signal.SIGUSR2)
             time.sleep(60)
         sys.exit(3 * int(os.environ["RANK"]))
     """
     executor = submitit.LocalExecutor(tmp_path / "jobs")
-    executor.update_parameters(tasks_per_node=3, timeout_min=2)
+    executor.update_parameters(tasks_per_node=4, timeout_min=2)
     job = executor.submit(slurm.run_task, [sys.executable, "-c", code], str(tmp_path / "said"), True)
-    assert [code for code, _ in job.results()] == [0, 3, 75]
+    assert [code for code, _ in job.results()] == [0, 3, 75, 75]
     said = sorted(line.split() for line in (tmp_path / "said").read_text().splitlines())
-    assert [line[:3] for line in said] == [[str(i), str(i), "3"] for i in range(3)]
+    assert [line[:3] for line in said] == [[str(i), str(i), "4"] for i in range(4)]
     assert len({tuple(line[3:]) for line in said}) == 1
 
 
