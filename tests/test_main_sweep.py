@@ -153,6 +153,8 @@ def test_a_later_stage_starts_from_each_result_of_the_one_before(scripts, monkey
     words = records["finetune-T=2,seed=1,lr=2e-3"]
     assert words[words.index("--finetune") + 1] == str(scripts / "out" / "pretrain" / "T=2,seed=1" / "log.txt")
     assert words[words.index("--seed") + 1] == "1" and "--T" not in words
+    told = (scripts / "out" / "finetune" / "T=2,seed=1,lr=2e-3" / "called.txt").read_text()
+    assert told == "out: finetune/T=2,seed=1,lr=2e-3", "group and name for the loggers"
 
 
 def test_an_interrupt_stops_the_runs_and_the_same_line_goes_on(scripts, monkeypatch, capsys):

@@ -200,6 +200,10 @@ TRAINING = {
         Row("--output_dir {out}/a", lambda s: s.names("a/*") >= {"args.json", "log.txt", "checkpoint-last.pth"})
     ],
     "log_dir": [Row("--log_dir {out}/tb", lambda s: s.names("tb/events.out.tfevents*"), "--output_dir {out}/a")],
+    "logger": [
+        Row("--logger csv", lambda s: "metrics.csv" in s.names() and not s.names("events*"), "--output_dir {out}"),
+        Row("--logger none", lambda s: not s.names("events*"), "--output_dir {out}"),
+    ],
     "start_epoch": [Row("--start_epoch 1", lambda s: s.epochs == [1], "--epochs 2")],
     "save_freq": [
         Row(

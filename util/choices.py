@@ -46,6 +46,9 @@ VIEW_NAMES = (
     "blur",
 )
 
+# Loggers and their classes in util/loggers.py.
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "Wandb", "mlflow": "Mlflow", "trackio": "Trackio", "csv": "Csv"}
+
 LEAST_CROP_PCT = 0.1  # an image is resized to cover (input size / crop_pct)
 
 # Augmentation policies (augment/rand_augment.py).

@@ -25,6 +25,7 @@ CHECKPOINT = r"checkpoint-(last|next|previous|best|\d+)\.pth"
 LEFT = CHECKPOINT + (
     r"|args\.json|log\.txt|report\.(md|html)|result\.json|oof\.csv|summary\.json|(curves|confusion|noise_curve)\.png"
     r"|trace\.json|profile\.txt|reconstruction_epoch_\d+\.png|events\.out\.tfevents\..*"
+    r"|metrics\.csv|\.logger-\w+\.json"
 )
 
 

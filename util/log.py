@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard, log.txt (one JSON object per epoch, MAE's convention), lines on the terminal."""
+"""What a run reports: to its loggers, in log.txt (one JSON object per epoch, MAE's convention), on the terminal."""
 
 import json
 import math
@@ -6,17 +6,16 @@ import os
 import platform
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from util.dist import World, broadcast_object
 from util.errors import UserError, reason_of
-from util.files import must_write, survive, write_text
+from util.files import survive, write_text
 from util.folder import (
     clear_run,
     goes_on_in,
@@ -26,6 +25,7 @@ from util.folder import (
     refuse_log_of_other_run,
     refuse_other_run,
 )
+from util.loggers import Logger, Start, build, forget, name_and_group
 
 TIMES = ("seconds", "images_per_second", "data_wait_percent")  # the entries of log.txt that equal runs do not share
 
@@ -33,9 +33,9 @@ TIMES = ("seconds", "images_per_second", "data_wait_percent")  # the entries of 
 class RunLog:
     """Writes on rank 0 only.
 
-    TensorBoard's steps are MAE's epoch_1000x: int(1000 * fractional epoch). Every --print_freq steps both trainings
-    write train_loss and lr, as MAE does, and pretraining the loss of each level (train_loss_0, ...). After each epoch
-    they write the values of its line in log.txt: train_loss as train/loss, val_acc1 as val/acc1.
+    The loggers (util/loggers.py) get, every --print_freq steps, train_loss and lr, as MAE does, and of pretraining the
+    loss of each level (train_loss_0, ...); after each epoch the values of its line in log.txt: train_loss as
+    train/loss, val_acc1 as val/acc1.
     """
 
     def __init__(
@@ -46,38 +46,38 @@ class RunLog:
         is_main: bool = True,
         kind: str = "",
         anew: bool = False,
+        loggers: Sequence[str] = ("tensorboard",),
     ):
         self.output_dir = output_dir if is_main else None
         self.is_main = is_main
         self.kind, self.anew = kind, anew  # anew: delete another run's files in the folder
-        self.writer: Any = None  # TensorBoard's SummaryWriter
         self.lock = None
         self.log_dir = (log_dir or output_dir) if is_main else None
+        self.asked = list(loggers) if is_main else []
+        self.loggers: list[Logger] = []  # that are on
         if self.output_dir:
             make_folder(self.output_dir, "--output_dir")
             mark_output(self.output_dir)
 
-    def start(self, epoch: float = 0.0) -> None:
+    def start(self, epoch: float = 0.0, hyperparameters: dict | None = None) -> None:
         """Open the files to continue at `epoch`; what an interrupted run wrote beyond it is dropped.
 
         UserError if another process is training there.
         """
+        kept: list[dict] = []
         if self.output_dir:
             self.lock = lock_folder(self.output_dir)
             if self.anew:
                 clear_run(self.output_dir)
             kept = [line for line in read_log(self.path("log.txt")) if line["epoch"] < math.floor(epoch)]
             write_text(self.path("log.txt"), "".join(json.dumps(line) + "\n" for line in kept), "--output_dir")
-        if self.log_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
+        if self.log_dir and "tensorboard" in self.asked:
             make_folder(self.log_dir, "--log_dir")
             mark_output(self.log_dir)
-            threading.excepthook = _excepthook
-            with must_write("--log_dir", self.log_dir):
-                self.writer = SummaryWriter(self.log_dir, purge_step=int(epoch * 1000) + 1)
-                if epoch == 0:
-                    self.writer.add_text("x axis", "1000 steps are one epoch: epoch 0 ends at 1000.", 0)
+        places = {"tensorboard": self.log_dir, "csv": self.output_dir}
+        self.loggers = [build(name) for name in self.asked if places.get(name, True)]
+        name, group = name_and_group(self.output_dir or self.log_dir or self.kind)
+        self._each("start", Start(self.output_dir, self.log_dir, name, group, dict(hyperparameters or {}), epoch, kept))
 
     def path(self, name: str) -> str:
         assert self.output_dir
@@ -97,32 +97,27 @@ class RunLog:
             write_text(self.path("args.json"), text, "--output_dir")
 
     def scalars(self, values: dict[str, float], epoch_1000x: int) -> None:
-        with self._tensorboard() as writer:
-            for name, value in values.items() if writer else ():
-                writer.add_scalar(name, value, epoch_1000x)
+        self._each("scalars", values, epoch_1000x)
 
     def image(self, name: str, picture, epoch_1000x: int) -> None:
         """picture: uint8 [H, W, 3]."""
-        with self._tensorboard() as writer:
-            if writer:
-                writer.add_image(name, picture, epoch_1000x, dataformats="HWC")
+        self._each("image", name, picture, epoch_1000x)
 
     def epoch(self, line: dict) -> None:
         """Append one line to log.txt; NaN and infinite values become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if self.output_dir:
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             with survive(self.path("log.txt")), open(self.path("log.txt"), "ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":  # a full disk cut a line short
                         file.write(b"\n")
                 file.write(json.dumps(clean).encode() + b"\n")
+        self._each("epoch", clean)
 
     def flush(self) -> None:
         """Called before a checkpoint, so that the log on disk is not behind it."""
-        with self._tensorboard() as writer:
-            if writer:
-                writer.flush()
+        self._each("flush")
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -134,26 +129,28 @@ class RunLog:
         for note in notes:
             self.say(f"note: {note}")
 
-    def close(self) -> None:
-        with self._tensorboard() as writer:
-            if writer:
-                writer.close()
+    def close(self, final: dict[str, float] | None = None, state: str = "finished") -> None:
+        """final: values of the whole run, for the loggers; state: finished, stopped or failed."""
+        self._each("close", final or {}, state)
+        self.loggers = []
         if self.lock:
             self.lock.close()
 
-    @contextmanager
-    def _tensorboard(self):
-        """An error ends TensorBoard's file: its writing thread is dead then."""
-        writer, self.writer = self.writer, None
-        with survive(self.log_dir or "", "TensorBoard's file is no longer written"):
-            yield writer
-            self.writer = writer
+    def forget(self) -> None:
+        """Called before `start` if the run continues from an earlier checkpoint than its last."""
+        if self.output_dir:
+            with survive(self.output_dir):
+                forget(self.output_dir)
 
-
-def _excepthook(args, default=threading.excepthook) -> None:
-    """Silence TensorBoard's thread: the run gets the same error and reports it in one line."""
-    if not type(args.thread).__module__.startswith("tensorboard."):
-        default(args)
+    def _each(self, what: str, *args) -> None:
+        """Tell each logger; one that fails is off from then on."""
+        for logger in list(self.loggers):
+            told = False
+            with survive(f"--logger {logger.name}", "off from here on"):
+                getattr(logger, what)(*args)
+                told = True
+            if not told:
+                self.loggers.remove(logger)
 
 
 def claim(
@@ -162,6 +159,7 @@ def claim(
     world: World,
     *,
     log_dir: str | None = None,
+    loggers: Sequence[str] = ("tensorboard",),
     resume: str = "",
     overwrite: bool = False,
 ) -> RunLog:
@@ -184,7 +182,7 @@ def claim(
     if fault := broadcast_object(fault):
         raise UserError(fault)
     anew = overwrite and not goes_on_in(output_dir or "", resume)
-    return RunLog(output_dir or None, log_dir, is_main=world.is_main, kind=kind, anew=anew)
+    return RunLog(output_dir or None, log_dir, is_main=world.is_main, kind=kind, anew=anew, loggers=loggers)
 
 
 def read_log(path: str) -> list[dict]:

@@ -12,6 +12,8 @@ os.makedirs(out, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if lr == 0.25:
     sys.exit("main: error: the learning rate is too large")
+with open(f"{out}/called.txt", "w") as file:
+    file.write(os.environ["NOISEVIT_GROUP"] + ": " + os.environ["NOISEVIT_NAME"])
 with open(f"{out}/log.txt", "w") as file:
     for epoch in range(3):
         line = {"epoch": epoch, "val_acc1": 50 + 1000 * lr + seed + epoch, "val_loss": 1.0 - lr}

@@ -8,6 +8,7 @@ import shutil
 from typing import Any, Generic, TypeVar
 
 from util.cli.flags import Options, flags_of_group
+from util.cli.script import require_package
 from util.cli.settings import Input, Model
 from util.data.image_files import refuse_output_among_images
 from util.data_specs import IN_MEMORY
@@ -137,6 +138,10 @@ def check_training(options) -> None:
     run, data = options.run, options.data
     if run.resume and run.resume != "auto" and not os.path.isfile(run.resume):
         raise UserError(f"--resume {run.resume}: no such file; give a checkpoint or `auto`")
+    if run.log_dir and "tensorboard" not in run.logger:
+        raise UserError(f"--log_dir {run.log_dir}: is TensorBoard's folder; add tensorboard to --logger")
+    for name in set(run.logger) - {"csv"}:
+        require_package(name, f"--logger {name}")
     if run.profile and not run.output_dir:
         raise UserError(f"--profile {run.profile}: needs an --output_dir for trace.json and profile.txt")
     if run.output_dir == "" and run.resume == "auto":

@@ -42,6 +42,7 @@ def _failed_import(kind, error, trace) -> None:
 PIP_NAMES = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",
 }
@@ -60,8 +61,10 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
 
 def require_package(name: str, flag: str) -> None:
     """UserError if a package that only one mode needs is missing, before any work is done."""
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{flag}: needs the package {name}; `pip install {name}`, or all of requirements.txt")
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # None: a folder of that name, such as W&B's own of earlier runs
+        pip = PIP_NAMES.get(name, name)
+        raise UserError(f"{flag}: needs the package {name}; `pip install {pip}`, or all of requirements.txt")
 
 
 def print_error(error: BaseException) -> None:

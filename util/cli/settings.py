@@ -28,6 +28,7 @@ from util.cli.values import (
     device_name,
     fraction,
     keyword,
+    logger_list,
     model_name,
     non_negative,
     number,
@@ -87,6 +88,13 @@ class Run:
     )
     start_epoch: int = of_training(
         0, "first epoch of a new run, counted from 0; --resume sets it by itself", free_at_resume=True, type=count
+    )
+    logger: list[str] = keeps_results(
+        ["tensorboard"],
+        "where numbers and pictures go: tensorboard, wandb, mlflow, trackio, csv (metrics.csv), a list with commas, or "
+        "none",
+        type=logger_list,
+        metavar="LIST|none",
     )
     force_resume: bool = keeps_results(
         False, "resume even if flags that change the results, or the images per step, differ from the checkpoint's"

@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 
-from util.choices import MAE_NAMES, VIEW_NAMES, is_mae_name, is_policy, timm_names
+from util.choices import LOGGERS, MAE_NAMES, VIEW_NAMES, is_mae_name, is_policy, timm_names
 
 MAX_COUNT = 2**31 - 1  # default bound of whole numbers: larger ones overflow in arithmetic with floats
 
@@ -85,6 +85,17 @@ def model_name(text: str) -> str:
     near = difflib.get_close_matches(text.partition(".")[0], [*MAE_NAMES, *sorted(known)], n=3, cutoff=0.5)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise argparse.ArgumentTypeError(f"{text!r} is not one of MAE's names or timm's{hint}")
+
+
+def logger_list(text: str) -> list[str]:
+    """--logger: names with commas between them, or `none` ([])."""
+    names = [] if text == "none" else [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LOGGERS)}{hint}")
+    return list(dict.fromkeys(names))
 
 
 def policy_or_none(text: str) -> str | None:

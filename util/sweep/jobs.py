@@ -42,6 +42,15 @@ class Job:
         return os.path.join(self.stage.key, name_of(self.values))
 
     @property
+    def environment(self) -> dict[str, str]:
+        """The run's name and group for its loggers (util/loggers.py)."""
+        sweep = os.path.dirname(os.path.dirname(os.path.abspath(self.record)))
+        return {
+            "NOISEVIT_NAME": self.name,
+            "NOISEVIT_GROUP": os.environ.get("NOISEVIT_GROUP") or os.path.basename(sweep),
+        }
+
+    @property
     def output(self) -> str:
         return self.record.removesuffix(".json") + ".txt"
 
@@ -215,9 +224,9 @@ class LocalRun:
 
     def __init__(self, job: Job, environment: dict[str, str]):
         command = command_of(job)
-        self.began = time.time()
+        self.began, variables = time.time(), {**environment, **job.environment}
         with open_output(job, command) as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=variables, start_new_session=True)
 
     def poll(self) -> tuple[int, float] | None:
         code = self.process.poll()

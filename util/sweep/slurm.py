@@ -57,8 +57,8 @@ def parameters(given: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name if name in types else f"slurm_{name}": value for name, value in values.items()}
 
 
-def run_task(command: list[str], output: str, resumes: bool) -> tuple[int, float]:
-    """In the job, once per task: run `command` with torchrun's variables. (exit code, seconds)
+def run_task(command: list[str], output: str, resumes: bool, variables: dict[str, str]) -> tuple[int, float]:
+    """In the job, once per task: run `command` with these variables and torchrun's. (exit code, seconds)
 
     SIGTERM (pre-emption, scancel) and SIGUSR2 (submitit's: time is nearly up) become SIGTERM of the command.
     """
@@ -68,7 +68,7 @@ def run_task(command: list[str], output: str, resumes: bool) -> tuple[int, float
     began = time.time()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the command inherits it: SLURM may signal all processes of a task
     with open(output, "ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **variables})
 
     def hand_on(number: int, frame) -> None:
         received.append(number)
@@ -195,7 +195,8 @@ class Slurm:
                     command = command_of(job)
                     open_output(job, command).close()
                     resumes = job.stage.options.MAIN in TRAININGS
-                    made.append(self.executor.submit(run_task, command, os.path.abspath(job.output), resumes))
+                    output = os.path.abspath(job.output)
+                    made.append(self.executor.submit(run_task, command, output, resumes, job.environment))
         except (FailedJobError, FailedSubmissionError) as error:
             raise UserError(f"--launcher slurm: {reason_of(error)}") from None
         for job, submitted in zip(jobs, made):

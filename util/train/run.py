@@ -100,6 +100,7 @@ def open_log(settings: RunSettings, kind: str, world: World, *, writes: bool = T
         kind,
         world,
         log_dir=settings.log_dir,
+        loggers=settings.logger,
         resume=settings.resume,
         overwrite=settings.overwrite,
     )
@@ -172,7 +173,8 @@ class Run:
 
     def __exit__(self, *error) -> None:
         self.interrupts.close()
-        self.log.close()
+        state = "failed" if error[0] else "finished" if self.position.finished else "stopped"
+        self.log.close(self.final(), state)
 
     def begin(
         self,
@@ -206,7 +208,8 @@ class Run:
         position.planned = epochs
         if position.finished and found and not goes_on_in(settings.output_dir, settings.resume):
             raise UserError(f"--resume {found.path}: is finished after {position.epoch} epochs; give more --epochs")
-        self.log.start(position.epoch + position.step / len(self.loader))
+        self.described |= {**(noted or {}), **self.options.flat(), "resolved": self.meta, "lr": lr}
+        self.log.start(position.epoch + position.step / len(self.loader), self.hyperparameters())
         if position.finished:
             self.log.say(f"the run is finished after {position.epoch} epochs; more --epochs would continue it")
         else:
@@ -216,11 +219,23 @@ class Run:
                     f"warning: --epochs {self.options.optimizer.epochs} ends within --warmup_epochs {warmup:g}: the "
                     "learning rate does not reach its peak"
                 )
-            self.described |= {**(noted or {}), **self.options.flat(), "resolved": self.meta, "lr": lr}
             self.log.write_args(self.described)
         if settings.profile and self.log.output_dir:
             precision = training.precision
             self.profiler = StepProfiler(settings.profile, self.log, precision.device, precision.dtype)
+
+    def hyperparameters(self) -> dict:
+        """For the loggers: every flag, as resolved, and what the main notes."""
+        flags = self.options.flat()
+        resolved = {name: value for name, value in self.meta.items() if name in flags}
+        return {**{name: value for name, value in self.described.items() if name != "resolved"}, **resolved}
+
+    def final(self) -> dict[str, float]:
+        """For the loggers, beside the last values: the best one by --eval_metric and its epoch."""
+        best, by = self.position.best, self.position.best_by
+        if best is None or not by:
+            return {}
+        return {f"best/{by}": -best if by == "loss" else best, "best/epoch": self.position.best_epoch}
 
     def epochs(self) -> Iterator[int]:
         """The epochs from the current position until the run is finished."""
@@ -354,6 +369,8 @@ class Run:
             raise UserError(f"--resume: the checkpoint is incomplete ({reason})") from None
         self.log.say(f"resume: {found.path} at epoch {self.position.epoch}, step {self.position.step}")
         found.content.clear()
+        if found.later:
+            self.log.forget()
         for path in found.later if self.world.is_main else ():
             with survive(path, "not removed"):
                 os.unlink(path)

@@ -14,6 +14,7 @@ HARMLESS = {
     "pin_mem",
     "output_dir",
     "log_dir",
+    "logger",
     "device",
     "resume",
     "force_resume",

@@ -185,7 +185,7 @@ def test_a_saved_run_goes_on_unless_somebody_cancelled_its_job(held):
 def test_each_task_has_torchruns_variables_and_hands_a_signal_on(tmp_path, monkeypatch):
     """By submitit's local executor. Task 1 fails; time is nearly up for 2, and for 3 before it has a handler."""
     monkeypatch.setenv("RANK", "7")  # of whatever started the sweep
-    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT NOISEVIT_NAME".split()
     code = f"""if True:
         import os, signal, sys, time
         if os.environ["RANK"] != "3":
@@ -198,11 +198,12 @@ def test_each_task_has_torchruns_variables_and_hands_a_signal_on(tmp_path, monke
     """
     executor = submitit.LocalExecutor(tmp_path / "jobs")
     executor.update_parameters(tasks_per_node=4, timeout_min=2)
-    job = executor.submit(slurm.run_task, [sys.executable, "-c", code], str(tmp_path / "said"), True)
+    command, output = [sys.executable, "-c", code], str(tmp_path / "said")
+    job = executor.submit(slurm.run_task, command, output, True, {"NOISEVIT_NAME": "T=1,seed=0"})
     assert [code for code, _ in job.results()] == [0, 3, 75, 75]
     said = sorted(line.split() for line in (tmp_path / "said").read_text().splitlines())
     assert [line[:3] for line in said] == [[str(i), str(i), "4"] for i in range(4)]
-    assert len({tuple(line[3:]) for line in said}) == 1
+    assert len({tuple(line[3:]) for line in said}) == 1 and said[0][-1] == "T=1,seed=0"
 
 
 @pytest.mark.parametrize(
