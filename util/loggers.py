@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from uuid import uuid4
 
@@ -294,12 +295,19 @@ class Mlflow(Tracker):
     name = "mlflow"
 
     def open(self, start: Start) -> None:
+        from filelock import FileLock  # a requirement of torch
+
+        for name, most in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):  # by default it tries for minutes
+            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", most)
+        # Two runs of a sweep that make the tables of a new store at the same time break it.
+        with FileLock(os.path.join(gettempdir(), f"noisevit-mlflow-{getattr(os, 'getuid', int)()}.lock")):
+            self._open(start)
+
+    def _open(self, start: Start) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        for name, most in (("MAX_RETRIES", "2"), ("TIMEOUT", "10")):  # by default it tries for minutes
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", most)
         self.client, known = MlflowClient(), {}
         try:
             known = dict(self.client.get_run(self.id).data.params)

@@ -7,6 +7,7 @@ import pty
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from tests.harness.runs import NET, finetune
 from util.cli.finetune import get_options
 from util.errors import UserError
 from util.log import RunLog, read_log
-from util.loggers import Csv, InThread, Logger, Start, Tracker, name_and_group, record_of
+from util.loggers import Csv, InThread, Logger, Mlflow, Start, Tracker, name_and_group, record_of
 
 OPTIONS = {"lr": 0.5, "aa": "none", "scale": [0.1, 1.0], "clip_grad": None, "compile": True}
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -136,6 +137,24 @@ def test_mlflow_gets_everything_in_one_run_over_a_resume(tmp_path, monkeypatch):
         assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == expected
     pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
     assert len(pictures) == 1 and "reconstruction" in pictures[0] and "2000" in pictures[0]
+
+
+def test_runs_that_start_at_the_same_time_open_mlflows_store_one_after_the_other(monkeypatch):
+    inside, most = [], []
+
+    def opens(self, start):
+        inside.append(start)
+        most.append(len(inside))
+        time.sleep(0.1)
+        inside.remove(start)
+
+    monkeypatch.setattr(Mlflow, "_open", opens)
+    threads = [threading.Thread(target=Mlflow().open, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
 
 
 @pytest.mark.slow
