@@ -3,14 +3,12 @@
 import csv
 import json
 import re
-import signal
-import threading
 import time
 
 import pytest
 
 from tests.harness.runs import NET
-from tests.harness.sweeps import SCRIPT, sweep
+from tests.harness.sweeps import SCRIPT, interrupt_when, sweep
 from util.errors import UserError
 from util.sweep import jobs
 
@@ -159,11 +157,10 @@ def test_a_later_stage_starts_from_each_result_of_the_one_before(scripts, monkey
 
 def test_an_interrupt_stops_the_runs_and_the_same_line_goes_on(scripts, monkeypatch, capsys):
     monkeypatch.setenv("TAKES", "60")
-    timer = threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
+    interrupt_when(2, scripts / "out")
     began = time.monotonic()
     assert sweep(scripts / "out", "seed=0..3", jobs=2) == 130
-    assert time.monotonic() - began < 20 and "the same command continues" in capsys.readouterr().out
+    assert time.monotonic() - began < 50 and "the same command continues" in capsys.readouterr().out
     monkeypatch.setenv("TAKES", "0")
     assert sweep(scripts / "out", "seed=0..3", jobs=2) == 0
     assert "4 runs, 4 to do" in capsys.readouterr().out

@@ -1,5 +1,9 @@
 """A script that takes a moment in place of a training, and main_sweep.py's command over it."""
 
+import signal
+import threading
+import time
+
 from tests.harness.runs import NET
 
 # In place of a training: accuracy 50 + lr * 1000 + seed, a point more in each of its three epochs.
@@ -20,6 +24,18 @@ with open(f"{out}/log.txt", "w") as file:
         file.write(json.dumps(line) + "\\n")
 time.sleep(float(os.environ.get("TAKES", "0")))
 """
+
+
+def interrupt_when(runs: int, folder) -> None:
+    """Ctrl-C, once so many runs have written their log."""
+
+    def wait() -> None:
+        until = time.monotonic() + 60
+        while len(list(folder.glob("*/log.txt"))) < runs and time.monotonic() < until:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def sweep(folder, *grid, line=("main_finetune.py", *NET), **flags) -> int:

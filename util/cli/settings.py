@@ -821,7 +821,7 @@ class Sweep:
     search: str | None = flag(
         None,
         "try combinations that Optuna chooses from lists and from ranges such as log(1e-4,1e-2) or 1..8, and stop poor "
-        "ones early; by the first metric",
+        "ones early; by the first metric (default: all combinations)",
         choices=("optuna",),
     )
     trials: int = flag(30, "combinations to try with --search", type=positive_int)

@@ -2,12 +2,10 @@
 
 import csv
 import json
-import signal
-import threading
 
 import pytest
 
-from tests.harness.sweeps import SCRIPT, sweep
+from tests.harness.sweeps import SCRIPT, interrupt_when, sweep
 from util.errors import UserError
 from util.log import read_log
 from util.sweep.grid import parse_axis, parse_stages
@@ -81,7 +79,7 @@ def test_a_poor_trial_is_stopped_and_stays_stopped(peaked):
 def test_an_interrupted_trial_goes_on(peaked, monkeypatch):
     out = peaked / "out"
     monkeypatch.setenv("TAKES", "60")
-    threading.Timer(2.5, lambda: signal.raise_signal(signal.SIGINT)).start()
+    interrupt_when(2, out)
     assert sweep(out, *GRID, search="optuna", trials=3, jobs=2) == 130
     running = [t.params for t in study_of(out).trials]
     assert [t.state.name for t in study_of(out).trials] == ["RUNNING"] * 2
