@@ -31,7 +31,7 @@ def sbatch(*words: str) -> None:
     text = Path(words[-1]).read_text()
     if "--partition=closed" in text:
         sys.exit("sbatch: error: invalid partition specified: closed")
-    number = sum(call.startswith("sbatch") for call in calls(FOLDER))
+    number = 1 + len({file.stem.partition("_")[0] for file in FOLDER.glob("*.job")})
     many, tasks = re.search(r"--array=0-(\d+)%", text), re.search(r"--ntasks-per-node=(\d+)", text)
     for i in range(int(many[1]) + 1 if many else 1):
         own = {"SLURM_JOB_ID": f"{number}", "SLURM_NTASKS": tasks[1] if tasks else "1"}

@@ -65,17 +65,25 @@ def run_task(command: list[str], output: str, resumes: bool, variables: dict[str
     submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     received: list[int] = []
-    began = time.time()
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the command inherits it: SLURM may signal all processes of a task
-    with open(output, "ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **variables})
+    processes: list[subprocess.Popen] = []
 
     def hand_on(number: int, frame) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, hand_on)
+
+    def ignore() -> None:  # SLURM may signal all processes of a task
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    began, environment = time.time(), {**os.environ, **variables}
+    with open(output, "ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, preexec_fn=ignore)
+    processes.append(process)
+    if received:
+        process.send_signal(signal.SIGTERM)
     code = process.wait()
     # Ended by the signal before it could save anything. A script that does not resume would run out of time again.
     if code == -signal.SIGTERM and received and (resumes or signal.SIGUSR2 not in received):

@@ -77,7 +77,7 @@ def submissions(tmp_path) -> list[str]:
 def test_ready_runs_are_an_array_and_a_run_whose_time_is_up_is_queued_again(study, cluster, tmp_path, capsys):
     assert study("lr=1e-3,0.25,0.5", flags="--jobs 2 --slurm partition=gpu timeout_min=30 constraint=a100") == 1
     said = capsys.readouterr().out
-    assert "queued finetune/lr=1e-3 (SLURM job 1_0)" in said and "queued finetune/lr=0.5 (SLURM job 2)" in said
+    assert "queued finetune/lr=1e-3 (SLURM job 1_0)" in said and "queued finetune/lr=0.5 (SLURM job 2)" in said, said
     assert "stopped and saved: finetune/lr=0.5" in said and "finished finetune/lr=0.5" in said
     assert "failed finetune/lr=0.25" in said and "\n    main: error: the learning rate is too large\n" in said
     first, second = submissions(tmp_path)
