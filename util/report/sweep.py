@@ -28,11 +28,11 @@ SILENT = ("Creator", "Date", "Format", "Type")  # what an SVG says of itself
 
 
 def number(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+    return "" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
 
 
 def interval(low: float, high: float, digits: int) -> str:
-    return "" if math.isnan(low) else f"{low:.{digits}f} to {high:.{digits}f}"
+    return "" if math.isnan(low) else f"{number(low, digits)} to {number(high, digits)}"
 
 
 def digits_of(results: list[ArmResult], metric: str) -> int:
