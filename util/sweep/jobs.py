@@ -36,6 +36,7 @@ class Job:
     record: str  # JSON file beside the folders: the command and how it ended
     needs: list["Job"] = field(default_factory=list)
     state: str = "waiting"  # running, finished, failed, pruned, interrupted, skipped
+    saved: float = -1.0  # the time of its newest checkpoint when it last stopped
 
     @property
     def name(self) -> str:
@@ -204,13 +205,23 @@ def run_all(jobs: list[Job], launcher: Launcher, say: Callable[[str], None], sea
                 bar.update(job.state == "finished")
                 state = job.state
                 if state == "interrupted" and code == STOPPED and launcher.again and not stop:
-                    job.state, state = "waiting", "stopped and saved:"
+                    if has_saved(job):
+                        job.state, state = "waiting", "stopped and saved:"
+                    else:
+                        state = "interrupted twice without a new checkpoint, it may need more time:"
                 say(f"{state} {job.name} ({seconds:.0f} s)" + told(job))
             time.sleep(launcher.pause)
     finally:
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def has_saved(job: Job) -> bool:
+    """Whether a run that stopped has a newer checkpoint than when it last stopped; True the first time."""
+    files = Path(job.folder).rglob("checkpoint*.pth")
+    before, job.saved = job.saved, max((path.stat().st_mtime for path in files), default=0.0)
+    return job.saved > before
 
 
 def ready_of(jobs: list[Job]) -> list[Job]:

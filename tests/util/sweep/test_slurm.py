@@ -22,7 +22,7 @@ submitit = pytest.importorskip("submitit")
 from util.sweep import slurm  # noqa: E402
 
 # In place of a training: 1000 * lr right. With 0.25 it fails; with 0.5 its time is nearly up in its first start; with
-# 0.125 it takes a minute unless FAST is set.
+# 0.125 it takes a minute unless FAST is set, with 0.0625 it never gets anywhere.
 SCRIPT = """
 import json, os, signal, sys, time
 out, lr = (sys.argv[len(sys.argv) - sys.argv[::-1].index(name)] for name in ("--output_dir", "--lr"))
@@ -33,7 +33,7 @@ with open(f"{out}/starts", "a") as file:
 first = os.path.getsize(f"{out}/starts") == 1
 if lr == "0.25":
     sys.exit("main: error: the learning rate is too large")
-if lr == "0.5" and first:
+if lr == "0.5" and first or lr == "0.0625":
     os.kill(os.getppid(), signal.SIGUSR2)
     time.sleep(60)
 if lr == "0.125" and "FAST" not in os.environ:
@@ -91,6 +91,14 @@ def test_ready_runs_are_an_array_and_a_run_whose_time_is_up_is_queued_again(stud
         "finished",
     ]
     assert "500.00" in (tmp_path / "out" / "table.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_never_saves_before_its_time_is_up_is_not_queued_for_ever(study, cluster, tmp_path, capsys):
+    assert study("lr=0.0625") == 1
+    assert "interrupted twice without a new checkpoint, it may need more time: finetune/lr" in capsys.readouterr().out
+    assert (tmp_path / "out" / "lr=0.0625" / "starts").read_text() == "xx"
+    assert record(tmp_path, "lr=0.0625")["state"] == "interrupted"
 
 
 @pytest.mark.slow
