@@ -60,7 +60,7 @@ class Search:
             load_if_exists=True,
         )
         # A sampler that starts anew with the same seed would repeat its first draws.
-        self.study.sampler = optuna.samplers.TPESampler(seed=len(self.study.trials))
+        self.study.sampler = optuna.samplers.TPESampler(seed=len(self.study.trials), constant_liar=True)
         before = next((trial for trial in self.trials() if trial.distributions != self.space), None)
         if before is not None:
             raise UserError(
