@@ -4,11 +4,15 @@ import csv
 import json
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from tests.harness.runs import NET
 from tests.harness.sweeps import SCRIPT, interrupt_when, sweep
+from util.cli.sweep import SweepOptions
 from util.errors import UserError
 from util.sweep import jobs
 
@@ -218,3 +222,71 @@ def test_dry_run_prints_the_lines_and_makes_nothing(scripts, capsys):
         capsys.readouterr().out.count("python main_finetune.py --dataset digits") == 2
         and not (scripts / "out").exists()
     )
+
+
+@dataclass
+class Row:
+    """line: a flag and its value; holds: of the sweep with it, and not of the one without it."""
+
+    line: str
+    holds: Callable[[SimpleNamespace], object]
+    grid: str = "lr=1e-3,2e-3 seed=0..1"
+    given: str = ""
+
+
+WIRED = {
+    "grid": Row("--grid lr=4e-3 seed=0", lambda s: "lr=4e-3" in s.arms),
+    "paired": Row("--paired seed", lambda s: s.rows[1]["p (sign)"] != ""),
+    "base": Row("--base lr=2e-3", lambda s: s.arms[0] == "lr=2e-3"),
+    "within": Row(
+        "--within drop_path",
+        lambda s: [row["difference"] for row in s.rows].count("base") == 2,
+        grid="lr=1e-3,2e-3 drop_path=0,0.1",
+    ),
+    "metric": Row("--metric val_gap", lambda s: s.rows[0]["mean"] == "9.00"),
+    "pick": Row("--pick last", lambda s: s.rows[0]["mean"] == "7.00", given="--metric val_gap"),
+    "search": Row("--search optuna", lambda s: (s.out / ".sweep" / "optuna.db").exists(), given="--trials 2"),
+    "trials": Row("--trials 2", lambda s: len(s.rows) == 2, given="--search optuna"),
+    "jobs": Row("--jobs 2", lambda s: s.together > 1, grid="seed=0..1"),
+    "retry": Row("--retry", lambda s: s.said.count("the learning rate is too large") == 2, grid="lr=0.25"),
+    "output_dir": Row("--output_dir other", lambda s: (s.out / "other" / "table.csv").exists()),
+    "dry_run": Row("--dry_run", lambda s: not s.out.exists()),
+    "launcher": None,  # tests/util/sweep/test_slurm.py
+    "slurm": None,
+}
+TIMED = SCRIPT.replace('"val_loss"', '"val_gap": 9.0 - epoch, "val_loss"')
+TIMED = f"import time; began = time.time(){TIMED}print('ran', began, time.time())\n"
+
+
+def test_every_flag_has_a_row():
+    assert set(WIRED) == set(SweepOptions.flags())
+
+
+@pytest.mark.parametrize("flag", [name for name, row in WIRED.items() if row])
+def test_every_flag_reaches_what_it_names(scripts, flag, capsys, monkeypatch):
+    pytest.importorskip("optuna") if flag in ("search", "trials") else None
+    monkeypatch.setenv("TAKES", "1" if flag == "jobs" else "0")
+    for name in ("main_finetune.py", "main_pretrain_noprop.py"):
+        (scripts / "scripts" / name).write_text(TIMED)
+    row = WIRED[flag]
+    assert not row.holds(after(scripts, row, "", capsys)) and row.holds(after(scripts, row, row.line, capsys))
+
+
+def after(scripts, row: Row, line: str, capsys) -> SimpleNamespace:
+    """The sweep of the row, with `line` or without it."""
+    import main_sweep
+
+    out = scripts / ("with" if line else "without")
+    words = f"--output_dir {out} --grid {row.grid} {row.given}".split()
+    if row.line == "--retry":
+        main_sweep.main([*words, "--", "main_finetune.py", *NET])
+    main_sweep.main([*words, *line.replace("other", f"{out}/other").split(), "--", "main_finetune.py", *NET])
+    table = next(iter(out.glob("**/table.csv")), None)
+    rows = list(csv.DictReader(table.open())) if table else []
+    output = [path.read_text() for path in out.glob(".sweep/*.txt")]
+    spans = [
+        tuple(map(float, found.groups())) for text in output if (found := re.search(r"^ran (\S+) (\S+)", text, re.M))
+    ]
+    together = max((sum(a <= began < b for a, b in spans) for began, _ in spans), default=0)
+    arms = [line.get("arm", "") for line in rows]
+    return SimpleNamespace(out=out, rows=rows, arms=arms, together=together, said=capsys.readouterr().out)
