@@ -20,7 +20,6 @@ import os
 import shlex
 
 from util.cli.settings import Sweep
-from util.folder import make_folder
 from util.report.sweep import write_sweep_report
 from util.sweep import grid, jobs
 from util.sweep.results import collect, group
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.dry_run:
         print_lines(runs)
         return 0
-    make_folder(settings.output_dir, "--output_dir")
+    jobs.claim(settings.output_dir, search=False)
     jobs.read_records(runs, settings.retry)
     waiting = sum(job.state == "waiting" for job in runs)
     say(f"{len(arms)} arms and seeds, {len(runs)} runs, {waiting} to do, {settings.jobs} at a time")
@@ -75,7 +74,7 @@ def run_search(settings: Sweep, stages: list[grid.Stage], launcher: jobs.Launche
     if settings.dry_run:
         print_lines(search.ends)
         return 0
-    make_folder(settings.output_dir, "--output_dir")
+    jobs.claim(settings.output_dir, search=True)
     search.start()
     say(f"{len(search.trials())} of {settings.trials} trials begun, {settings.jobs} at a time")
     interrupted = jobs.run_all(search.jobs(), launcher, say, search)

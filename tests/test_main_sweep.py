@@ -224,6 +224,15 @@ def test_dry_run_prints_the_lines_and_makes_nothing(scripts, capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["table.csv", "log.txt", "report.md"])
+def test_a_folder_that_holds_something_else_is_refused_and_stays(scripts, name):
+    (scripts / "out").mkdir()
+    (scripts / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}, which would be lost; choose another folder"):
+        sweep(scripts / "out", "seed=0..1")
+    assert [p.name for p in (scripts / "out").iterdir()] == [name] and (scripts / "out" / name).read_text() == "mine"
+
+
 @dataclass
 class Row:
     """line: a flag and its value; holds: of the sweep with it, and not of the one without it."""

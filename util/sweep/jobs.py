@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from util.errors import UserError, listed
 from util.files import write_atomic
+from util.folder import make_folder
 from util.sweep.grid import Stage, name_of, of_stage, words_of_value
 
 TRAININGS = ("pretrain", "finetune")
 CHECKPOINT = {"pretrain": "checkpoint-last.pth", "finetune": "checkpoint-best.pth"}
 SCRIPTS_AT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+WRITTEN = ("report.md", "report.html", "table.csv", "args.json", "log.txt")  # by a sweep, or by a run and not a sweep
 STOPPED = 75  # exit code of a training that saved and stopped (util/train/run.py)
 
 
@@ -117,6 +119,17 @@ def check(jobs: list[Job]) -> None:
             module.get_options(words)
         except UserError as error:
             raise UserError(f"{job.name}: {error}") from None
+
+
+def claim(output_dir: str, search: bool) -> None:
+    """Make the folder. UserError if it holds what a sweep would overwrite and did not write."""
+    database = os.path.exists(os.path.join(output_dir, ".sweep", "optuna.db"))
+    what = next((name for name in WRITTEN if os.path.exists(os.path.join(output_dir, name))), None)
+    if os.path.isdir(os.path.join(output_dir, ".sweep")):
+        what = "a search" if database and not search else "a sweep over a grid" if what and search > database else None
+    if what:
+        raise UserError(f"--output_dir {output_dir}: holds {what}, which would be lost; choose another folder")
+    make_folder(output_dir, "--output_dir")
 
 
 def read_records(jobs: list[Job], retry: bool) -> None:

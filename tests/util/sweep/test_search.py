@@ -125,6 +125,11 @@ def test_a_mistake_is_one_line_before_the_first_trial(peaked, grid, flags, words
 
 def test_other_ranges_need_another_folder(peaked):
     assert sweep(peaked / "out", "lr=1e-3,1e-2", search="optuna", trials=1) == 0
+    with pytest.raises(UserError, match="holds a search, which would be lost"):
+        sweep(peaked / "out", "lr=1e-3,1e-2")
+    assert sweep(peaked / "grid", "lr=1e-3") == 0
+    with pytest.raises(UserError, match="holds a sweep over a grid, which would be lost"):
+        sweep(peaked / "grid", "lr=1e-3,1e-2", search="optuna", trials=1)
     with pytest.raises(UserError, match="a search over lr with other ranges is there; choose another one"):
         sweep(peaked / "out", "lr=1e-3,1e-2,1e-1", search="optuna", trials=2)
 
