@@ -134,9 +134,8 @@ def test_a_main_thread_that_stands_still_does_not_hide_a_lost_rank(tmp_path, mon
 
 
 def test_the_watching_thread_ends_with_its_run_and_says_nothing():
-    before = threading.active_count()
-
     def call() -> int:
+        before = threading.active_count()  # in the rank: threads of other tests are not in it
         init_world("cpu", timeout_minutes=0.05)
         interrupts = Interrupts(timeout_minutes=0.05)
         for _ in range(3):
