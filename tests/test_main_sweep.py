@@ -91,6 +91,18 @@ json.dump(args, open(f"{out}/args.json", "w"))
     assert text.count("    python main_finetune.py") == 4
 
 
+def test_a_run_that_diverged_in_its_last_epoch_is_missing_not_read_earlier(scripts):
+    script = scripts / "scripts" / "main_finetune.py"
+    script.write_text(
+        SCRIPT.replace('"val_loss": 1.0 - lr', '"val_loss": None if seed == 1 and epoch == 2 else 1.0 - lr')
+    )
+    flags = dict(paired="seed", pick="last", metric="val_loss", jobs=3)
+    assert sweep(scripts / "out", "lr=1e-3,2e-3", "seed=0..2", **flags) == 0
+    rows = list(csv.DictReader((scripts / "out" / "table.csv").open()))
+    assert [(row["runs"], row["missing"], row["pairs"]) for row in rows] == [("2", "1", ""), ("2", "1", "2")]
+    assert "lr=1e-3,seed=1: val_loss is not finite in epoch 2" in (scripts / "out" / "report.md").read_text()
+
+
 def test_a_prediction_and_an_earlier_stage_give_metrics(scripts):
     """The chosen row of results.json counts."""
     row = '{"name": "x", "chosen": %s, "accuracy": %s, "log_loss": 0.5}'

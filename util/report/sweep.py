@@ -23,7 +23,8 @@ from util.sweep.jobs import Job
 from util.sweep.results import ArmResult, less_is_better
 
 MOST = 12  # arms in a plot of curves
-literal = rc_context({"text.parse_math": False})  # an arm named $a$ is no formula
+# An arm named $a$ is no formula; letters stay text, not outlines of twice the size; equal pages are equal files.
+literal = rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "noisevit"})
 SILENT = ("Creator", "Date", "Format", "Type")  # what an SVG says of itself
 
 
@@ -43,7 +44,7 @@ def digits_of(results: list[ArmResult], metric: str) -> int:
 
 def table(results: list[ArmResult], metric: str) -> list[dict[str, str]]:
     """A row of text per arm, the base first."""
-    rows, lacking, digits = [], any(result.missing for result in results), digits_of(results, metric)
+    rows, lacking, digits = [], any(r.missing or r.scores[metric].lost for r in results), digits_of(results, metric)
     for result in results:
         score = result.scores[metric]
         mean, low, high = score.summary
@@ -52,7 +53,7 @@ def table(results: list[ArmResult], metric: str) -> list[dict[str, str]]:
             {
                 "arm": result.name,
                 "runs": str(len(score.runs)),
-                **({"missing": str(len(result.missing))} if lacking else {}),
+                **({"missing": str(len(result.missing) + len(score.lost))} if lacking else {}),
                 "mean": number(mean, digits),
                 "95 % interval": interval(low, high, digits),
                 "difference": "base" if c is None else number(c.difference, digits),
@@ -232,6 +233,7 @@ def write_sweep_report(output_dir: str, results: list[ArmResult], settings: Swee
     words = f"{how}; differences from {base}, {pairs}; Holm's correction for {compared} comparisons."
     failed = [job for result in results for job in result.missing]
     missing = [f"{job.name}: {job.state}, see {os.path.relpath(job.output, output_dir)}" for job in failed]
+    missing += [text for result in results for score in result.scores.values() for text in score.lost]
     ran = {job.name: job for result in results for job in jobs_of(result)}
     lines = [shlex.join(["python", job.stage.script, *job.words]) for job in ran.values()]
     flat = [{"metric": metric, **row} for metric, rows in tables.items() for row in rows]

@@ -125,8 +125,10 @@ def claim(output_dir: str, search: bool) -> None:
     """Make the folder. UserError if it holds what a sweep would overwrite and did not write."""
     database = os.path.exists(os.path.join(output_dir, ".sweep", "optuna.db"))
     what = next((name for name in WRITTEN if os.path.exists(os.path.join(output_dir, name))), None)
-    if os.path.isdir(os.path.join(output_dir, ".sweep")):
-        what = "a search" if database and not search else "a sweep over a grid" if what and search > database else None
+    if database:
+        what = None if search else "a search"
+    elif what and os.path.isdir(os.path.join(output_dir, ".sweep")):
+        what = "a sweep over a grid" if search else None
     if what:
         raise UserError(f"--output_dir {output_dir}: holds {what}, which would be lost; choose another folder")
     make_folder(output_dir, "--output_dir")

@@ -21,6 +21,7 @@ class Score:
 
     runs: dict[str, float] = field(default_factory=dict)
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # finished runs without a value: names and reasons
     comparison: Comparison | None = None
 
     @property
@@ -99,14 +100,15 @@ def collect(results: list[ArmResult], settings: Sweep) -> None:
                 job = job_of(chain, metric)
                 if job.state != "finished":
                     continue
-                curve = curve_of(job.folder, metric.rpartition(".")[2])
-                if not curve:
-                    raise UserError(f"--metric {metric}: {job.folder} has none; there are {known(job.folder)}")
-                values = dict(curve)
-                best = (min if less_is_better(metric) else max)(curve, key=lambda point: point[1])
-                epoch = at.setdefault(job.stage.key, best[0] if settings.pick == "best" else curve[-1][0])
-                if epoch in values:
-                    score.runs[key] = values[epoch]
+                name, lines = metric.rpartition(".")[2], lines_of(job.folder)
+                if not any(name in line for line in lines):
+                    raise UserError(f"--metric {metric}: {job.folder} has none; there are {known(lines)}")
+                curve = points_of(lines, name)
+                epoch = at.setdefault(job.stage.key, epoch_of(lines, name, settings.pick))
+                if epoch in dict(curve):
+                    score.runs[key] = dict(curve)[epoch]
+                else:
+                    score.lost.append(f"{job.name}: {metric} is not finite in epoch {epoch}")
                 score.curves.append(curve)
     for result in results:
         if result.base is None:
@@ -138,8 +140,17 @@ def base_of(results: list[ArmResult], wanted: list[str] | None) -> ArmResult:
     return fits[0]
 
 
-def curve_of(folder: str, metric: str) -> list[tuple[int, float]]:
-    return [(line["epoch"], line[metric]) for line in lines_of(folder) if isinstance(line.get(metric), (int, float))]
+def points_of(lines: list[dict], metric: str) -> list[tuple[int, float]]:
+    """(epoch, value) where it is finite."""
+    return [(line["epoch"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float))]
+
+
+def epoch_of(lines: list[dict], metric: str, pick: str) -> int:
+    """The epoch to read a run at: its last one, or its best by the metric."""
+    points = points_of(lines, metric)
+    if pick == "last" or not points:
+        return lines[-1]["epoch"]
+    return (min if less_is_better(metric) else max)(points, key=lambda point: point[1])[0]
 
 
 def lines_of(folder: str) -> list[dict]:
@@ -158,6 +169,5 @@ def lines_of(folder: str) -> list[dict]:
     return read_log(os.path.join(folder, "log.txt"))
 
 
-def known(folder: str) -> str:
-    lines = lines_of(folder)
+def known(lines: list[dict]) -> str:
     return ", ".join(k for k, v in lines[-1].items() if isinstance(v, float)) if lines else "no lines"

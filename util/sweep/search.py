@@ -16,7 +16,7 @@ from util.cli.settings import Sweep
 from util.errors import UserError
 from util.sweep.grid import Stage, check_axis, parse_axis
 from util.sweep.jobs import Job, check, plan, read_records
-from util.sweep.results import curve_of, job_of, less_is_better
+from util.sweep.results import epoch_of, job_of, less_is_better, lines_of, points_of
 
 _RANGE = re.compile(r"(lin|log)\(([^,()]+),([^,()]+)\)")
 STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
@@ -32,6 +32,7 @@ class Search:
     def __init__(self, settings: Sweep, stages: list[Stage]):
         self.settings, self.stages = settings, stages
         self.metric = settings.metric[0]
+        self.name = self.metric.rpartition(".")[2]  # in log.txt
         self.space: dict[str, BaseDistribution] = {}
         ends: dict[str, list[str]] = {}
         for text in settings.grid[0]:
@@ -145,7 +146,7 @@ class Search:
         if trial is None or size == self.sizes.get(path, 0):
             return False
         self.sizes[path] = size
-        for epoch, value in self.curve(job):
+        for epoch, value in points_of(lines_of(job.folder), self.name):
             trial.report(value, epoch)
         return trial.should_prune()
 
@@ -155,18 +156,14 @@ class Search:
             ended = next((job.state for job in chain if job.state in ("failed", "skipped", "pruned")), chain[-1].state)
             if ended not in ("finished", "failed", "skipped", "pruned"):
                 continue
-            curve = self.curve(job_of(chain, self.metric))
-            for epoch, value in curve:
+            lines = lines_of(job_of(chain, self.metric).folder)
+            points = points_of(lines, self.name)
+            for epoch, value in points:
                 trial.report(value, epoch)
-            state = STATES.get(ended, TrialState.FAIL) if curve else TrialState.FAIL
-            values: Any = [value for _, value in curve]
-            best = (min if less_is_better(self.metric) else max)(values, default=None)
-            chosen = best if self.settings.pick == "best" or not values else values[-1]
+            chosen = dict(points).get(epoch_of(lines, self.name, self.settings.pick)) if lines else None
+            state = TrialState.FAIL if chosen is None else STATES.get(ended, TrialState.FAIL)
             self.study.tell(trial, chosen if state == TrialState.COMPLETE else None, state=state)
             del self.open[number]
-
-    def curve(self, job: Job) -> list[tuple[int, float]]:
-        return curve_of(job.folder, self.metric.rpartition(".")[2])
 
 
 def parse_space(text: str, stages: list[Stage]) -> tuple[str, BaseDistribution, list[str]]:
