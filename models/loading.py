@@ -29,7 +29,7 @@ _COMPUTED = re.compile(
     r"|rope|inv_freq|periods|bias_mask"
 )
 # Optional parts of a trunk: without them the other weights compute something else.
-_TRUNKS = ("blocks", "layers", "stages", "features", "stem", "patch_embed", "pos_embed", "norm_pre", "rel_pos_bias")
+_OPTIONAL = ("pos_embed", "norm_pre", "rel_pos_bias")
 
 
 @dataclass
@@ -225,7 +225,7 @@ def _refuse_part(path: str, trunk: State, own: set[str], in_file: set[str], tops
 
     norms = {"norm.weight", "norm.bias"} if "fc_norm.weight" in in_file else set()
     lacking = [k for k in trunk if k not in in_file and k not in norms and k not in _TOKENS]
-    roots = {k.split(".")[0] for k in trunk if "." in k and k.split(".")[0] != "norm"} | set(_TRUNKS)
+    roots = {k.split(".")[0] for k in trunk if "." in k and k.split(".")[0] != "norm"} | set(_OPTIONAL)
     foreign = [k for k in sorted(in_file - own) if k.split(".")[0] in roots - tops and not _COMPUTED.search(k)]
     if lacking or foreign:
         has = f"lacks {few(lacking)} of its parameters" if lacking else ""

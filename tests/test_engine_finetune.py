@@ -199,14 +199,16 @@ class Explodes(nn.Module):
         return F.cross_entropy(logits, targets) * (float("nan") if self.calls in self.bad_calls else 1.0)
 
 
-def test_non_finite_step_is_skipped_counted_and_named(capsys):
-    net, data = toy_net(), toy_data()
-    _, run, _ = fit(net, data, criterion=Explodes({2}))
+@pytest.mark.parametrize("batch_size", [4, 9])
+def test_non_finite_step_is_skipped_counted_and_named(capsys, batch_size):
+    net, data = toy_net(), toy_data(5 * batch_size - 2)
+    _, run, _ = fit(net, data, criterion=Explodes({2}), batch_size=batch_size)
     assert run.position.bad_total == 1 and run.position.bad_in_a_row == 0
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    batch = list(toy_loader(data).epoch(0))[1]
+    batch = list(toy_loader(data, batch_size).epoch(0))[1]
     said = capsys.readouterr().out
-    assert "non-finite" in said and ", ".join(str(int(i)) for i in batch.index) in said
+    assert "non-finite" in said and ", ".join(str(int(i)) for i in batch.index[:8]) in said
+    assert (", ..." in said) == (len(batch.index) > 8)
 
 
 class Poison(nn.Module):

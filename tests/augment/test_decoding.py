@@ -85,6 +85,8 @@ def test_what_is_no_image_is_none_by_bytes_and_names(tmp_path, monkeypatch):
         "c.npy": b"\x93NUMPY\x01\0v\0{",
         "d": b"",
         "e.xml": b"<xml>",
+        "f.wmf": b"\xd7\xcd\xc6\x9a\0\0",
+        "f.emf": b"\x01\0\0\0",
         "f.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
         "g.pdf": b"%PDF-1.7",
         "h.h5": b"\x89HDF\r\n\x1a\n",

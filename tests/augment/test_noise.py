@@ -16,6 +16,7 @@ from models import create_model
 from models.vit import enable_grad_checkpointing, noise_for_a_while
 from tests.harness.checks import assert_same_run
 from tests.harness.runs import NET, copy_first_epoch, finetune
+from util.checkpoint import peek
 from util.choices import COLOURS, NOISE_KINDS
 from util.cli.finetune import get_options
 from util.errors import UserError
@@ -80,6 +81,8 @@ def test_neftune_by_its_own_alpha_is_the_papers():
     torch.manual_seed(3)
     out = kind("neftune", strength=5.0)(z)
     is_drawn_from((out - z) * math.sqrt(50 * 5000) / 5.0, FLAT)
+    torch.manual_seed(3)
+    assert torch.equal(kind("neftune", strength=5.0)(z[:1]), out[:1]), "a batch of one"
 
 
 def test_token_drop_keeps_equally_many_tokens_in_order_and_uniformly():
@@ -244,7 +247,8 @@ def test_a_run_logs_the_noise_ratio_and_warns_if_loud(tmp_path, capsys):
     assert said.count("warning: the noise is loud") == 1 and "--noise_snr" in said
     logged = [line["train_noise_snr"] for line in read_log(str(tmp_path / "log.txt"))]
     assert logged == pytest.approx([12.0] * 3, abs=0.1)
-    assert json.loads((tmp_path / "args.json").read_text())["options"]["noise_snr_measured"] == logged[0]
+    noted, meta = json.loads((tmp_path / "args.json").read_text())["options"], peek(f"{tmp_path}/checkpoint-last.pth")
+    assert noted["noise_snr_measured"] == logged[0] and noted["resolved"] == meta["meta"]
     assert "noise uniform 12 dB" in (tmp_path / "report.md").read_text()
 
 

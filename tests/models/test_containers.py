@@ -108,6 +108,19 @@ CONTAINERS = {
     "head beside the backbone": lambda s, o: {
         "state_dict": {"model." + ("" if k.startswith("head.") else "backbone.") + k: v for k, v in s.items()}
     },
+    "head beside the backbone, deep": lambda s, o: {
+        "checkpoint": {
+            "state_dict": {"model." + ("" if k.startswith("head.") else "backbone.") + k: v for k, v in s.items()}
+        }
+    },
+    **{
+        f"{name} before the weights": lambda s, o, name=name: {name: {"momentum": o}, "model": s}
+        for name in ("optimizer", "scaler", "rng", "args", "meta", "lr_scheduler")
+    },
+    **{
+        f"{name} after the weights": lambda s, o, name=name: {"model": o, name: s}
+        for name in ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "teacher")
+    },
     "deep": lambda s, o: {"checkpoint": {"model": {"state_dict": under("module.encoder.", s)}}},
     "ema of another library": lambda s, o: {"model": s, "ema": {"decay": 0.99, "shadow_params": list(o.values())}},
     "ema of another net": lambda s, o: {
@@ -130,7 +143,7 @@ def test_containers_and_prefixes_of_other_trainers(tmp_path, kind):
     model = vit()
     report = load_pretrained(model, tmp_path / "x.pth")
     assert not report.missing and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    if kind in ("DINO", "timm's EMA", "torch's AveragedModel"):
+    if kind in ("DINO", "timm's EMA", "torch's AveragedModel") or kind.endswith("after the weights"):
         load_pretrained(model, tmp_path / "x.pth", ema=False)
         assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
 

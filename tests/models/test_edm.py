@@ -197,6 +197,15 @@ def test_stochastic_noise_has_the_next_level_s_deviation_over_sigma_min():
     assert torch.equal(final, torch.zeros(200_000))
 
 
+def test_stochastic_draws_in_the_precision_of_its_images():
+    """Of two levels and 0, the last estimate of D(x; i) = x is x + the one noise drawn, by NumPy's sum in float64."""
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    final = sample_stochastic(lambda x, i: x, x, [3.0, 2.0, 1.0, 0.0], generator=torch.Generator().manual_seed(2))
+    drawn = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert final.dtype == torch.float64
+    assert np.allclose(final.numpy(), x.numpy() + math.sqrt(2.0**2 - 1.0**2) * drawn.numpy(), rtol=1e-12, atol=0)
+
+
 def test_stochastic_draws_from_its_generator_only():
     sigmas = karras_sigmas(3)
     x, denoise = torch.ones(16), gaussian_denoiser(sigmas)

@@ -27,6 +27,8 @@ from util.errors import UserError
         ("no biases of the keys", "lacks 2 (blocks.0.attn.qkv.bias"),
         ("no positions", "lacks 1 (pos_embed"),
         ("a norm before the blocks", "has 2 (norm_pre.bias"),
+        ("positions that the model lacks", "has 1 (pos_embed"),
+        ("a table for all blocks", "has 1 (rel_pos_bias.relative_position_bias_table"),
     ],
 )
 def test_files_that_fit_in_part_are_refused_unless_a_flag_takes_them(tmp_path, kind, word):
@@ -41,8 +43,13 @@ def test_files_that_fit_in_part_are_refused_unless_a_flag_takes_them(tmp_path, k
         for k, v in vit(**{"depth": 2, **make.get(kind, {})}).state_dict().items()
         if without.get(kind, "-") not in k
     }
-    own = {"depth": 2, "init_values": 0.1} if kind.startswith("no LayerScale") else {"depth": 2}
-    model = vit(**own)
+    if kind == "a table for all blocks":
+        state["rel_pos_bias.relative_position_bias_table"] = torch.ones(9, 3)
+    own = {
+        "no LayerScale that the model has": {"init_values": 0.1},
+        "positions that the model lacks": {"pos_embed": "none"},
+    }
+    model = vit(depth=2, **own.get(kind, {}))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     path = as_file(tmp_path / "x.pth", state)
     with pytest.raises(UserError) as caught:
@@ -133,6 +140,14 @@ def test_main_moves_the_classifier_by_name_and_says_so(photo_folder, tmp_path, c
     ]
     assert finetune(*line, "--output_dir", tmp_path / "out") == 0
     assert "kept 1 (red), new 1 (blue)" in capsys.readouterr().out
+
+
+def test_a_report_counts_and_names_up_to_four_of_each_kind():
+    assert str(loading.LoadReport()) == "loaded 0, resized 0, missing 0, unexpected 0"
+    report = loading.LoadReport(
+        loaded=["a"], missing=["b", "c", "d", "e"], unexpected=["f", "g", "h", "i", "j"], source="ema"
+    )
+    assert str(report) == "loaded 1 from ema, resized 0, missing 4 (b, c, d, e), unexpected 5 (f, g, h, i, ...)"
 
 
 def test_paths_that_hold_no_weights_are_named_for_what_they_are(tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 
 from models import create_model, load_pretrained
-from models.positions import _uncounted
+from models.positions import _published_grid, _uncounted
 from tests.harness.checks import one_line
 from tests.harness.weights import PATCH, REGISTERS, as_file, vit
 from util.errors import UserError
@@ -103,7 +103,7 @@ def test_an_ambiguous_grid_is_refused_and_set_by_a_flag(tmp_path, old, new, coul
     model = vit(new)
     load_pretrained(model, path, pos_grid=(old[0] // PATCH, old[1] // PATCH))
     assert (model.pos_embed[:, 1:] - ramp((new[0] // PATCH, new[1] // PATCH))).abs().max() < 0.06
-    with pytest.raises(UserError, match="pos_grid 5 9"):
+    with pytest.raises(UserError, match=r"pos_grid 5 9: .* which are not 45 patches with"):
         load_pretrained(vit(new), path, pos_grid=(5, 9))
 
 
@@ -176,6 +176,27 @@ def test_tables_of_rectangular_windows_take_their_shape_from_the_checkpoint(tmp_
         load_pretrained(model, tmp_path / "x.pth")
     report = load_pretrained(model, tmp_path / "x.pth", partial=True)
     assert f"blocks.0.attn.{TABLE}" in report.missing
+
+
+def test_a_file_of_the_models_own_grid_has_its_rectangular_windows(tmp_path):
+    """21 rows could be of windows of 2 x 4 or 4 x 2; --pos_grid with the model's own grid says which."""
+    model, again = (swin((40, 64), window=(2, 4)) for _ in range(2))
+    torch.save(loud(model), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"rows, which do not determine the attention window.* pos_grid"):
+        load_pretrained(again, tmp_path / "x.pth")
+    load_pretrained(again, tmp_path / "x.pth", pos_grid=(10, 16))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_file_of_a_family_published_on_a_rectangle_is_read_so(tmp_path):
+    """Sapiens' weights are of 1,024 x 768 pixels: 64 x 48 of its patches of 16."""
+    state, model = with_ramp((32, 24)), vit((40, 40))
+    torch.save(state, tmp_path / "x.pth")
+    model.pretrained_cfg = {"input_size": (3, 80, 60)}  # for 40 x 40 of these pixels, 10 x 10 patches: 20 x 15
+    assert _published_grid(model) == (20, 15)
+    model.pretrained_cfg = {"input_size": (3, 32, 24)}
+    load_pretrained(model, tmp_path / "x.pth")
+    assert (model.pos_embed[:, 1:] - ramp((10, 10))).abs().max() < 0.06
 
 
 def test_beits_shared_table_is_given_to_every_block_at_another_size(tmp_path):

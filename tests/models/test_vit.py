@@ -91,3 +91,39 @@ def test_noise_without_a_place_in_the_network_is_one_line():
     net.num_prefix_tokens = 1
     with pytest.raises(UserError, match="noise_kind colour: Module has no grid of patches"):
         attach_noise(net, AlphaBlend(500, kind="colour", colour="red"))
+
+
+@pytest.mark.parametrize(
+    "name,size,keywords,last",
+    [
+        ("vit_custom_patch8", (24, 40), dict(embed_dim=24, depth=1, num_heads=3), False),
+        ("deit_tiny_distilled_patch16_224", (96, 64), dict(depth=1), False),
+        ("swinv2_tiny_window8_256", (64, 128), dict(depths=(1, 1, 1, 1)), True),
+        ("convnext_atto", (64, 96), {}, False),
+    ],
+)
+def test_noise_knows_the_axes_of_the_tensor_that_it_gets(name, size, keywords, last):
+    model = create_model(name, num_classes=2, img_size=size, **keywords)
+    noise, shapes = AlphaBlend(500), []
+    noise.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    attach_noise(model, noise)
+    model.eval()(torch.zeros(3, 3, *size))
+    layout, shape = noise.layout, shapes[0]
+    assert layout.channels_last == last and layout.tokens == name.startswith(("vit", "deit"))
+    if layout.tokens:
+        assert shape[1] == layout.prefix + layout.grid[0] * layout.grid[1] and len(shape) == 3
+    elif layout.grid:
+        assert shape[1:3] == layout.grid if last else shape[2:] == layout.grid
+
+
+def test_the_trunk_ends_before_heads_of_any_name_and_begins_after_a_stem_of_several_patterns():
+    with torch.device("meta"):
+        model = create_model("efficientvim_m1", num_classes=2)
+    assert len(model.heads) == 4 and not {*model.heads} & {*trunk_blocks(model)}
+
+    class Net(torch.nn.Sequential):
+        def group_matcher(self, coarse=False):
+            return {"stem": [(r"^0", None), (r"^1", (0,))], "blocks": r"^2"}
+
+    net = Net(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    assert trunk_blocks(net) == [net[2]]

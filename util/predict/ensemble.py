@@ -71,9 +71,7 @@ class Stacked:
             return loss, gradient + parameters
 
         start = np.concatenate([np.full(M, 1 / M), np.zeros(C)])
-        found = minimize(
-            loss_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-6}
-        ).x
+        found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B").x
         self.weights, self.biases, self.images = found[:M], found[M:], n
 
     def __str__(self) -> str:

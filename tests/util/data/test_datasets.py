@@ -13,7 +13,7 @@ from torchvision import datasets as tv
 
 from tests.harness.pictures import write_image
 from util.cli.settings import Data
-from util.data.datasets import ArrayDataset, read_class_folder, read_split, to_channels
+from util.data.datasets import ArrayDataset, read_class_folder, read_split, read_unlabelled, to_channels
 from util.data.splits import load_data
 from util.data_specs import DATASETS
 from util.dist import World
@@ -201,6 +201,21 @@ def test_offline_download_says_what_to_put_where(tmp_path, monkeypatch):
         assert where in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_download_comes_to_data_path_and_is_read_from_there(cifar_root, tmp_path, monkeypatch):
+    """torchvision's class is told to fetch: a stand-in for the network copies the files to the root it was given."""
+    read, asked = tv.CIFAR10.__init__, []
+
+    def init(self, root, train=True, download=False):
+        if download:
+            asked.append((root, train))
+            shutil.copytree(cifar_root, root, dirs_exist_ok=True)
+        read(self, root, train=train, download=False)
+
+    monkeypatch.setattr(tv.CIFAR10, "__init__", init)
+    assert len(read_split("cifar10", str(tmp_path / "new"), "val")) == 4
+    assert asked == [(str(tmp_path / "new"), True)]
+
+
 def test_digits_are_scikit_learns_and_its_statistics_are_in_the_table():
     from sklearn.datasets import load_digits
 
@@ -222,3 +237,12 @@ def test_channel_conversion_equals_pil():
     assert (grey[0, 0].numpy().astype(int) - pil.astype(int)).__abs__().max() <= 1
     back = to_channels(ArrayDataset(grey, torch.zeros(2), ["a"]), 3).images
     assert back.shape == (2, 3, 5, 4) and torch.equal(back[:, 0], back[:, 2])
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+    with pytest.raises(UserError, match=r": has no images$"):
+        read_unlabelled(str(tmp_path))
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r": has no images \(but .*2 \.heic.*\)$"):
+        read_unlabelled(str(tmp_path))

@@ -42,6 +42,7 @@ def test_labels_name_images_by_path_or_file_name_with_or_without_extension(image
         ("ID,label\n1,emu\n", "line 2: class 'emu' is not one of cat, dog, owl"),
         ("ID,label\n2.jpg,cat\n", "2.jpg could be a/2.jpg or b/2.jpg"),
         ("ID,label\n9,cat\n", "has no label for any of the 4 images; it has '9', the data has 'a/1.jpg'"),
+        ("ID,label\n1,\n", "has no label for any of the 4 images$"),
         ("ID,label\n1,cat\na/1.jpg,dog\n", "line 3: a/1.jpg already has the label cat"),
     ],
 )
@@ -59,6 +60,9 @@ def test_folder_is_labelled_only_if_every_image_is_in_a_class_folder(images):
     data, _, notes = read_images("folder", str(images), ["a", "bee"])
     assert set(data.targets.tolist()) == {-1}
     assert "not scored" in notes[0] and "has b" in notes[0] and "1 .heic" in notes[1]
+    (images / "b" / "photo.heic").unlink()
+    data, _, notes = read_images("folder", str(images), ["cat", "dog"])
+    assert set(data.targets.tolist()) == {-1} and not notes, "folders that are named after no class are no labels"
 
 
 @pytest.mark.parametrize(
