@@ -19,7 +19,16 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from models.edm import karras_sigmas, loss_weight, precondition, sample_euler, sample_heun, sample_stochastic
-from models.tokens import Decoder, lookup, patch_statistics, run_blocks, sincos_pos_embed, take, transformer
+from models.tokens import (
+    Decoder,
+    init_transformer,
+    lookup,
+    patch_statistics,
+    run_blocks,
+    sincos_pos_embed,
+    take,
+    transformer,
+)
 from models.vit import check_patch
 from util.choices import LOSS_WEIGHTINGS, PROPAGATE, SAMPLERS, TARGETS
 from util.errors import ParameterError, UserError
@@ -127,17 +136,7 @@ class NoPropMAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(pos, requires_grad=False)
         self.decoders = nn.ModuleList([decoder(depth=c.decoder_depth) for _ in range(c.T)])
         self.encoder_head = decoder(depth=1, blind=True) if c.propagate == "none" else None
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """MAE's: xavier_uniform for linear layers and the patch convolution; tokens N(0, 0.02^2); biases 0."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) or name == "patch_embed.proj":
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
-        for name, p in self.named_parameters():
-            if name.endswith(("cls_token", "mask_token")):
-                nn.init.normal_(p, std=0.02)
+        init_transformer(self)
 
     def config(self) -> dict:
         """Keywords that rebuild this model, plain values: NoPropMAE(**model.config())."""

@@ -47,6 +47,19 @@ def transformer(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.Mo
     return nn.ModuleList([Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
 
 
+def init_transformer(net: nn.Module) -> None:
+    """MAE's random start (models_mae.py, after ViT's official code), in place: linear layers and the patch convolution
+    xavier_uniform with biases 0, extra tokens N(0, 0.02^2)."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear) or name == "patch_embed.proj":
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, p in net.named_parameters():
+        if name.endswith(("cls_token", "mask_token", "reg_token")):
+            nn.init.normal_(p, std=0.02)
+
+
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, use_checkpoint: bool) -> torch.Tensor:
     """x [B, L, D] through all blocks; with use_checkpoint, activations are recomputed in the backward pass."""
     for block in blocks:

@@ -16,6 +16,7 @@ from torch import nn
 
 from augment.alpha_blend import AlphaBlend
 from augment.noise import Layout
+from models.tokens import init_transformer, sincos_pos_embed
 from util.choices import parse_mae_name
 from util.errors import ParameterError, UserError, reason_of
 
@@ -42,6 +43,8 @@ class NoStochasticDepth(ParameterError):
 def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
     """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token with any pooling.
 
+    It begins as pretraining's encoder does, so that a network from scratch differs by the pretraining alone:
+    `init_transformer`, and sine-cosine positions, which are trained on. A `weight_init`, "" too, is timm's of its name.
     global_pool=True averages the patch tokens and then normalises (`fc_norm`); False uses the class token. A string is
     timm's name of another pooling.
     """
@@ -71,8 +74,14 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
         model = VisionTransformer(**kwargs)
     except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
         raise ParameterError(f"<model> {name} with {_shown(kwargs)}: {reason_of(error)}") from None
+    if "weight_init" not in kwargs:
+        init_transformer(model)
+        if model.pos_embed is not None and model.embed_dim % 4 == 0:
+            positions = sincos_pos_embed(model.embed_dim, model.patch_embed.grid_size)[:, 1:]
+            with torch.no_grad():  # the tokens before the patches, if they have positions, have 0
+                model.pos_embed.zero_()[:, -positions.shape[1] :] = positions
     if isinstance(model.head, nn.Linear):
-        # MAE initialises the classifier with std 2e-5; with timm's zeros the backbone's first gradient would be 0.
+        # As MAE begins to fine-tune. Zeros, as in ViT's official code, would give the backbone no first gradient.
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
 

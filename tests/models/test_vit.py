@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from augment.alpha_blend import AlphaBlend
 from models import create_model, list_models
+from models.noprop_mae import NoPropConfig, NoPropMAE
 from models.vit import attach_noise, trunk_blocks
 from util.choices import MAE_NAMES
 from util.errors import UserError
@@ -77,6 +79,42 @@ def test_mae_names_have_the_papers_sizes(monkeypatch):
     assert n == 86_567_656  # ViT-B/16: 86.57 M with head and one final norm
     assert set(MAE_NAMES) <= set(list_models())
     assert "swinv2_base_window12to24_192to384" in list_models("swinv2*")
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"reg_tokens": 3, "no_embed_class": True}, {"class_token": False}, {"pre_norm": True}]
+)
+def test_a_vit_from_scratch_begins_as_pretrainings_encoder(kwargs):
+    """Positions are equal; weights are of the same law, xavier_uniform: U(-a, a), a^2 = 6 / (in + out)."""
+    torch.manual_seed(0)
+    size = dict(img_size=(24, 40), in_chans=1, embed_dim=48, depth=2, num_heads=3)
+    pool = "avg" if kwargs else True
+    net = create_model("vit_custom_patch8", num_classes=5, global_pool=pool, **size, **kwargs)
+    encoder = NoPropMAE(NoPropConfig(patch_size=8, decoder_embed_dim=24, decoder_num_heads=3, **size))
+    assert torch.equal(net.pos_embed[:, -15:], encoder.pos_embed[:, 1:]) and net.pos_embed.requires_grad
+    assert not net.pos_embed[:, :-15].any()
+    ours, theirs = dict(net.named_parameters()), dict(encoder.named_parameters())
+    for name in [n for n in theirs if n.startswith(("patch_embed", "blocks")) and n in ours]:
+        assert ours[name].shape == theirs[name].shape
+        for p in (ours[name], theirs[name]):
+            if p.ndim == 1:
+                assert (p == (1.0 if "norm" in name and name.endswith("weight") else 0.0)).all(), name
+            else:
+                bound = (6 / (len(p) + p[0].numel())) ** 0.5
+                law = stats.uniform(-bound, 2 * bound)
+                assert p.abs().max() <= bound and stats.kstest(p.detach().flatten().numpy(), law.cdf).pvalue > 1e-4, (
+                    name
+                )
+    for token in (net.cls_token, net.reg_token):
+        assert token is None or 0.01 < token.std() < 0.03
+    assert 0 < net.head.weight.abs().max() < 2e-4 and not net.head.bias.any()
+
+
+def test_timms_initialisations_keep_their_names():
+    """Positions: timm's are small and random in all of them."""
+    for name in ("", "jax", "moco"):
+        net = create_model("vit_custom_patch8", weight_init=name, **TINY)
+        assert 0.01 < net.pos_embed.std() < 0.03
 
 
 def test_noise_without_a_place_in_the_network_is_one_line():
