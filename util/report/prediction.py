@@ -121,7 +121,7 @@ def table(rows: list[dict]) -> Table:
         for row in rows
     ]
     bold = [i for i, row in enumerate(rows) if row["chosen"]]
-    return Table(["", "views", *(COLUMNS[k] for k in keys)], cells, bold, sortable=True)
+    return Table(["prediction", "views", *(COLUMNS[k] for k in keys)], cells, bold, sortable=True)
 
 
 def class_rows(classes: list[str], final: np.ndarray, targets: np.ndarray) -> list[dict]:
