@@ -10,7 +10,7 @@ from torch import nn
 from models.containers import TABLE, State, Weights, family_filter, find_weights, plain
 from models.factory import create_model
 from models.positions import Grid, fit_positions, fit_tables
-from models.vit import classifier_prefixes, patch_grid
+from models.vit import classifier_prefixes, patch_grid, without_weights
 from util.checkpoint import own_meta, peek_meta, read_file
 from util.errors import ParameterError, UserError, reason_of
 
@@ -196,17 +196,8 @@ def _refuse_turned(names: set[str], meta: dict, size: Grid | None, path: str) ->
 
 def _described(meta: dict, path: str) -> nn.Module:
     """The network described by a checkpoint's meta, without memory for weights, to read its grid and windows."""
-
-    def build() -> nn.Module:
-        return create_from_meta(meta, num_classes=meta.get("num_classes") or 1)
-
     try:
-        try:
-            with torch.device("meta"):
-                return build()
-        except Exception:  # timm 1.0.15 reads tensor values while building
-            with torch.random.fork_rng(devices=[]):
-                return build()
+        return without_weights(lambda: create_from_meta(meta, num_classes=meta.get("num_classes") or 1))
     except Exception as error:  # keywords of another version
         raise ParameterError(
             f"{path}: its meta describes no model ({reason_of(error)}), so its grid is unknown; "

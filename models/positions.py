@@ -205,6 +205,7 @@ def fit_tables(
         table = old if old.ndim == 3 else rearrange(old[: rows * columns], "(r c) heads -> heads r c", r=rows)
         shape = (heads, 2 * window[0] - 1, 2 * window[1] - 1)
         table = resize_rel_pos_bias_table(table.float(), new_window_size=window, new_bias_shape=shape)
+        table = table.reshape(shape)  # timm 1.0.15 returns the heads' tables below each other
         if old.ndim == 2:
             table = torch.cat([rearrange(table, "heads r c -> (r c) heads"), old[rows * columns :].float()])
         done[key] = table

@@ -2,7 +2,7 @@
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -157,13 +157,21 @@ def do_not_retry_offline() -> None:
 
 
 def _can_be_built(name: str, kwargs: dict) -> bool:
-    """Whether the architecture can be built, without weights and memory."""
     try:
-        with torch.device("meta"):
-            timm.create_model(name, **kwargs)
+        without_weights(lambda: timm.create_model(name, **kwargs))
     except Exception:
         return False
     return True
+
+
+def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` returns, without memory for its weights; the generator stays as it is."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception:  # timm 1.0.15 reads values of tensors while building
+        with torch.random.fork_rng(devices=[]):
+            return build()
 
 
 def _shown(kwargs: dict) -> str:
