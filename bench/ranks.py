@@ -1,8 +1,10 @@
 """Ranks of a process group as forks of this process, which has loaded torch: starting torchrun and n interpreters
 would take n + 1 times four seconds of CPU."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,7 +27,14 @@ class Ranks:
         self.store = store or empty_store()
         open(log, "a").close()  # so that the file exists when others wait for a line in it
 
+        # No rank runs before all are forked: its connection keeps the store's thread at work, and a fork copies the
+        # locks that a thread holds, shut for good.
+        gate, keep_shut = os.pipe()
+
         def rank_main(rank: int) -> None:
+            faulthandler.register(signal.SIGQUIT, file=2, all_threads=True)
+            os.close(keep_shut)
+            os.read(gate, 1)  # returns when no process has the other end any more
             if n > 1:
                 os.environ.update(
                     RANK=str(rank),
@@ -42,6 +51,8 @@ class Ranks:
         self.processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(n)]
         for process in self.processes:
             process.start()
+        os.close(keep_shut)
+        os.close(gate)
 
     def wait(self, seconds: float) -> bool:
         """Wait until the first rank ends, or this many seconds; True if any has ended."""
@@ -56,5 +67,8 @@ class Ranks:
             if not in_time or any(process.exitcode for process in self.processes):
                 for process in left:
                     process.join(5)  # time to report the reason
+                    if process.is_alive():
+                        os.kill(process.pid, signal.SIGQUIT)  # its traceback, on the stderr of this process
+                        process.join(0.2)
                     process.kill()
         return [process.exitcode for process in self.processes]
