@@ -48,8 +48,8 @@ def transformer(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.Mo
 
 
 def init_transformer(net: nn.Module) -> None:
-    """MAE's random start (models_mae.py, after ViT's official code), in place: linear layers and the patch convolution
-    xavier_uniform with biases 0, extra tokens N(0, 0.02^2)."""
+    """MAE's random weights (models_mae.py, after ViT's official code), in place: linear layers and patch convolution
+    xavier_uniform, their biases 0; tokens that are not patches N(0, 0.02^2)."""
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear) or name == "patch_embed.proj":
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))

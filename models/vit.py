@@ -43,8 +43,8 @@ class NoStochasticDepth(ParameterError):
 def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -> VisionTransformer:
     """MAE's fine-tuning ViT: LayerNorm eps 1e-6, qkv bias, a class token with any pooling.
 
-    It begins as pretraining's encoder does, so that a network from scratch differs by the pretraining alone:
-    `init_transformer`, and sine-cosine positions, which are trained on. A `weight_init`, "" too, is timm's of its name.
+    It starts as pretraining's encoder does (`init_as_encoder`), so that a network from scratch lacks only the
+    pretraining. weight_init="" gives timm's default instead, "jax" and "moco" its others.
     global_pool=True averages the patch tokens and then normalises (`fc_norm`); False uses the class token. A string is
     timm's name of another pooling.
     """
@@ -74,16 +74,29 @@ def mae_vit(name: str, *, global_pool: bool | str, drop_path: float, **kwargs) -
         model = VisionTransformer(**kwargs)
     except Exception as error:  # keywords come from the user, and a family may stumble over them in any way
         raise ParameterError(f"<model> {name} with {_shown(kwargs)}: {reason_of(error)}") from None
-    if "weight_init" not in kwargs:
-        init_transformer(model)
-        if model.pos_embed is not None and model.embed_dim % 4 == 0:
-            positions = sincos_pos_embed(model.embed_dim, model.patch_embed.grid_size)[:, 1:]
-            with torch.no_grad():  # the tokens before the patches, if they have positions, have 0
-                model.pos_embed.zero_()[:, -positions.shape[1] :] = positions
+    if kwargs.get("weight_init", "skip") == "skip":  # with "skip", timm leaves tokens and positions unset
+        init_as_encoder(model)
     if isinstance(model.head, nn.Linear):
-        # As MAE begins to fine-tune. Zeros, as in ViT's official code, would give the backbone no first gradient.
+        # As in MAE's fine-tuning. Zeros, as in ViT's official code, would give the backbone no gradient at first.
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model
+
+
+@torch.no_grad()
+def init_as_encoder(model: VisionTransformer) -> None:
+    """MAE's random weights, and its sine-cosine positions, which fine-tuning trains; in place.
+
+    Tokens before the patches have the position 0. A width that is not a multiple of 4 has no sines and cosines: there,
+    positions are N(0, 0.02^2).
+    """
+    init_transformer(model)
+    if model.pos_embed is None:
+        return
+    if model.embed_dim % 4:
+        nn.init.normal_(model.pos_embed, std=0.02)
+        return
+    positions = sincos_pos_embed(model.embed_dim, model.patch_embed.grid_size)[:, 1:]
+    model.pos_embed.zero_()[:, -positions.shape[1] :] = positions
 
 
 def _layer_norm(dim: int, **kwargs) -> nn.LayerNorm:
@@ -165,7 +178,7 @@ def _can_be_built(name: str, kwargs: dict) -> bool:
 
 
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` returns, without memory for its weights; the generator stays as it is."""
+    """build() on the meta device, where weights take no memory; random states stay as they are."""
     try:
         with torch.device("meta"):
             return build()

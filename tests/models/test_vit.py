@@ -111,10 +111,17 @@ def test_a_vit_from_scratch_begins_as_pretrainings_encoder(kwargs):
 
 
 def test_timms_initialisations_keep_their_names():
-    """Positions: timm's are small and random in all of them."""
-    for name in ("", "jax", "moco"):
-        net = create_model("vit_custom_patch8", weight_init=name, **TINY)
+    """Positions: timm's are small and random in all of them, and so are ours without a width for sines and cosines."""
+    odd = dict(num_classes=5, img_size=32, embed_dim=18, depth=1, num_heads=3)
+    for keywords in (
+        *(dict(TINY, weight_init=name) for name in ("", "jax", "moco")),
+        odd,
+        dict(odd, weight_init="skip"),
+    ):
+        net = create_model("vit_custom_patch8", **keywords)
         assert 0.01 < net.pos_embed.std() < 0.03
+    encoders = [create_model("vit_custom_patch8", **TINY, **keywords) for keywords in ({}, {"weight_init": "skip"})]
+    assert torch.equal(*(net.pos_embed for net in encoders)) and encoders[1].cls_token.std() < 0.05
 
 
 def test_noise_without_a_place_in_the_network_is_one_line():
